@@ -1,0 +1,72 @@
+"""One local Ray and one MLflow server (sqlite behind HTTP) for the whole session."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden numbers and benchmark data, which are not part of the project."""
+    return Path(os.environ.get("DML_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    os.environ["DML_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    import ray
+
+    import pipelines.launch  # sets Ray's environment  # noqa: F401
+
+    ray.init(address="local", num_cpus=8, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+class Server:
+    """An MLflow server that a test may stop and start again."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.uri, self.process = folder, f"http://127.0.0.1:{self.port}", None
+
+    def start(self) -> None:
+        where = ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        where += ["--artifacts-destination", str(self.folder / "artifacts")]
+        where += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *where], stdout=log, stderr=log, start_new_session=True
+            )
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.25)
+        raise RuntimeError((self.folder / "server.log").read_text()[-2000:])
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.stop()
