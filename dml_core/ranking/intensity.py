@@ -1,0 +1,93 @@
+"""Ranking of synthetics by their intensity (SGAR).
+
+Liu et al., "Self-supervised Generative Assisted Ranking", Eng. Appl. of AI 131 (2024) 107885, arXiv 2304.10941.
+h(x) = relu(normalise(F x)), similarity c_j = <h(r_j), h(z)> of the j-th synthetic r_j to its source z.
+But:
+- Two-sided on request (`max_gap`): the order is kept without tearing the class apart.
+- With a pair loss, which has no proxies, the mean of the class's unit embeddings in the batch stands in for its proxy.
+- Every sum of exponentials is a logsumexp: no overflow at any scale.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize, relu
+
+from dml_core.synthesis.radial import synthesize
+
+
+def intensity_ranking_loss(
+    similarity: Tensor, margin: float, scale: float, max_gap: float | None = None, gate: Tensor | None = None
+) -> Tensor:
+    """A stronger synthetic lies farther from its source than a weaker one, by the margin. Mean over gated sources.
+
+    similarity (N, S): of synthetic j to its source, weakest first.  gate (S,) bool; None: all sources.
+    L = (1/scale) log(1 + sum_{i<j} exp(scale (c_j - c_i + margin)))
+      [+ (1/scale) log(1 + sum_{i<j} exp(scale (c_i - c_j - j max_gap)))]
+    """
+    weaker, stronger = torch.triu_indices(len(similarity), len(similarity), 1, device=similarity.device)
+    drop = similarity[weaker] - similarity[stronger]
+    loss = soft_hinge(margin - drop, scale)
+    if max_gap is not None:
+        number = (stronger + 1).to(similarity.dtype)
+        loss = loss + soft_hinge(drop - max_gap * number[:, None], scale)
+    return gated_mean(loss, gate)
+
+
+def soft_hinge(violation: Tensor, scale: float) -> Tensor:
+    """(1/scale) log(1 + sum_n exp(scale v_n)): (n, S) -> (S,)."""
+    return torch.cat([torch.zeros_like(violation[:1]), scale * violation]).logsumexp(0) / scale
+
+
+def gated_mean(loss: Tensor, gate: Tensor | None) -> Tensor:
+    """Mean of (S,) over the open gates; a differentiable zero where all are closed."""
+    return loss.mean() if gate is None else (loss * gate).sum() / gate.sum().clamp(min=1)
+
+
+def batch_class_means(zh: Tensor, labels: Tensor) -> Tensor:
+    """(B, D): for each sample, the mean of the unit embeddings of its class in the batch, itself included."""
+    same = (labels[:, None] == labels[None, :]).to(zh.dtype)
+    return same @ zh / same.sum(1, keepdim=True)
+
+
+class IntensityRanking(nn.Module):
+    """Synthesis and both of SGAR's terms, with the projection F.
+
+    forward(z (B, D) raw, labels (B,), proxies (C, D) or None, generator) -> (rank, anchor), two scalars.
+    anchor = (1/a) log(1 + sum_j exp(a (m - <h(r_j), h(p_y)>))): synthetics stay in their class.
+    Only sources whose cosine to their class's proxy is at least `gate` count, in both terms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        intensity: float,
+        count: int,
+        margin: float,
+        max_gap: float | None,
+        scale: float,
+        gate: float,
+        anchor_scale: float,
+        anchor_margin: float,
+        shared_directions: bool,
+    ):
+        super().__init__()
+        self.projection = nn.Parameter(nn.init.orthogonal_(torch.empty(dim, dim)))
+        self.intensity, self.count, self.shared_directions = intensity, count, shared_directions
+        self.margin, self.max_gap, self.scale, self.gate = margin, max_gap, scale, gate
+        self.anchor_scale, self.anchor_margin = anchor_scale, anchor_margin
+
+    def project(self, x: Tensor) -> Tensor:
+        return relu(normalize(x @ self.projection.T, dim=-1))
+
+    def forward(
+        self, z: Tensor, labels: Tensor, proxies: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        zh = normalize(z, dim=1)
+        anchors = batch_class_means(zh, labels) if proxies is None else proxies[labels]
+        gate = (zh * normalize(anchors, dim=1)).sum(1).detach() >= self.gate
+        synthetics = self.project(synthesize(z, self.intensity, self.count, generator, self.shared_directions))
+        to_source = torch.einsum("nbd,bd->nb", synthetics, self.project(z))
+        to_class = torch.einsum("nbd,bd->nb", synthetics, self.project(anchors))
+        rank = intensity_ranking_loss(to_source, self.margin, self.scale, self.max_gap, gate)
+        anchor = gated_mean(soft_hinge(self.anchor_margin - to_class, self.anchor_scale), gate)
+        return rank, anchor

@@ -1,0 +1,24 @@
+"""Synthetic embeddings of rising intensity around each sample.
+
+Liu et al., "Self-supervised Generative Assisted Ranking" (SGAR), Eng. Appl. of AI 131 (2024) 107885, arXiv 2304.10941.
+But:
+- The step is a multiple of the embedding's norm, so that an intensity means the same at every scale of z.
+- Directions are normalised once, before they are scaled. The published code normalises again after scaling, which
+  gives every synthetic the same distance from its source and erases the intensities.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def synthesize(z: Tensor, intensity: float, count: int, generator: torch.Generator, shared: bool = False) -> Tensor:
+    """r_j = z + j r ||z|| u_j for j = 1..N, with u_j uniform on the unit sphere. Weakest first.
+
+    z (B, D) -> (N, B, D); intensity r; count N. Gradient flows through z. `shared`: one set of N directions for all
+    sources (as published) instead of one a source.
+    """
+    shape = (count, 1 if shared else len(z), z.shape[1])
+    directions = normalize(torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype), dim=-1)
+    steps = intensity * torch.arange(1, count + 1, device=z.device, dtype=z.dtype)
+    return z + steps[:, None, None] * z.norm(dim=1, keepdim=True) * directions
