@@ -1,0 +1,132 @@
+"""Config to objects: the sets, the learner, the optimizer and its schedule."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dml_core import backbones, base_losses, heads
+from dml_core.data import datasets, transforms
+from dml_core.data.datasets import LabelledImages, Splits
+from dml_core.data.loading import Views
+from dml_core.learner import Learner, Weights
+from dml_core.ranking.intensity import IntensityRanking
+from pipelines.config import Config
+
+
+def cache_folder() -> Path:
+    """DML_CACHE, or dml-ray in the user's cache folder: rendered glyphs, features of frozen backbones."""
+    if folder := os.environ.get("DML_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dml-ray"
+
+
+def splits(config: Config) -> Splits:
+    """ValueError where the set is missing or too small for what is asked of it."""
+    data, queries = config.data, None
+    root = Path(data.root) if data.root else cache_folder()
+    if data.name == "glyphs":
+        images = datasets.load_glyphs(root)
+        test = _share(len(images.class_names), 0.5, data.split_seed)
+    elif data.name == "grocery":
+        images, queries = datasets.load_grocery(root)
+        test = np.arange(1, len(images.class_names), 2)
+    else:
+        images = datasets.load_folder(root)
+        test = _folder_test_classes(config, images)
+    made = datasets.split(images, test, data.validation_fraction, data.split_seed, queries, data.limit_classes)
+    classes = len(made.train.class_names)
+    if config.batch.classes > classes:
+        raise ValueError(f"batch.classes={config.batch.classes}: the training set has only {classes} classes")
+    return made
+
+
+def learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
+    """The whole module, in float32, initialised from the config's seed. `classes` of the training set.
+
+    read_weights: False leaves a pre-trained backbone as initialised, for a checkpoint to fill.
+    """
+    torch.manual_seed(config.seed)
+    backbone = backbones.build(config.backbone.name, config.backbone.weights, read_weights)
+    if config.backbone.frozen:
+        backbone.requires_grad_(False)
+    dim, s = config.embedding_dim, config.sgar
+    loss = base_losses.build(config.loss.name, classes, dim, **config.loss.arguments)
+    weights, sgar = Weights(), None
+    if s is not None:
+        weights = Weights(s.weight * s.ratio_rank, s.weight * s.ratio_anchor)
+        sgar = IntensityRanking(
+            dim=dim,
+            intensity=s.intensity,
+            count=s.count,
+            margin=s.margin,
+            max_gap=s.max_gap,
+            scale=s.scale,
+            gate=s.gate,
+            anchor_scale=s.anchor_scale,
+            anchor_margin=s.anchor_margin,
+            shared_directions=s.directions == "shared",
+        )
+    return Learner(backbone, heads.linear(backbone.dim, dim), loss, weights, sgar)
+
+
+def views(config: Config, images: LabelledImages) -> Views:
+    size = config.data.image_size
+    return Views(images, size, transforms.evaluation(size), transforms.training(config.data.augment, size))
+
+
+def optimizer(config: Config, module: Learner) -> torch.optim.Optimizer:
+    """Three groups with their own learning rates: backbone, heads and methods, the base loss's parameters.
+
+    Scales and shifts of norms, and biases, are not decayed; nor are parameters of the loss.
+    """
+    o = config.optimizer
+    loss_parameters = set(module.base_loss.parameters())
+    backbone_parameters = set(module.backbone.parameters())
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        multiplier = o.head_multiplier
+        decay = o.weight_decay if parameter.ndim > 1 else 0.0
+        if parameter in loss_parameters:
+            multiplier, decay = o.loss_multiplier, 0.0
+        elif parameter in backbone_parameters:
+            multiplier = 1.0
+        groups.setdefault((o.lr * multiplier, decay), []).append(parameter)
+    parameters = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    if o.name == "sgd":
+        return torch.optim.SGD(parameters, lr=o.lr, momentum=0.9 if o.momentum is None else o.momentum)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[o.name](parameters, lr=o.lr)
+
+
+def schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Learning rate by optimizer step, `steps` of which make an epoch."""
+    o, total = config.optimizer, config.epochs * steps
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / (o.warmup * steps)) if o.warmup else 1.0
+        if o.schedule == "cosine":
+            return rise * 0.5 * (1 + math.cos(math.pi * step / total))
+        if o.schedule == "step":
+            assert o.milestones and o.gamma
+            return rise * o.gamma ** sum(step >= m * steps for m in o.milestones)
+        return rise
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _share(classes: int, fraction: float, seed: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(seed).permutation(classes)[: round(classes * fraction)])
+
+
+def _folder_test_classes(config: Config, images: LabelledImages) -> np.ndarray:
+    wanted, names = config.data.test_classes, images.class_names
+    if not wanted:
+        return _share(len(names), config.data.test_fraction or 0.5, config.data.split_seed)
+    if unknown := sorted(set(wanted) - set(names)):
+        raise ValueError(f"data.test_classes: no class folder is called {', '.join(unknown)}")
+    return np.array(sorted(names.index(name) for name in set(wanted)))

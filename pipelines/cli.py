@@ -1,0 +1,186 @@
+"""The command line. Results go to standard output, progress and messages to standard error.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C. Heavy imports wait for the command.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train image embeddings that retrieve unseen classes, on one machine or a Ray cluster.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Data sets. Example: dml data list")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Assignments = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", show_default=False)]
+
+messages = Console(stderr=True)
+
+
+def _stop(code: int, message: str) -> NoReturn:
+    messages.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _in_words(hint: str = "") -> Iterator[None]:
+    """One clear line, and the exit code, for each way to fail."""
+    from pipelines.launch import RunFailed
+
+    try:
+        yield
+    except ValueError as error:
+        _stop(2, f"bad input: {error}")
+    except RunFailed as error:
+        _stop(1, f"failed: {error}{hint and f' ({hint})'}")
+    except OSError as error:
+        _stop(1, f"failed: {error}")
+    except KeyboardInterrupt:
+        _stop(130, f"stopped{hint and f'; {hint}'}")
+
+
+def _config(arguments: list[str] | None) -> Any:
+    """RECIPE (default glyphs) and key=value in any order."""
+    from pipelines.recipe import load
+
+    arguments = arguments or []
+    named = [a for a in arguments if "=" not in a]
+    if len(named) > 1:
+        raise ValueError(f"one recipe, not {len(named)}: {', '.join(named)}")
+    return load(named[0] if named else "glyphs", [a for a in arguments if "=" in a])
+
+
+@app.command()
+def train(arguments: Assignments = None, as_json: Json = False) -> None:
+    """Train, validate on held-out classes, test once at the end, and log it all to MLflow.
+
+    Example: dml train glyphs workers=2 epochs=5 loss.name=multi_similarity name=first
+    The same name again continues a run that was interrupted.
+    """
+    hint = ""
+    with _in_words():
+        config = _config(arguments)
+        if config.name:
+            hint = "the same command again continues it"
+    with _in_words(hint):
+        from pipelines import jobs
+
+        outcome = jobs.train(config, messages)
+    table = Table(title=f"Retrieval on unseen classes: {outcome.experiment}")
+    columns = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8"}
+    columns |= {"map_at_r": "MAP@R", "r_precision": "R-Precision"}
+    table.add_column("")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for prefix, title in (("features", "raw features"), ("untrained", "untrained"), ("test", "trained")):
+        table.add_row(title, *(f"{100 * outcome.metrics[f'{prefix}/{key}']:.1f}" for key in columns))
+    output = messages if as_json else Console()
+    output.print(table)
+    output.print(
+        f"run {outcome.run_id} ({outcome.name}), best epoch {outcome.metrics['best_epoch']:.0f}, "
+        f"{outcome.seconds:.0f} s, {outcome.images_per_second:,.0f} images/s\n"
+        f"checkpoint {outcome.checkpoint}\n"
+        f"model {outcome.model}\n\n"
+        f"next:  dml ui                       curves and comparisons in MLflow\n"
+        f"       dml evaluate {outcome.run_id}\n"
+        f"       dml train {outcome.experiment} seed=1 ...      another seed",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if as_json:
+        print(json.dumps(outcome._asdict()))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="An MLflow run id, a checkpoint folder, or models:/NAME@ALIAS")],
+    assignments: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Test metrics of a trained model, on its own test classes or on other data.
+
+    Example: dml evaluate models:/dml-glyphs/1 workers=2
+    """
+    with _in_words():
+        from pipelines import jobs
+        from pipelines.recipe import assigned
+
+        found = jobs.evaluate(run, assigned(assignments or []), messages)
+    table = Table("metric", "value", title=found["checkpoint"])
+    for key, value in found["metrics"].items():
+        table.add_row(key, f"{value:.4f}" if value < 1 or value != int(value) else f"{value:.0f}")
+    (messages if as_json else Console()).print(table)
+    if as_json:
+        print(json.dumps(found))
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes. Example: dml recipes"""
+    from pipelines.recipe import RECIPES
+    from pipelines.recipe import recipes as names
+
+    lines = {name: (RECIPES / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in names()}
+    if as_json:
+        print(json.dumps(lines))
+    else:
+        for name, line in lines.items():
+            print(f"{name:<12} {line}")
+
+
+@app.command()
+def config(arguments: Assignments = None, as_json: Json = False) -> None:
+    """Print the full config of a recipe with key=value on top, checked. Example: dml config glyphs batch.images=8"""
+    with _in_words():
+        from pipelines.recipe import to_yaml
+
+        made = _config(arguments)
+    print(json.dumps(made.model_dump(exclude_none=True)) if as_json else to_yaml(made), end="\n" if as_json else "")
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
+    """Serve MLflow's page over the runs of this folder. Example: dml ui --port 5001"""
+    with _in_words():
+        from pipelines.tracking import default_uri, prepare
+
+        uri = default_uri(Path.cwd())
+        if uri.startswith("http"):
+            print(f"the runs are on the server {uri}")
+            return
+        prepare(uri)
+    messages.print(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    command = ["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with _in_words():
+        code = subprocess.run([sys.executable, "-m", "mlflow", *command]).returncode
+        if code:
+            _stop(1, f"failed: MLflow's server ended with {code}; is port {port} taken? --port chooses another")
+
+
+@data_app.command("list")
+def data_list(as_json: Json = False) -> None:
+    """List the data sets and where they come from. Example: dml data list"""
+    known = {
+        "glyphs": "embedded: characters in the fonts of matplotlib, rendered at the first use",
+        "folder": "your pictures, one folder a class: data.root=FOLDER",
+        "grocery": "Grocery Store Dataset (github.com/marcusklasson/GroceryStoreDataset): data.root=FOLDER",
+    }
+    if as_json:
+        print(json.dumps(known))
+    else:
+        for name, line in known.items():
+            print(f"{name:<10} {line}")

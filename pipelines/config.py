@@ -1,0 +1,240 @@
+"""What a run is told: frozen models with real defaults. recipe.py reads them from files and the command line.
+
+The same dictionary goes to the workers, the checkpoint and MLflow. Unknown keys are refused, and so is an option that
+cannot act: settings of a method that is not in `method`, a momentum for Adam, a data folder for the embedded set.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+METHODS = ("sgar",)
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """The end of an error message: the word that was probably meant, or all that are allowed."""
+    found = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {found[0]}?" if found else f"; allowed: {', '.join(words)}"
+
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Data(Section):
+    name: Literal["glyphs", "folder", "grocery"] = "glyphs"
+    """The set: embedded characters, a class-per-folder tree, or the Grocery Store Dataset."""
+    root: str | None = None
+    """Its folder; `glyphs` needs none."""
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 224
+    """Side of the square pictures that the backbone sees, in pixels."""
+    augment: Literal["crop", "shift", "none"] = "crop"
+    """Training views: random crop and flip (photographs), small shifts and turns (characters), or none."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """`folder`: share of the classes to test on (default 0.5)."""
+    test_classes: list[str] | None = None
+    """`folder`: the classes to test on, by name, in place of a share."""
+    validation_fraction: Fraction = 0.2
+    """Share of the other classes to validate on; 0: none, and the last epoch is the best."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Draws the classes to validate (and, by share, to test) on. Apart from `seed`, so that seeds share a split."""
+    limit_classes: Annotated[int, Field(ge=3)] | None = None
+    """At most so many classes to test on, and so many to train and validate on: for quick runs."""
+    loader: Literal["torch"] = "torch"
+    """Who decodes: `torch`, the DataLoader of each training worker."""
+    loader_processes: Annotated[int, Field(ge=0)] | None = None
+    """Decoding processes a training worker; none: as many as it has CPUs to spare."""
+
+    @model_validator(mode="after")
+    def _options_act(self) -> "Data":
+        if self.name == "glyphs" and self.root is not None:
+            raise ValueError("root cannot act on data.name=glyphs, which is embedded")
+        if self.name != "glyphs" and self.root is None:
+            raise ValueError(f"root is needed for data.name={self.name}: data.root=FOLDER")
+        if self.name != "folder" and (self.test_fraction or self.test_classes):
+            raise ValueError(
+                f"test_fraction and test_classes cannot act on data.name={self.name}, whose split is fixed"
+            )
+        if self.test_fraction and self.test_classes:
+            raise ValueError("test_fraction and test_classes exclude each other")
+        return self
+
+
+class Batch(Section):
+    classes: Annotated[int, Field(ge=2)] = 32
+    """P: classes in a global batch."""
+    images: Positive = 4
+    """K: images of each class in a global batch."""
+
+
+class Backbone(Section):
+    name: str = "resnet50"
+    """`small` (for pictures of about 32 pixels), `efficientnet_lite0`, a torchvision name, or timm:NAME."""
+    weights: str = "imagenet"
+    """`imagenet`, `none` (group norm takes the place of batch norm), or a file with a state dict."""
+    frozen: bool = False
+    """Compute features once, keep them on disk, and train the head on them."""
+
+
+class Loss(BaseModel):
+    """A loss of pytorch-metric-learning and its arguments: loss.name=proxy_anchor loss.margin=0.1"""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    name: str = "proxy_anchor"
+    """triplet, contrastive, multi_similarity, margin, proxy_anchor, proxy_nca, or any of the library's class names."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _arguments_exist(self) -> "Loss":
+        from dml_core import base_losses
+
+        allowed = base_losses.arguments(self.name)
+        for key in self.arguments:
+            if key not in allowed:
+                raise ValueError(f"{key} is no argument of {self.name}{nearest(key, list(allowed))}")
+        base_losses.build(self.name, 2, 2, **self.arguments)
+        return self
+
+
+class Sgar(Section):
+    """Synthetics of rising intensity, and their ranking (../shared/methods.md 3)."""
+
+    intensity: Annotated[float, Field(ge=0)] = 0.1
+    """r: the step between synthetics, relative to the embedding's norm."""
+    count: Annotated[int, Field(ge=2)] = 5
+    """N: synthetics a sample."""
+    margin: Annotated[float, Field(ge=0)] = 0.11
+    """delta: by how much a stronger synthetic must be farther than a weaker one, in cosine."""
+    max_gap: Annotated[float, Field(gt=0)] | None = None
+    """delta': how far, at most; none: one-sided."""
+    scale: Annotated[float, Field(gt=0)] = 32.0
+    gate: Annotated[float, Field(ge=-1, le=1)] = 0.05
+    """Least cosine of a sample to its class proxy for it to be a source."""
+    anchor_scale: Annotated[float, Field(gt=0)] = 32.0
+    anchor_margin: float = 0.1
+    directions: Literal["independent", "shared"] = "independent"
+    """One draw for each sample, or one for all of a step (as published)."""
+    weight: Annotated[float, Field(ge=0)] = 0.23
+    """lam: of both terms in the sum."""
+    ratio_rank: Annotated[float, Field(ge=0)] = 0.9
+    ratio_anchor: Annotated[float, Field(ge=0)] = 0.9
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate of the backbone; head and loss have multiples of it."""
+    head_multiplier: Annotated[float, Field(gt=0)] = 10.0
+    """Of the heads and of a method's own layers."""
+    loss_multiplier: Annotated[float, Field(gt=0)] = 100.0
+    """Of the base loss's own parameters, such as proxies."""
+    weight_decay: Annotated[float, Field(ge=0)] = 4e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """sgd only (default 0.9)."""
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """cosine: to zero at the end of the last epoch; step: times `gamma` at each of `milestones`."""
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of linear rise at the start."""
+    milestones: list[Positive] | None = None
+    gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient of a step."""
+
+    @model_validator(mode="after")
+    def _options_act(self) -> "Optimizer":
+        if self.momentum is not None and self.name != "sgd":
+            raise ValueError(f"momentum cannot act with optimizer.name={self.name}; it belongs to sgd")
+        if self.schedule != "step" and (self.milestones or self.gamma):
+            raise ValueError(f"milestones and gamma cannot act with optimizer.schedule={self.schedule}")
+        if self.schedule == "step" and not (self.milestones and self.gamma):
+            raise ValueError("schedule=step needs milestones=[..] (epochs) and gamma")
+        return self
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    workers: Positive | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = 1
+    """Training workers: N, or MIN:MAX to go on with fewer and grow again. Not a hyperparameter: results do not
+    depend on it."""
+    use_gpu: bool | None = None
+    """One GPU a worker; none: if the cluster has enough of them."""
+    precision: Literal["float32", "bf16", "float64"] | None = None
+    """none: bf16 autocast on GPUs, float32 on CPUs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    epochs: Positive = 20
+    steps_per_epoch: Positive | None = None
+    """none: as many as show each training image once."""
+    evaluate_every: Positive = 1
+    """Epochs between validations; a checkpoint is kept at each."""
+    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
+    """Of the run and its folder; the same name again continues it. none: made from set, method, loss, seed and time."""
+    storage: str = "runs"
+    """Folder of run folders; must be seen by all nodes of a cluster."""
+    model_name: str | None = None
+    """Registered model to add this run's as a version to; none: dml-SET."""
+    max_failures: Annotated[int, Field(ge=0)] = 0
+    """How often to start the workers again from the last checkpoint when one is lost."""
+    embedding_dim: Positive = 512
+    method: list[Literal["sgar"]] = []
+    """Methods over the base loss, in any combination."""
+    data: Data = Data()
+    batch: Batch = Batch()
+    backbone: Backbone = Backbone()
+    loss: Loss = Field(default_factory=Loss)
+    optimizer: Optimizer = Optimizer()
+    sgar: Sgar | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _each_once(cls, method: list[str]) -> list[str]:
+        if len(set(method)) < len(method):
+            raise ValueError("each method once")
+        return sorted(method, key=METHODS.index)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_have_settings(cls, values: Any) -> Any:
+        chosen = values.get("method") or []
+        return {**values, **{m: {} for m in METHODS if m in chosen and values.get(m) is None}}
+
+    @model_validator(mode="after")
+    def _options_act(self) -> "Config":
+        for method in METHODS:
+            if getattr(self, method) is not None and method not in self.method:
+                raise ValueError(f"{method}.* cannot act: {method} is not in method={self.method}")
+        low, high = self.worker_range
+        size = self.batch.classes * self.batch.images
+        if low > high:
+            raise ValueError(f"workers={self.workers}: the first number must not be the larger")
+        for count in range(low, high + 1):
+            if size % count:
+                raise ValueError(
+                    f"workers={self.workers}: {count} workers do not divide the global batch of {size} "
+                    f"(batch.classes={self.batch.classes} x batch.images={self.batch.images})"
+                )
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        low, _, high = str(self.workers).partition(":")
+        return int(low), int(high or low)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, leaving out what is not set."""
+        return flatten(self.model_dump(exclude_none=True))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

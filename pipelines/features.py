@@ -1,0 +1,96 @@
+"""Features of a frozen backbone: computed once, by all workers, and kept on each node's disk."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dml_core.data.loading import Views
+from dml_core.data.sampling import Rows, blocks
+from dml_core.gather import all_sum, gather, rank, world_size
+from dml_core.learner import Learner
+from pipelines.config import Config
+
+BLOCK = 64  # the same blocks at any worker count, hence the same bits
+
+
+class Features:
+    """(N, F) rows in a file, asked for like Views: by (sample, seed), where the seed changes nothing."""
+
+    def __init__(self, path: Path):
+        self.rows = np.load(path, mmap_mode="r")
+
+    def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
+        for batch in rows:
+            yield torch.from_numpy(self.rows[[sample for sample, _ in batch]])
+
+
+def cached(
+    config: Config,
+    learner: Learner,
+    views: Views,
+    folder: Path,
+    device: torch.device,
+    writes: bool,
+    processes: int,
+    progress: Callable[[int, int], None],
+) -> Features:
+    """Features of the evaluation view of every picture, from the cache or computed now.
+
+    folder: on this node's disk.  writes: true on one rank of each node.  progress: called with (done, of).
+    """
+    path = folder / "features" / f"{_key(config, learner, views)}.npy"
+    missing = all_sum(torch.tensor([float(writes and not path.is_file())], device=device))
+    if missing.item():
+        _compute(learner, views, path, device, writes, processes, progress)
+        all_sum(missing)  # wait until every node has its file
+    return Features(path)
+
+
+def _compute(
+    learner: Learner,
+    views: Views,
+    path: Path,
+    device: torch.device,
+    writes: bool,
+    processes: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    count, dtype = len(views.images), next(learner.parameters()).dtype
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    file = None
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = np.lib.format.open_memmap(
+            partial, "w+", dtype=torch.zeros(0, dtype=dtype).numpy().dtype, shape=(count, learner.backbone.dim)
+        )
+    try:
+        mine = views.batches(blocks(count, BLOCK, rank(), world_size()), processes)
+        for start in range(0, count, BLOCK * world_size()):
+            images = next(mine, None)
+            rows = torch.zeros(BLOCK, learner.backbone.dim, dtype=dtype, device=device)
+            if images is not None:
+                with torch.inference_mode():
+                    rows[: len(images)] = learner.features(images.to(device)).to(dtype)
+            rows = gather(rows)
+            if file is not None:
+                file[start : start + len(rows)] = rows[: count - start].cpu().numpy()
+            progress(min(count, start + len(rows)), count)
+        if file is not None:
+            file.flush()
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _key(config: Config, learner: Learner, views: Views) -> str:
+    """Of what features depend on: pictures, backbone with its weights, transform, precision."""
+    h = hashlib.sha256(views.images.digest().encode())
+    h.update(f"{config.backbone.name}|{config.data.image_size}|{views.evaluation}|{config.precision}".encode())
+    for name, tensor in learner.backbone.state_dict().items():
+        h.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:24]

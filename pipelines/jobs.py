@@ -1,0 +1,223 @@
+"""What the driver does around the workers: checks, the run's folder, MLflow's run, the outcome."""
+
+import hashlib
+import json
+import subprocess
+import time
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.fs
+from rich.console import Console
+from torchvision.io import encode_png
+
+from dml_core import base_losses
+from dml_core.data.datasets import Splits
+from pipelines import build, checkpoint, launch, tracking
+from pipelines.config import Config, flatten
+from pipelines.evaluate import evaluate_loop
+from pipelines.recipe import parse, to_yaml
+from pipelines.train import train_loop
+
+# What may differ when a run is continued: results do not depend on it.
+FREE = ("workers", "use_gpu", "name", "storage", "max_failures", "model_name", "data.root", "data.loader_processes")
+
+
+class Outcome(NamedTuple):
+    """What `dml train --json` prints. `checkpoint`: the best epoch's. `model`: its registered version."""
+
+    run_id: str
+    experiment: str
+    checkpoint: str
+    metrics: dict[str, float]
+    seconds: float
+    images_per_second: float
+    name: str
+    model: str | None
+
+
+def train(config: Config, console: Console) -> Outcome:
+    """Train, test and log; or continue, or repeat the outcome of, the run of the same name.
+
+    ValueError: bad input, before any worker starts. launch.RunFailed: on the way. KeyboardInterrupt: stopped.
+    """
+    started = time.monotonic()
+    config = _absolute(config)
+    with console.status("reading the data"):
+        splits = build.splits(config)
+        _check_loss(config)
+    uri = tracking.default_uri(Path.cwd())
+    tracking.prepare(uri)
+    folder = RunFolder(config)
+    earlier = folder.read("run.json")
+    with launch.cluster(config, folder.logs):
+        config = launch.resolve_devices(config)
+        if earlier:
+            _require_same(config, earlier["config"], folder.path)
+            if result := folder.read("result.json"):
+                console.print(f"{config.name} is finished; this is its outcome. Another name starts a new run.")
+                return Outcome(**result)
+            console.print(f"continuing {config.name}")
+            tracking.resume_run(uri, earlier["run_id"], {"workers": str(config.workers)})
+        run_id = earlier["run_id"] if earlier else _start_run(uri, config, splits)
+        folder.write("run.json", {"run_id": run_id, "config": config.model_dump(exclude_none=True)})
+        assert config.name
+        job = {"run_id": run_id, "tracking_uri": uri}
+        status = "FAILED"
+        try:
+            metrics = launch.run(train_loop, config, job, config.storage, config.name, console)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracking.end_run(uri, run_id, status)
+    unsent = metrics.pop("unsent")
+    best = f"{folder.path}/{checkpoint.folder_name(int(metrics['best_epoch']))}"
+    model = None
+    try:
+        with console.status("registering the model"):
+            model = _log_model(uri, run_id, config, folder, best, splits)
+    except Exception as error:
+        unsent += 1
+        console.print(f"the model is not registered: {str(error).splitlines()[0]}", style="yellow")
+    outcome = Outcome(
+        run_id=run_id,
+        experiment=config.data.name,
+        checkpoint=best,
+        metrics=metrics,
+        seconds=time.monotonic() - started,
+        images_per_second=metrics["train/images_per_second"],
+        name=config.name,
+        model=model,
+    )
+    if unsent:
+        console.print(
+            f"MLflow lacks a part of this run; `dml train name={config.name} ...` again sends it", style="yellow"
+        )
+    else:
+        folder.write("result.json", outcome._asdict())
+    return outcome
+
+
+def evaluate(run: str, assignments: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Test metrics of a run id, a checkpoint folder or models:/NAME@ALIAS, with config values replaced."""
+    found = Path(run)
+    if not found.is_dir():
+        uri = tracking.default_uri(Path.cwd())
+        tracking.prepare(uri)
+        found = tracking.find_checkpoint(uri, run)
+    if not checkpoint.whole(found):
+        raise ValueError(f"{run}: not a whole checkpoint folder (its manifest does not fit)")
+    tree = checkpoint.read_config(found).model_dump(exclude_none=True)
+    for key, value in flatten(assignments).items():
+        section, _, last = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[last] = value
+    config = _absolute(parse(tree))
+    with console.status("reading the data"):
+        build.splits(config)
+    job = {"checkpoint": str(found.resolve())}
+    with launch.cluster(config, None), launch.scratch_storage() as scratch:
+        config = launch.resolve_devices(config)
+        metrics = launch.run(evaluate_loop, config, job, scratch, "evaluate", console)
+    return {"checkpoint": str(found), "metrics": metrics}
+
+
+class RunFolder:
+    """storage/NAME: run.json (id and config), checkpoints, result.json at the end, logs/ where it is local."""
+
+    def __init__(self, config: Config):
+        try:
+            filesystem, root = pyarrow.fs.FileSystem.from_uri(config.storage)
+            filesystem.create_dir(root, recursive=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"storage={config.storage}: cannot be written to ({error})") from None
+        self.filesystem, self.path = filesystem, f"{root}/{config.name}"
+        self.logs = Path(self.path) / "logs" if isinstance(filesystem, pyarrow.fs.LocalFileSystem) else None
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        try:
+            with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
+                return json.loads(file.read())
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        self.filesystem.create_dir(self.path, recursive=True)
+        with self.filesystem.open_output_stream(f"{self.path}/{name}.partial") as file:
+            file.write(json.dumps(content, indent=1).encode())
+        self.filesystem.move(f"{self.path}/{name}.partial", f"{self.path}/{name}")
+
+
+def _absolute(config: Config) -> Config:
+    """A name for the run, and paths that mean the same in a worker's working folder."""
+    name = config.name
+    if name is None:
+        parts = [config.data.name, *config.method, config.loss.name, f"s{config.seed}"]
+        name = "-".join([*parts, datetime.now().strftime("%Y%m%d-%H%M%S")])
+    storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().resolve())
+    data = config.data
+    if data.root:
+        data = data.model_copy(update={"root": str(Path(data.root).expanduser().resolve())})
+    return config.model_copy(update={"name": name, "storage": storage, "data": data})
+
+
+def _check_loss(config: Config) -> None:
+    loss = base_losses.build(config.loss.name, 2, 2, **config.loss.arguments)
+    if loss.needs_positives and config.batch.images < 2:
+        raise ValueError(
+            f"batch.images=1: loss.name={config.loss.name} compares images of one class and needs at least 2"
+        )
+
+
+def _require_same(config: Config, earlier: dict[str, Any], path: str) -> None:
+    old, new = flatten(earlier), config.flat()
+    different = [k for k in sorted({*old, *new}) if k not in FREE and old.get(k) != new.get(k)]
+    if different:
+        changes = ", ".join(f"{k}={new.get(k)} (was {old.get(k)})" for k in different[:4])
+        raise ValueError(f"name={config.name} was begun with another config in {path}: {changes}; choose another name")
+
+
+def _start_run(uri: str, config: Config, splits: Splits) -> str:
+    assert config.name
+    flat = config.flat()
+    group = {k: v for k, v in flat.items() if k not in (*FREE, "seed")}
+    tags = {
+        "method": "+".join(config.method) or "none",
+        "base_loss": config.loss.name,
+        "backbone": config.backbone.name,
+        "data": config.data.name,
+        "seed": str(config.seed),
+        "workers": str(config.workers),
+        "git_commit": _git_commit(),
+        "group": hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12],
+    }
+    digest = splits.train.digest()
+    run_id = tracking.start_run(uri, config.data.name, config.name, flat, tags, digest, config.data.root or "embedded")
+    tracking.log_text(uri, run_id, to_yaml(config), "config.yaml")
+    return run_id
+
+
+def _log_model(uri: str, run_id: str, config: Config, folder: RunFolder, best: str, splits: Splits) -> str:
+    example = encode_png(splits.test.query.picture(0, config.data.image_size)).numpy().tobytes()
+    name = config.model_name or f"dml-{config.data.name}"
+    with launch.scratch_storage() as scratch:
+        local = checkpoint.fetch(folder.filesystem, best, Path(scratch))
+        return tracking.log_model(uri, run_id, local, name, example, config.embedding_dim, _version())
+
+
+def _version() -> str:
+    try:
+        return version("dml-ray")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _git_commit() -> str:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

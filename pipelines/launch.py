@@ -1,0 +1,156 @@
+"""From a config to workers and back: Ray, progress, failures in words. Used by training and evaluation."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Reports wait for the controller's next look at its workers: two seconds by default.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from pipelines.config import Config
+from pipelines.progress import Bar, Board
+
+
+class RunFailed(Exception):
+    """Workers failed on the way; the message is one line."""
+
+
+@contextlib.contextmanager
+def cluster(config: Config, logs: Path | None) -> Iterator[None]:
+    """The Ray of RAY_ADDRESS or of this process, or a local one for the time of the block.
+
+    logs: where the full logs of a local Ray go. A Ray that was there before is left running.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            # At least one CPU a worker in Ray's books, so that any number of workers fits on any machine.
+            cpus = max(os.cpu_count() or 1, config.worker_range[1])
+            ray.init(address="local", num_cpus=cpus, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
+    session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if logs is not None and not address and (session / "logs").is_dir():
+            shutil.copytree(session / "logs", logs, dirs_exist_ok=True, ignore=_unreadable)
+
+
+def resolve_devices(config: Config) -> Config:
+    """use_gpu and precision made definite for the cluster at hand. ValueError where it has not enough."""
+    resources, workers = ray.cluster_resources(), config.worker_range
+    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
+    if config.use_gpu and gpus < workers[0]:
+        raise ValueError(f"use_gpu=true: {workers[0]} workers need as many GPUs, the cluster has {gpus}")
+    use_gpu = gpus >= workers[0] if config.use_gpu is None else config.use_gpu
+    if cpus < workers[0]:
+        raise ValueError(f"workers={config.workers}: each needs a CPU, the cluster has {cpus:g}")
+    precision = config.precision or ("bf16" if use_gpu else "float32")
+    return config.model_copy(update={"use_gpu": use_gpu, "precision": precision})
+
+
+def run(
+    loop: Callable[[dict[str, Any]], Any],
+    config: Config,
+    job: dict[str, Any],
+    storage: str,
+    name: str,
+    console: Console,
+) -> dict[str, float]:
+    """Run a loop on config.workers workers, showing its progress; what rank 0 returns. RunFailed tells the cause."""
+    low, high = config.worker_range
+    nodes = len(ray.nodes())
+    cores = os.cpu_count() or 1 if nodes == 1 else ray.cluster_resources()["CPU"]
+    cpus = max(1, int(cores // high))
+    per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {})
+    board = Board.remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=job | {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
+            use_gpu=bool(config.use_gpu),
+            resources_per_worker=per_worker,
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=600),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="selection", checkpoint_score_order="max"
+            ),
+        ),
+    )
+    outcome: list[Any] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(trainer.fit().return_value)  # type: ignore[attr-defined]
+        except BaseException as error:  # handed to the main thread, which knows what to say
+            outcome.append(error)
+
+    # In a thread of its own Ray Train leaves Ctrl-C to us.
+    thread = threading.Thread(target=fit, daemon=True)
+    with Bar(board, console):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+    if isinstance(outcome[0], BaseException):
+        raise RunFailed(_reason(outcome[0])) from outcome[0]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def scratch_storage() -> Iterator[str]:
+    """A place for what Ray Train wants to write when nothing is to be kept."""
+    with tempfile.TemporaryDirectory(prefix="dml-") as folder:
+        yield folder
+
+
+def _reason(error: BaseException) -> str:
+    """One line that names the first cause."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        causes = [_root(e) for e in failures.values()]
+        # When one worker fails, the others fail waiting for it: theirs is not the reason.
+        error = next((c for c in causes if "Connection closed by peer" not in str(c)), causes[0])
+    error = _root(error)
+    first = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[-1] if isinstance(error, ray.exceptions.RayError) else first[0]}"
+
+
+def _root(error: BaseException) -> BaseException:
+    for attribute in ("_base_exc", "cause", "__cause__"):
+        inner = getattr(error, attribute, None)
+        if isinstance(inner, BaseException):
+            return _root(inner)
+    return error
+
+
+def _unreadable(folder: str, names: list[str]) -> list[str]:
+    """Sockets and links to what is gone."""
+    paths = {name: Path(folder, name) for name in names}
+    return [name for name, path in paths.items() if not path.is_file() and not path.is_dir()]

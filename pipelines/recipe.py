@@ -1,0 +1,144 @@
+"""Recipes in YAML, with key=value on top, to a config; what is wrong in one line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipelines.config import METHODS, Config, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(recipe: str, assignments: list[str]) -> Config:
+    """A recipe's name or YAML file, with key=value on top. ValueError is one line that says what to change."""
+    tree = read_yaml(_recipe_file(recipe).read_text())
+    if not isinstance(tree, dict):
+        raise ValueError(f"recipe {recipe}: not a mapping of keys to values")
+    overrides = assigned(assignments)
+    return parse(_merge(_drop_what_overrides_silence(tree, overrides), overrides))
+
+
+def assigned(assignments: list[str]) -> dict[str, Any]:
+    """key=value texts as a nested dictionary; dots in a key make the levels."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise ValueError(f"{assignment!r} is not key=value")
+        _assign(tree, key.split("."), read_yaml(value), assignment)
+    return tree
+
+
+def parse(tree: dict[str, Any]) -> Config:
+    """A validated config. ValueError is one line naming key, value and what is allowed."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_describe(e) for e in error.errors()[:3])) from None
+
+
+def read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Yaml12)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {text.strip()[:80]!r} ({str(error).splitlines()[0]})") from None
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
+
+
+class _Yaml12(yaml.SafeLoader):
+    """YAML 1.2 scalars: 1:3 is no sexagesimal number, 1e-4 is a float, yes and no are words."""
+
+
+_Yaml12.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|false|False", "tTfF"),
+    ("null", r"~|null|", "~n"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.nan", "-+.0123456789"),
+):
+    _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _recipe_file(recipe: str) -> Path:
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise ValueError(f"recipe file {recipe}: no such file")
+        return Path(recipe)
+    if recipe not in recipes():
+        raise ValueError(f"recipe {recipe!r} is not one of {', '.join(recipes())}{nearest(recipe, recipes())}")
+    return RECIPES / f"{recipe}.yaml"
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any, assignment: str) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{assignment}: {part} has a value of its own already")
+    tree[path[-1]] = value
+
+
+def _merge(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _drop_what_overrides_silence(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings of a method, loss or schedule go with the choice they belong to; the user's own stay and
+    are refused if they cannot act."""
+    tree = dict(tree)
+    methods = overrides.get("method", tree.get("method")) or []
+    for method in METHODS:
+        if method not in methods:
+            tree.pop(method, None)
+    for section, choice, kept in (
+        ("loss", "name", ()),
+        ("data", "name", ("limit_classes", "split_seed", "validation_fraction")),
+        ("optimizer", "schedule", None),
+        ("optimizer", "name", None),
+    ):
+        settings, chosen = tree.get(section), (overrides.get(section) or {})
+        if not isinstance(settings, dict) or not isinstance(chosen, dict) or choice not in chosen:
+            continue
+        if chosen[choice] == settings.get(choice):
+            continue
+        if kept is None:
+            dependent = {"schedule": ("milestones", "gamma"), "name": ("momentum",)}[choice]
+            tree[section] = {k: v for k, v in settings.items() if k not in dependent}
+        else:
+            tree[section] = {k: v for k, v in settings.items() if k in kept}
+    return tree
+
+
+def _describe(error: Any) -> str:
+    path = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    path = [part for part in path if part not in ("int", "str")] if path[:1] == ["workers"] else path
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in path[:-1]:
+            section = _section_of(section.model_fields[part].annotation)
+        prefix = "".join(f"{part}." for part in path[:-1])
+        return f"unknown key {key}{nearest(key, [prefix + name for name in section.model_fields])}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={error['input']}: {message}"
+
+
+def _section_of(annotation: Any) -> Any:
+    """Sgar from `Sgar | None`."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

@@ -1,0 +1,173 @@
+"""The training loop of one worker, in the data's order. Read after dml_core/learner.py."""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from dml_core.data.sampling import STEP, BatchPlan, derive_seed
+from dml_core.gather import rank, world_size
+from dml_core.learner import Learner, Terms
+from pipelines import build, checkpoint, evaluate
+from pipelines.progress import Reporter
+from pipelines.recipe import parse
+from pipelines.tracking import Tracker
+
+
+def train_loop(job: dict[str, Any]) -> dict[str, float]:
+    """Train, evaluate, and test at the end; the same on every rank. Returns the final metrics.
+
+    job: config (a dict), run_id and tracking_uri of MLflow, cpus (CPUs of this worker), board (progress; may be None).
+    ArithmeticError when the loss is no longer finite.
+    """
+    cfg = parse(job["config"])
+    context = ray.train.get_context()
+    device, world, main = ray.train.torch.get_device(), world_size(), rank() == 0
+    torch.set_num_threads(max(1, int(job["cpus"])))
+    progress = Reporter(job["board"] if main else None)
+    writes = context.get_local_rank() == 0
+
+    # Data: the plan of global batches, and where the rows come from.
+    splits = build.splits(cfg)
+    classes = splits.train.class_names
+    learner = build.learner(cfg, len(classes)).to(device)
+    if cfg.precision == "float64":
+        learner.double()
+    sources = evaluate.Sources(cfg, learner, device, job["cpus"], writes, progress)
+    source, labels = sources.of(splits.train), torch.from_numpy(splits.train.labels)
+    batch = cfg.batch
+    plan = BatchPlan(splits.train.labels, batch.classes, batch.images, cfg.seed, cfg.steps_per_epoch)
+
+    # State: a new one, or that of the newest whole checkpoint.
+    optimizer = build.optimizer(cfg, learner)
+    schedule = build.schedule(cfg, optimizer, plan.steps)
+    state, history = checkpoint.State(), list[dict[str, Any]]()
+    metrics: dict[str, float] = {}
+    storage = context.get_storage()
+    run_path, scratch = storage.experiment_fs_path, Path(tempfile.mkdtemp(prefix="dml-"))
+    resume = [checkpoint.newest(storage.storage_filesystem, run_path, scratch) if main else None]
+    dist.broadcast_object_list(resume, 0, device=device)
+    if resume[0] is not None:
+        folder = checkpoint.fetch(storage.storage_filesystem, f"{run_path}/{resume[0].name}", scratch)
+        state, history, metrics = checkpoint.load(folder, learner, optimizer, schedule)
+    tracker = Tracker(job["tracking_uri"], job["run_id"], history, resumed=resume[0] is not None) if main else None
+
+    model = DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
+    generator = torch.Generator(device)
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+
+    for epoch in range(state.epoch, cfg.epochs):
+        started, terms_of_steps, norms = time.perf_counter(), [], []
+        rows = list(plan.slices(epoch, rank(), world))
+        for step, x in enumerate(source.batches(rows, sources.processes)):
+            y = labels[[sample for sample, _ in rows[step]]]
+            seed = derive_seed(cfg.seed, STEP, epoch, step)
+            torch.manual_seed(seed)  # miners of the library draw from the global state
+            generator.manual_seed(seed)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+                terms = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True), generator)
+            optimizer.zero_grad()
+            terms.loss.backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, cfg.optimizer.clip_norm or math.inf))
+            optimizer.step()
+            schedule.step()
+            terms_of_steps.append(torch.stack([t.detach().double() for t in terms]))
+            if progress.due():
+                done, speed = epoch * plan.steps + step + 1, (step + 1) * len(rows[step]) * world
+                progress.note(
+                    "training",
+                    done,
+                    cfg.epochs * plan.steps,
+                    epoch=f"{epoch + 1}/{cfg.epochs}",
+                    loss=terms.loss.item(),
+                    images_per_second=speed / (time.perf_counter() - started),
+                )
+        seconds = time.perf_counter() - started
+        losses = torch.stack(terms_of_steps).cpu()
+        _require_finite(losses, epoch)
+
+        # Report: the epoch's means, validation when it is due, a checkpoint with all history, then MLflow.
+        metrics = _epoch_metrics(losses, norms, optimizer, seconds, plan)
+        due = (epoch + 1) % cfg.evaluate_every == 0 or epoch + 1 == cfg.epochs
+        if due and splits.validation is not None:
+            learner.eval()
+            metrics |= evaluate.run(splits.validation, sources, "validation", lambda x: {"val": learner.embed(x)})
+            learner.train()
+            steps_done, recall = (epoch + 1) * plan.steps, metrics["val/recall_at_1"]
+            progress.note("training", steps_done, cfg.epochs * plan.steps, recall=recall)
+        first = epoch * plan.steps
+        record = {"time": _now(), "step": epoch + 1, "metrics": metrics, "first_step": first}
+        history.append(record | {"step_loss": losses[:, 0].tolist()})
+        if due:
+            score = metrics.get("val/map_at_r", float(epoch))
+            better = score > state.best_score
+            state = checkpoint.State(epoch + 1, *((epoch + 1, score) if better else state[1:]))
+            with tempfile.TemporaryDirectory(prefix="dml-") as made:
+                kept = None
+                if main:
+                    checkpoint.save(Path(made), cfg, classes, learner, optimizer, schedule, state, history, metrics)
+                    kept = ray.train.Checkpoint.from_directory(made)
+                # Ray keeps the newest and the one of the highest selection: ours, also when two scores are equal.
+                ray.train.report({"selection": score if better else -1.0}, kept, checkpoint.folder_name(epoch + 1))
+        if tracker:
+            tracker.log(history[-1])
+
+    # Test: once, with the best epoch's weights, beside the same network untrained and its raw features.
+    best = checkpoint.fetch(
+        storage.storage_filesystem, f"{run_path}/{checkpoint.folder_name(state.best_epoch)}", scratch
+    )
+    metrics = history[-1]["metrics"] | {"best_epoch": float(state.best_epoch), "val/best_map_at_r": state.best_score}
+    checkpoint.load_weights(best, learner)
+    learner.eval()
+    metrics |= evaluate.run(splits.test, sources, "test", lambda x: {"test": learner.embed(x)})
+    untrained = build.learner(cfg, len(classes)).to(device, next(learner.parameters()).dtype).eval()
+    metrics |= evaluate.run(splits.test, sources, "baselines", lambda x: _baselines(untrained, x))
+    unsent = 0
+    if tracker:
+        tracker.log({"time": _now(), "step": cfg.epochs, "metrics": _final(metrics)})
+        unsent = tracker.close()
+    return metrics | {"unsent": float(unsent)}
+
+
+def _baselines(learner: Learner, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    features = learner.features(x)
+    return {"untrained": learner.embed(features), "features": features}
+
+
+def _epoch_metrics(
+    losses: torch.Tensor,
+    norms: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    seconds: float,
+    plan: BatchPlan,
+) -> dict[str, float]:
+    """Means over the steps of an epoch; losses (steps, terms)."""
+    means = dict(zip(Terms._fields, losses.mean(0).tolist(), strict=True))
+    metrics = {f"train/{name}": value for name, value in means.items()}
+    metrics["train/gradient_norm"] = torch.stack(norms).mean().item()
+    metrics["train/lr"] = min(group["lr"] for group in optimizer.param_groups)
+    metrics["train/images_per_second"] = plan.steps * plan.classes * plan.images / seconds
+    return metrics
+
+
+def _final(metrics: dict[str, float]) -> dict[str, float]:
+    """What is known only at the end; the rest has been logged by epoch."""
+    return {key: value for key, value in metrics.items() if not key.startswith(("train/", "val/recall", "val/map"))}
+
+
+def _require_finite(losses: torch.Tensor, epoch: int) -> None:
+    if not losses.isfinite().all():
+        step = int(np.flatnonzero(~losses.isfinite().all(1).numpy())[0])
+        raise ArithmeticError(f"the loss is not finite at epoch {epoch + 1}, step {step + 1}; try a lower optimizer.lr")
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

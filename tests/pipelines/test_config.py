@@ -1,0 +1,73 @@
+import pytest
+
+from pipelines import recipe as recipes
+from pipelines.recipe import load
+
+
+@pytest.mark.parametrize("recipe", recipes.recipes())
+def test_recipe_builds_and_survives_a_round_trip(recipe: str, tmp_path) -> None:
+    config = load(recipe, [f"data.root={tmp_path}"] if recipe != "glyphs" else [])
+    path = tmp_path / "again.yaml"
+    path.write_text(recipes.to_yaml(config))
+    assert load(str(path), []) == config
+    assert recipes.parse(config.model_dump(exclude_none=True)) == config
+
+
+def test_default_recipe_is_glyphs_with_sgar() -> None:
+    config = load("glyphs", [])
+    assert config.data.name == "glyphs" and config.method == ["sgar"] and config.sgar is not None
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["optimizer.lrr=1"], r"unknown key optimizer\.lrr; did you mean optimizer\.lr\?"),
+        (["worker=2"], r"unknown key worker; did you mean workers\?"),
+        (["epochs=many"], r"epochs=many: .*integer"),
+        (["epochs=0"], r"epochs=0: .*greater than or equal to 1"),
+        (["precision=float16"], r"precision=float16: .*'float32', 'bf16' or 'float64'"),
+        (["loss.name=tripplet"], r"tripplet.*triplet"),
+        (["loss.margn=0.1"], r"margn .*did you mean margin\?"),
+        (["method=[sgarr]"], r"method\.0=sgarr: .*'sgar'"),
+        (["method=[]", "sgar.intensity=0.2"], r"sgar\.\* cannot act"),
+        (["optimizer.momentum=0.9"], r"momentum cannot act with optimizer\.name=adamw"),
+        (["optimizer.gamma=0.5"], r"gamma cannot act with optimizer\.schedule=cosine"),
+        (["data.root=here"], r"root cannot act on data\.name=glyphs"),
+        (["data.test_fraction=0.5"], r"cannot act on data\.name=glyphs"),
+        (["data.name=grocery"], r"root is needed for data\.name=grocery"),
+        (["workers=3"], r"3 workers do not divide the global batch of 128"),
+        (["workers=4:2"], r"workers=4:2: the first number"),
+        (["workers=none"], r"workers=none: "),
+        (["name=a/b"], r"name=a/b: "),
+        (["epochs"], r"'epochs' is not key=value"),
+        (["batch=3", "batch.images=2"], r"batch has a value of its own"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key(assignments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as found:
+        load("glyphs", assignments)
+    assert "\n" not in str(found.value)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean glyphs"):
+        load("glyps", [])
+    with pytest.raises(ValueError, match="no such file"):
+        load("mine.yaml", [])
+
+
+def test_a_choice_takes_the_recipes_settings_of_the_other_with_it() -> None:
+    assert load("glyphs", ["method=[]"]).sgar is None
+    config = load("grocery", ["data.root=x", "loss.name=proxy_anchor"])
+    assert config.loss.arguments == {}
+    assert load("grocery", ["data.name=glyphs"]).data.root is None
+
+
+def test_values_are_yaml_1_2() -> None:
+    config = load("glyphs", ["optimizer.lr=1e-4", "workers=1:2", "sgar.max_gap=null", "batch.images=2"])
+    assert config.optimizer.lr == 1e-4 and config.worker_range == (1, 2) and config.sgar.max_gap is None
+
+
+def test_flat_keys_are_dotted() -> None:
+    flat = load("glyphs", ["loss.margin=0.2"]).flat()
+    assert flat["loss.margin"] == 0.2 and flat["batch.images"] == 2 and "data.root" not in flat
