@@ -49,6 +49,8 @@ def learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
 
     read_weights: False leaves a pre-trained backbone as initialised, for a checkpoint to fill.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the rounding of an orthogonal matrix depends on their number, hence on that of workers
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone.name, config.backbone.weights, read_weights)
     if config.backbone.frozen:
@@ -70,7 +72,9 @@ def learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
             anchor_margin=s.anchor_margin,
             shared_directions=s.directions == "shared",
         )
-    return Learner(backbone, heads.linear(backbone.dim, dim), loss, weights, sgar)
+    made = Learner(backbone, heads.linear(backbone.dim, dim), loss, weights, sgar)
+    torch.set_num_threads(threads)
+    return made
 
 
 def views(config: Config, images: LabelledImages) -> Views:

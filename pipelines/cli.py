@@ -184,3 +184,7 @@ def data_list(as_json: Json = False) -> None:
     else:
         for name, line in known.items():
             print(f"{name:<10} {line}")
+
+
+if __name__ == "__main__":
+    app()

@@ -73,7 +73,7 @@ def resume_run(uri: str, run_id: str, tags: dict[str, str]) -> None:
 
 def end_run(uri: str, run_id: str, status: str) -> None:
     """status: FINISHED, FAILED or KILLED. A server that is gone by now is no failure of the run."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), _brief():
         _client(uri).set_terminated(run_id, status)
 
 
@@ -96,7 +96,7 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
     signature = ModelSignature(
         Schema([ColSpec(DataType.binary, "image")]), Schema([TensorSpec(np.dtype("float32"), (-1, dim))])
     )
-    with mlflow.start_run(run_id=run_id), _brief():
+    with _brief(), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             loader_module="pipelines.embedder",

@@ -1,0 +1,262 @@
+"""Retrieval metrics over exact cosine neighbours: R@k, R-Precision, MAP@R, and optionally full-list MAP, CMC, NMI, AMI.
+
+Musgrave et al. 2020, "A Metric Learning Reality Check", section 3.2 (R-Precision, MAP@R). Equal to
+pytorch-metric-learning's AccuracyCalculator on normalised embeddings.
+But:
+- Queries without a match (R = 0) are counted and left out of every mean, of R@k too.
+- Cosine similarity, with ties by gallery position; AccuracyCalculator ranks by L2 distance and leaves ties to Faiss.
+- Each process holds the blocks that `owned_rows` names, and the result is the same bit for bit for any number of
+  processes on equal hardware: sums are taken per block of queries, in float64, and added in the order of the blocks.
+
+Legend: N queries, M gallery items, Q queries of a block, D dimensions, k places, R same-class items of a query.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dml_core import gather
+from dml_core.retrieval import neighbors
+from dml_core.retrieval.neighbors import Relevant, block_rows, owned_rows, pad_rows
+
+CMC_RANKS = (1, 5, 10, 20)
+CLUSTERING = ("nmi", "ami")
+RANKING = ("map", "cmc")
+
+
+def recall_at_k(relevant: Tensor, k: int) -> Tensor:
+    """1 where one of the k nearest is relevant. relevant: (Q, places) bool, best first. Returns (Q,) float64."""
+    return relevant[:, :k].any(1).double()
+
+
+def r_precision(relevant: Tensor, count: Tensor) -> Tensor:
+    """Share of relevant items among the R nearest. relevant: (Q, >= R) bool; count: (Q,) R. Returns (Q,) float64."""
+    return _within(relevant, count).sum(1).double() / count.clamp(min=1)
+
+
+def average_precision_at_r(relevant: Tensor, count: Tensor) -> Tensor:
+    """(1 / R) sum_{i <= R} P(i) [i relevant], P(i) the precision of the i nearest. As r_precision."""
+    hit = _within(relevant, count)
+    place = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
+    return (hit.cumsum(1) * hit / place.double()).sum(1) / count.clamp(min=1)
+
+
+def _within(relevant: Tensor, count: Tensor) -> Tensor:
+    return relevant & (torch.arange(relevant.shape[1], device=relevant.device) < count[:, None])
+
+
+def cmc(relevant: Tensor) -> Tensor:
+    """Cumulative match: at place i, 1 if the first relevant item is at i or before. (Q, places) bool -> float64."""
+    return relevant.cummax(1).values.double()
+
+
+def mean_average_precision(relevant: Relevant, outranked: Tensor) -> Tensor:
+    """Average precision over the full ranking: (1 / R) sum over relevant items of P(rank). Returns (Q,) float64.
+
+    outranked: (Q, R + 1) how many irrelevant items rank above exactly the first 0, ..., R of `relevant`. The rank of a
+    relevant item is its rank among the relevant ones plus the irrelevant ones above it, so no ranking is ever sorted.
+    """
+    above = outranked.flip(1).cumsum(1).flip(1)[:, 1:]
+    place = torch.arange(above.shape[1], device=above.device)
+    rank = (relevant.total[:, None] - place).clamp(min=0)
+    return (rank / (rank + above).clamp(min=1).double()).sum(1) / relevant.total.clamp(min=1)
+
+
+def clustering_metrics(embeddings: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float]:
+    """NMI and AMI (arithmetic means of entropies) of a k-means clustering of embeddings (N, D) with k = classes.
+
+    Embeddings are normalised first; k-means as pytorch-metric-learning's (Faiss, 20 iterations), seeded.
+    """
+    import faiss
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
+    points = F.normalize(embeddings.detach().float()).cpu().numpy()
+    truth = torch.as_tensor(labels).cpu().numpy()
+    kmeans = faiss.Kmeans(points.shape[1], len(np.unique(truth)), niter=20, seed=seed)
+    kmeans.train(points)
+    found = kmeans.index.search(points, 1)[1].ravel()
+    return {
+        "nmi": float(normalized_mutual_info_score(truth, found)),
+        "ami": float(adjusted_mutual_info_score(truth, found)),
+    }
+
+
+def retrieval_metrics(
+    query: Tensor,
+    query_labels: Tensor,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    extra: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, float]:
+    """Metrics of whole sets in this process, alone even inside a process group.
+
+    query: (N, D), query_labels: (N,) integers; gallery: (M, D), gallery_labels: (M,), by default the queries with each
+    query left out of its own ranking. ks: the k of recall_at_k; may exceed M. extra: any of map, cmc, nmi, ami (the
+    last two cluster the queries, seeded by `seed`).
+    Returns recall_at_<k>, map_at_r, r_precision, queries_without_match (a count), and with extra also
+    mean_average_precision, cmc_at_<CMC_RANKS>, nmi, ami. All but the count are 0 where no query has a match.
+    Raises ValueError for sizes that do not fit, empty sets, embeddings that are not finite, and unknown names in extra.
+    """
+    if unknown := set(extra) - {*RANKING, *CLUSTERING}:
+        raise ValueError(f"extra: {sorted(unknown)} unknown; allowed are {[*RANKING, *CLUSTERING]}")
+    ranking = [name for name in extra if name in RANKING]
+    metrics = _metrics(query, query_labels, gallery, gallery_labels, ks, ranking, rank=0, world=1)
+    if set(extra) & set(CLUSTERING):
+        metrics |= {k: v for k, v in clustering_metrics(query, query_labels, seed).items() if k in extra}
+    return metrics
+
+
+def sharded_retrieval_metrics(
+    query_shard: Tensor,
+    query_labels: Tensor,
+    gallery_shard: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    extra: Sequence[str] = (),
+) -> dict[str, float]:
+    """retrieval_metrics of sets that the processes hold together; call on every rank, every rank gets the result.
+
+    query_shard: (n, D), rows `owned_rows(N, rank, world)` of the queries, none on a rank that owns none; gallery_shard
+    likewise of the gallery. Labels: (N,) and (M,), of the whole sets. extra: any of map, cmc; clustering needs all
+    embeddings in one process. Gallery blocks are broadcast one after the other (three times with map).
+    """
+    if unknown := set(extra) - set(RANKING):
+        raise ValueError(f"extra: {sorted(unknown)} unknown or not possible in shards; allowed are {list(RANKING)}")
+    rank, world = gather.rank(), gather.world_size()
+    return _metrics(query_shard, query_labels, gallery_shard, gallery_labels, ks, extra, rank, world)
+
+
+@torch.no_grad()
+def _metrics(
+    query: Tensor,
+    query_labels: Tensor,
+    gallery: Tensor | None,
+    gallery_labels: Tensor | None,
+    ks: Sequence[int],
+    extra: Sequence[str],
+    rank: int,
+    world: int,
+) -> dict[str, float]:
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("gallery and gallery_labels go together: give both or neither")
+    if any(k < 1 for k in ks):
+        raise ValueError(f"ks: {list(ks)}; every k must be at least 1")
+    alone = gallery is None
+    labels = torch.as_tensor(query_labels, device=query.device)
+    targets = labels if gallery_labels is None else torch.as_tensor(gallery_labels, device=query.device)
+    shard = query = _normalized("query", query, len(labels), rank, world)
+    if gallery is not None:
+        shard = _normalized("gallery", gallery, len(targets), rank, world)
+        if shard.shape[1] != query.shape[1]:
+            raise ValueError(f"query has {query.shape[1]} dimensions, gallery {shard.shape[1]}")
+        dtype = torch.promote_types(query.dtype, shard.dtype)
+        query, shard = query.to(dtype), shard.to(dtype)
+
+    rows, owned = block_rows(len(labels)), owned_rows(len(labels), rank, world).to(query.device)
+    all_counts = _match_counts(labels, targets, alone)
+    # A rank may own no block at all: it still takes part in every broadcast.
+    blocks, own, block_labels, counts = (
+        x.split(rows) if len(x) else () for x in (query, owned, labels[owned], all_counts[owned])
+    )
+
+    def stream() -> Iterator[tuple[int, int, Tensor]]:
+        gallery_blocks = neighbors.gallery_blocks(shard, len(targets), rank, world)
+        return neighbors.similarities(blocks, gallery_blocks, own if alone else None, rows)
+
+    places = max([1, *ks, *(CMC_RANKS if "cmc" in extra else ())])
+    best = [
+        neighbors.no_neighbors(block, min(len(targets), max(places, int(count.max()))))
+        for block, count in zip(blocks, counts, strict=True)
+    ]
+    for number, offset, similarity in stream():
+        neighbors.update(best[number], similarity, offset)
+    scores = [
+        _scores(_relevance(found, label, targets), count, ks, "cmc" in extra)
+        for found, label, count in zip(best, block_labels, counts, strict=True)
+    ]
+    if "map" in extra:
+        for score, precision in zip(scores, _full_list(stream, block_labels, targets, counts), strict=True):
+            score["mean_average_precision"] = precision
+
+    names = [*_scores(targets.new_zeros(0, places).bool(), targets.new_zeros(0), ks, "cmc" in extra)]
+    names += ["mean_average_precision"] * ("map" in extra)
+    # One row a block of the whole set: adding other ranks' zeros is exact, so the sum over rows knows no ranks.
+    sums = torch.zeros(-(-len(labels) // rows), len(names), dtype=torch.float64, device=query.device)
+    for number, (score, count) in enumerate(zip(scores, counts, strict=True)):
+        sums[rank + number * world] = torch.stack([score[name] for name in names])[:, count > 0].sum(1)
+    totals = (gather.all_sum(sums) if world > 1 else sums).sum(0).tolist()
+    matched = int((all_counts > 0).sum())
+    means = {name: total / max(matched, 1) for name, total in zip(names, totals, strict=True)}
+    return means | {"queries_without_match": len(labels) - matched}
+
+
+def _normalized(name: str, shard: Tensor, total: int, rank: int, world: int) -> Tensor:
+    """Unit rows, at least float32, of a shard (n, D) that is checked first."""
+    rows, expected = block_rows(total), len(owned_rows(total, rank, world))
+    if not total:
+        raise ValueError(f"{name}: the set is empty")
+    if shard.ndim != 2 or len(shard) != expected:
+        raise ValueError(f"{name}: shape {tuple(shard.shape)}, but {total} labels make it {expected} rows here")
+    broken = (~shard.isfinite().all(1)).sum()
+    if count := int(gather.all_sum(broken) if world > 1 else broken):
+        raise ValueError(f"{name}: {count} of {total} embeddings are not finite")
+    shard = shard.detach().to(torch.promote_types(shard.dtype, torch.float32))
+    # In blocks of one shape, as the order of a norm's summation may depend on it.
+    return torch.cat([F.normalize(pad_rows(block, rows))[: len(block)] for block in shard.split(rows)])
+
+
+def _match_counts(labels: Tensor, targets: Tensor, alone: bool) -> Tensor:
+    """(N,) how many gallery items have each query's label, the query itself left out when it is alone its gallery."""
+    values, counts = targets.unique(return_counts=True)
+    place = torch.searchsorted(values, labels).clamp(max=len(values) - 1)
+    return torch.where(values[place] == labels, counts[place], 0) - int(alone)
+
+
+def _relevance(found: neighbors.Neighbors, labels: Tensor, targets: Tensor) -> Tensor:
+    """(Q, k) bool: a neighbour of the query's label. Empty places, position -1, are not relevant."""
+    return (targets[found.position] == labels[:, None]) & (found.position >= 0)
+
+
+def _scores(relevant: Tensor, count: Tensor, ks: Sequence[int], with_cmc: bool) -> dict[str, Tensor]:
+    scores = {f"recall_at_{k}": recall_at_k(relevant, k) for k in ks}
+    scores |= {"map_at_r": average_precision_at_r(relevant, count), "r_precision": r_precision(relevant, count)}
+    if with_cmc:
+        curve = cmc(relevant)
+        scores |= {f"cmc_at_{k}": curve[:, min(k, curve.shape[1]) - 1] for k in CMC_RANKS}
+    return scores
+
+
+def _full_list(
+    stream: Callable[[], Iterator[tuple[int, int, Tensor]]],
+    labels: Sequence[Tensor],
+    targets: Tensor,
+    counts: Sequence[Tensor],
+) -> list[Tensor]:
+    """Average precision (Q,) over the full ranking, per query block.
+
+    One pass over the gallery finds the relevant items, another counts what ranks above each.
+    """
+
+    def same(number: int, offset: int, similarity: Tensor) -> Tensor:
+        columns = targets[offset : offset + similarity.shape[1]]
+        match = labels[number][:, None] == F.pad(columns, (0, similarity.shape[1] - len(columns)))
+        return match & (similarity > -torch.inf)
+
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in labels]
+    for number, offset, similarity in stream():
+        row, column = same(number, offset, similarity).nonzero(as_tuple=True)
+        found[number].append((row, column + offset, similarity[row, column]))
+    relevant = []
+    for pieces, count in zip(found, counts, strict=True):
+        row, position, value = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        relevant.append(neighbors.relevant_items(row, position, value, count))
+    outranked = [item.total.new_zeros(len(item.total), item.position.shape[1] + 1) for item in relevant]
+    for number, offset, similarity in stream():
+        similarity.masked_fill_(same(number, offset, similarity), -torch.inf)
+        outranked[number] += neighbors.outranked(relevant[number], similarity, offset)
+    return [mean_average_precision(r, o) for r, o in zip(relevant, outranked, strict=True)]

@@ -1,0 +1,213 @@
+"""How the embeddings of each class vary: estimated over the whole training set, corrected by similar classes.
+
+Fu et al., "Intra-class Adaptive Augmentation with Neighbor Correction for Deep Metric Learning", IEEE TMM 2022.
+For class k with n_k embeddings: mean mu_k, variance V_k = E[(z - mu_k)^2]; running update with momentum m and the
+number a_k of embeddings seen before: w = max(n_k / (n_k + a_k), 1 - m), or 0 where n_k = 0;
+  V <- (1-w) V + w V_new + w (1-w) (mu - mu_new)^2,  mu <- (1-w) mu + w mu_new,  a <- a + n.
+Correction: V_k <- (1-alpha_k) V_k + alpha_k [(1-gamma) V_nb(k) + gamma V_glob].
+
+But:
+- Each worker sums over its own shard, and one all-reduce of (C, 1 + 2D) numbers makes the sums exact. The published
+  code holds N x C x D numbers, or loops over the classes with all embeddings in one place.
+- A class with one sample has a mean as well (the published code leaves it at zero, so that its neighbors are wrong).
+- Distances are scaled to [0, 1] over the real candidates of a row. The published code has its masking constant in the
+  row, which makes every scaled distance about 0.
+- alpha reaches n_k = tau, as in the paper; the published code stops before it.
+- Above `BRUTE_FORCE` candidates Faiss finds the neighbors, and the ends of the scale are taken over the neighbors and
+  some `SAMPLE` evenly spaced candidates.
+- The full covariance is an option of ours; a distance between two is the Frobenius norm.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dml_core.gather import all_sum
+
+CHUNK = 2**17  # numbers: a chunk of embeddings in float64 stays in the cache
+BLOCK = 2**21  # numbers: a block of the class-to-class distances
+GATHERED = 2**22  # numbers: the variances of a block's neighbors, or the outer products of a chunk
+BRUTE_FORCE = 2**14
+EXACT_SEARCH = 2**16  # above, an inverted file instead of an exact search
+SAMPLE = 2**11
+
+
+class ClassVariation(nn.Module):
+    """Running class statistics: mean (C, D), variance (C, D) or (C, D, D), count (C,) of the embeddings seen so far,
+    size (C,) of the class in the last set seen.
+
+    `update` takes a whole shard; `begin`, `add` as often as wanted, and `finish` take it in batches. All ranks must
+    call `finish` (or `update`), also those whose shard is empty.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+    size: Tensor
+
+    def __init__(self, num_classes: int, dim: int, momentum: float = 0.2, covariance: str = "diag") -> None:
+        super().__init__()
+        if covariance not in ("diag", "full"):
+            raise ValueError(f"covariance must be diag or full, not {covariance!r}")
+        self.momentum, self.full = momentum, covariance == "full"
+        self.register_buffer("mean", torch.zeros(num_classes, dim))
+        self.register_buffer("variance", torch.zeros(num_classes, dim, *([dim] if self.full else [])))
+        self.register_buffer("count", torch.zeros(num_classes))
+        self.register_buffer("size", torch.zeros(num_classes))
+
+    def update(self, z: Tensor, labels: Tensor) -> None:
+        """z (n, D) raw embeddings of this rank's shard; labels (n,)."""
+        self.begin()
+        self.add(z, labels)
+        self.finish()
+
+    def begin(self) -> None:
+        parts = [self.count, self.mean, self.variance]
+        self.center = self.mean.double().mean(0)  # the same on all ranks
+        self.sums = torch.zeros(sum(part.numel() for part in parts), dtype=torch.float64, device=self.mean.device)
+        views = self.sums.split([part.numel() for part in parts])
+        self.n, self.first, self.second = (view.view_as(part) for view, part in zip(views, parts))
+
+    @torch.no_grad()
+    def add(self, z: Tensor, labels: Tensor) -> None:
+        """z (b, D), labels (b,): sum 1, x and x^2 of x = z - center by class."""
+        self.n += labels.bincount(minlength=len(self.n))
+        if self.full:
+            labels, order = labels.sort(stable=True)
+            z = z[order]
+        rows = max(1, GATHERED // z.shape[1] ** 2 if self.full else CHUNK // z.shape[1])
+        for x, y in zip(z.split(rows), labels.split(rows)):
+            x = x - self.center
+            self.first.index_add_(0, y, x)
+            if self.full:
+                self.second.index_add_(0, *outer_products(x, y))
+            else:
+                self.second.index_add_(0, y, x.square_())
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        all_sum(self.sums)
+        n, old = self.n[:, None], self.count.double()[:, None]
+        shift = self.first.div_(n.clamp_min(1))
+        step = self.center + shift - self.mean
+        weight = (n / (n + old).clamp_min(1)).clamp_min(1 - self.momentum) * (n > 0)
+        w = weight[..., None] if self.full else weight
+        within = self.second.div_(n.clamp_min(1)[..., None] if self.full else n.clamp_min(1))
+        if self.full:
+            within.sub_(shift[:, :, None] * shift[:, None])
+            between = step[:, :, None] * step[:, None]
+        else:
+            within.sub_(shift.square_()).clamp_min_(0)
+            between = step.square()
+        self.variance.copy_(torch.lerp(self.variance.double(), within, w).add_(between.mul_(w * (1 - w))))
+        self.mean.add_(step.mul_(weight))
+        self.count.add_(self.n)
+        self.size.copy_(torch.where(self.n > 0, self.n, self.size))
+        del self.center, self.sums, self.n, self.first, self.second
+
+
+def outer_products(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """x (b, D) sorted by label -> the classes present (P,) and their sums of x x^T (P, D, D)."""
+    classes, inverse, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(x), device=x.device) - (sizes.cumsum(0) - sizes)[inverse]
+    padded = x.new_zeros(len(classes), int(sizes.max()), x.shape[1])
+    padded[inverse, place] = x
+    return classes, padded.mT @ padded
+
+
+def neighbor_weight(count: Tensor, beta: float = 0.1, tau: float = 40) -> Tensor:
+    """(C,) sizes -> (C,) alpha, the share of a class's variation that its neighbors give: 1 for one sample or none."""
+    n = count.double().clamp_min(1)
+    alpha = 1 / (1 + torch.log1p(beta * (n - 1)))
+    return torch.where(n <= tau, alpha, 0).to(count.dtype if count.is_floating_point() else torch.get_default_dtype())
+
+
+@torch.no_grad()
+def neighbor_correction(
+    mean: Tensor,
+    variance: Tensor,
+    count: Tensor,
+    neighbors: int = 25,
+    beta: float = 0.1,
+    gamma: float = 0.1,
+    tau: float = 40,
+) -> Tensor:
+    """Corrected variances, shaped like `variance`. Without a class of two samples there is nothing to correct by.
+
+    mean (C, D); variance (C, D) or (C, D, D); count (C,) the size of each class. Memory: O(C D).
+    """
+    alpha = neighbor_weight(count.double(), beta, tau)[:, None]
+    candidates = torch.where(count > 1)[0]
+    if len(candidates) == 0:
+        return variance.clone()
+    place, spread, n = mean.square(), variance.flatten(1), count.double()
+    overall = sum(n[part] @ spread[part].double() for part in candidates.split(BRUTE_FORCE)) / n[candidates].sum()
+    brute = len(candidates) <= BRUTE_FORCE
+    reference = candidates if brute else candidates[:: len(candidates) // SAMPLE]
+    to_place, to_spread = (squared_distances_to(x[reference]) for x in (place, spread))
+    find = None if brute else faiss_search(place, candidates)
+
+    corrected = spread.clone()
+    rows_at_once = min(BLOCK // len(reference), GATHERED // ((neighbors + 1) * spread.shape[1]))
+    for rows in torch.where(alpha[:, 0] > 0)[0].split(max(1, rows_at_once)):
+        places, spreads = to_place(place[rows]), to_spread(spread[rows])
+        if find is None:
+            near = candidates[places.topk(min(neighbors + 1, len(candidates)), largest=False).indices]
+        else:
+            near = find(place[rows], neighbors + 1)
+        kept = (near >= 0) & (near != rows[:, None])
+        kept &= kept.cumsum(1) <= neighbors  # one more was looked for than is kept, as one may be the class itself
+        gathered = spread[near]
+        place_near = (place[near] - place[rows, None]).norm(dim=2)
+        spread_near = (gathered - spread[rows, None]).norm(dim=2)
+        spreads_of_others = spreads.masked_fill(reference == rows[:, None], torch.inf)
+        closeness = unit_scale(place_near, kept, None, places.amax(1)).square()
+        closeness += unit_scale(spread_near, kept, spreads_of_others.amin(1), spreads.amax(1)).square()
+        weights = n[near] * torch.exp(-closeness / 2) * kept
+        total = weights.sum(1, keepdim=True)
+        local = torch.einsum("rk, rkd -> rd", (weights / total).to(gathered.dtype), gathered)
+        blend = (1 - gamma) * torch.where(total > 0, local, overall) + gamma * overall
+        corrected[rows] = torch.lerp(spread[rows].double(), blend, alpha[rows]).to(corrected.dtype)
+    return corrected.view_as(variance)
+
+
+def squared_distances_to(y: Tensor) -> Callable[[Tensor], Tensor]:
+    """y (S, D) -> function of x (R, D) -> (R, S), by one matrix product."""
+    center = y.mean(0)
+    y = y - center
+    norms = y.square().sum(1)
+    return lambda x: torch.addmm(norms, x - center, y.T, alpha=-2).add_((x - center).square().sum(1, keepdim=True))
+
+
+def unit_scale(distance: Tensor, kept: Tensor, lowest: Tensor | None, highest: Tensor) -> Tensor:
+    """Min-max scaling of `distance` (R, K) over a row's candidates, in float64.
+
+    lowest, highest (R,): squared distances of all candidates. lowest None: the nearest are among the kept ones.
+    """
+    low = distance.masked_fill(~kept, torch.inf).amin(1)
+    high = distance.masked_fill(~kept, 0).amax(1).maximum(highest.clamp_min(0).sqrt())
+    if lowest is not None:
+        low = low.minimum(lowest.clamp_min(0).sqrt())
+    span = (high - low).double()[:, None]
+    return torch.where(span > 0, (distance - low[:, None]) / span, 0)
+
+
+def faiss_search(place: Tensor, candidates: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """Function (queries (R, D), k) -> (R, k) nearest candidates, -1 where there are fewer."""
+    import faiss
+
+    cells = int(4 * len(candidates) ** 0.5)
+    index: Any = faiss.index_factory(place.shape[1], "Flat" if len(candidates) < EXACT_SEARCH else f"IVF{cells},Flat")
+    if not index.is_trained:
+        index.nprobe = max(16, cells // 64)
+        index.train(place[candidates].float().cpu().numpy())
+    for part in candidates.split(BRUTE_FORCE):
+        index.add(place[part].float().cpu().numpy())
+
+    def find(queries: Tensor, k: int) -> Tensor:
+        found = torch.from_numpy(index.search(queries.float().cpu().numpy(), k)[1]).to(candidates.device)
+        return torch.where(found >= 0, candidates[found], -1)
+
+    return find

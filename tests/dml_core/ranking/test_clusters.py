@@ -1,0 +1,126 @@
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dml_core.ranking.clusters import adaptive_distance, cluster_ranking_loss
+
+SHARED = Path(os.environ.get("DML_SHARED", Path(__file__).parents[4] / "shared"))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(SHARED / "golden" / "published_code.npz")
+
+
+def inputs(samples: int = 9, dim: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(samples, dim, generator=generator, dtype=dtype)
+    return z.requires_grad_(), (0.5 + torch.rand(samples, dim, generator=generator, dtype=dtype)).requires_grad_()
+
+
+def naive_loss(z: list, s: list, centers: int, t: float, alpha: float, spacing: str) -> float:
+    size = len(z)
+
+    def distance(i, j, weights):
+        return math.sqrt(sum(w * (a - b) ** 2 for w, a, b in zip(weights, z[i], z[j], strict=True)))
+
+    plain = [distance(i, j, [1] * len(z[0])) for i in range(size) for j in range(size)]
+    if spacing == "even":
+        mean, std = np.mean(plain), np.std(plain, ddof=1)
+        last = max(0.2 * mean, mean - t * std)
+        eta = [mean + (last - mean) * m / (centers - 1) for m in range(centers)]
+    else:
+        pairs = sorted(d for n, d in enumerate(plain) if n % (size + 1))
+        eta = [pairs[int((centers - m - 0.5) / centers * len(pairs))] for m in range(centers)]
+    assert eta == sorted(eta, reverse=True)
+    total = 0.0
+    for i in range(size):
+        for j in range(size):
+            if i != j:
+                gaps = [abs(distance(i, j, s[i]) - e) for e in eta]
+                weights = [math.exp(-alpha * gap) for gap in gaps]
+                total += sum(w * gap for w, gap in zip(weights, gaps, strict=True)) / sum(weights)
+    return total / (size * (size - 1))
+
+
+@pytest.mark.parametrize("spacing", ["even", "quantile"])
+@pytest.mark.parametrize("centers", [2, 3, 8])
+def test_loss_equals_the_loop(centers, spacing):
+    z, s = inputs()
+    ours = cluster_ranking_loss(z, s, centers, 1.5, 4.0, spacing)
+    assert ours.item() == pytest.approx(naive_loss(z.tolist(), s.tolist(), centers, 1.5, 4.0, spacing), rel=1e-9)
+
+
+def test_golden(golden):
+    z, s = (torch.from_numpy(golden[key]).requires_grad_() for key in ("nasa_z", "nasa_s"))
+    loss = cluster_ranking_loss(z, s, 2, float(golden["nasa_t"]), float(golden["nasa_alpha"]))
+    loss.backward()
+    assert loss.item() == pytest.approx(golden["nasa_loss"], rel=1e-5)
+    for got, key in ((z.grad, "nasa_grad_z"), (s.grad, "nasa_grad_s")):
+        published = torch.from_numpy(golden[key])
+        assert (got - published).norm() <= 1e-5 * published.norm()
+
+
+def test_distance_is_that_of_the_differences():
+    z, s = inputs()
+    expected = (s[:, None] * (z[:, None] - z).square()).sum(2)
+    distance = adaptive_distance(z, s)
+    torch.testing.assert_close(distance.square(), expected)
+    assert not distance.diagonal().any() and not torch.allclose(distance, distance.T)
+
+
+def test_distance_is_exact_far_from_the_origin():
+    z, s = inputs(dtype=torch.float32)
+    torch.testing.assert_close(adaptive_distance(z + 1000, s), adaptive_distance(z, s), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("spacing", ["even", "quantile"])
+def test_gradcheck(spacing):
+    """Through the distances: the centres are detached, so they are held fixed by evaluating around the same z."""
+    z, s = inputs(5)
+    assert torch.autograd.gradcheck(adaptive_distance, (z, s))
+    assert torch.autograd.gradcheck(lambda s: cluster_ranking_loss(z.detach(), s, 3, spacing=spacing), (s,))
+
+
+@pytest.mark.parametrize("spacing", ["even", "quantile"])
+def test_order_of_the_batch_does_not_matter(spacing):
+    z, s = inputs()
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(1))
+    shuffled = cluster_ranking_loss(z[order], s[order], 3, spacing=spacing)
+    torch.testing.assert_close(shuffled, cluster_ranking_loss(z, s, 3, spacing=spacing))
+
+
+@pytest.mark.parametrize("spacing", ["even", "quantile"])
+@pytest.mark.parametrize("samples", [1, 2, 6])
+def test_identical_embeddings_have_finite_gradients(samples, spacing):
+    z = torch.full((samples, 4), 0.3, requires_grad=True)
+    s = inputs(samples, 4, torch.float32)[1]
+    loss = cluster_ranking_loss(z, s, 3, spacing=spacing)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all() and s.grad.isfinite().all()
+
+
+def test_some_identical_embeddings_have_finite_gradients():
+    z, s = inputs(dtype=torch.float32)
+    same = torch.cat([z, z[:3]])
+    cluster_ranking_loss(same, torch.cat([s, s[:3]])).backward()
+    assert z.grad.isfinite().all() and z.grad.any() and adaptive_distance(same, same.exp())[0, len(z)] == 0
+
+
+def test_low_precision_is_computed_in_float32():
+    z, s = (x.detach().bfloat16().requires_grad_() for x in inputs(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cluster_ranking_loss(z, s, 3)
+    loss.backward()
+    assert loss.dtype == torch.float32 and z.grad.dtype == torch.bfloat16
+    assert torch.equal(loss, cluster_ranking_loss(z.float(), s.float(), 3))
+
+
+def test_unknown_spacing_is_refused():
+    with pytest.raises(ValueError, match="spacing must be one of even, quantile, not 'evn'"):
+        cluster_ranking_loss(*inputs(), spacing="evn")

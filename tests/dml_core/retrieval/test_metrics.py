@@ -1,0 +1,278 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from dml_core import gather
+from dml_core.retrieval import neighbors
+from dml_core.retrieval.metrics import CMC_RANKS, clustering_metrics, retrieval_metrics, sharded_retrieval_metrics
+from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, owned_rows
+
+NAMES = {"precision_at_1": "recall_at_1", "mean_average_precision_at_r": "map_at_r", "r_precision": "r_precision"}
+
+
+def their_metrics(names: tuple, *sets: Tensor | None, k: str | None = None) -> dict[str, float]:
+    # Imported late: the processes spawned below import this file and need none of it.
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    return AccuracyCalculator(include=names, k=k, device=torch.device("cpu")).get_accuracy(*sets)
+
+
+def clustered(size: int, classes: int, dim: int = 16, noise: float = 1.5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (size,), generator=generator)
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    return F.normalize(centers[labels] + noise * torch.randn(size, dim, generator=generator)), labels
+
+
+def corners(size: int, classes: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Corners of a cube: in 4 or 16 dimensions their cosines are exact, and most of them tie."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randint(0, 2, (size, dim), generator=generator).double() * 2 - 1
+    return points, torch.randint(0, classes, (size,), generator=generator)
+
+
+def naive(
+    query: Tensor,
+    labels: Tensor,
+    gallery: Tensor | None = None,
+    targets: Tensor | None = None,
+    ks: tuple = (1, 2, 4, 8),
+) -> dict[str, float]:
+    """Straight from the definitions, one query and one place at a time."""
+    alone = gallery is None
+    gallery, targets = (query, labels) if gallery is None or targets is None else (gallery, targets)
+    similarity = (F.normalize(query) @ F.normalize(gallery).T).tolist()
+    truth, classes, skipped = targets.tolist(), labels.tolist(), 0
+    names = [*(f"recall_at_{k}" for k in ks), *(f"cmc_at_{k}" for k in CMC_RANKS)]
+    totals = dict.fromkeys([*names, "r_precision", "map_at_r", "mean_average_precision"], 0.0)
+    for i, row in enumerate(similarity):
+        ranking = sorted((j for j in range(len(row)) if not (alone and j == i)), key=lambda j: (-row[j], j))
+        hits = [truth[j] == classes[i] for j in ranking]
+        r = sum(hits)
+        if r == 0:
+            skipped += 1
+            continue
+        precision = [sum(hits[: p + 1]) / (p + 1) if hits[p] else 0.0 for p in range(len(hits))]
+        scores = {f"recall_at_{k}": float(any(hits[:k])) for k in ks}
+        scores |= {f"cmc_at_{k}": float(any(hits[:k])) for k in CMC_RANKS}
+        scores |= {"r_precision": sum(hits[:r]) / r, "map_at_r": sum(precision[:r]) / r}
+        scores |= {"mean_average_precision": sum(precision) / r}
+        totals = {name: totals[name] + score for name, score in scores.items()}
+    return {name: t / max(1, len(similarity) - skipped) for name, t in totals.items()} | {
+        "queries_without_match": skipped
+    }
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.5, 5.0])
+@pytest.mark.parametrize("classes", [3, 40, 500])
+@pytest.mark.parametrize("separate", [False, True])
+def test_equal_to_accuracy_calculator(noise: float, classes: int, separate: bool) -> None:
+    query, labels = clustered(600, classes, noise=noise)
+    other = clustered(700, classes, noise=noise, seed=1) if separate else (None, None)
+    expected = their_metrics(tuple(NAMES), query, labels, *other, k="max_bin_count")
+    found = retrieval_metrics(query, labels, *other)
+    for theirs, ours in NAMES.items():
+        assert found[ours] == pytest.approx(expected[theirs], abs=1e-6)
+    if classes == 500:
+        assert found["queries_without_match"] > 0
+
+
+def test_full_list_map_equals_accuracy_calculator() -> None:
+    query, labels = clustered(400, 30)
+    expected = their_metrics(("mean_average_precision",), query, labels)["mean_average_precision"]
+    found = retrieval_metrics(query, labels, extra=("map",))
+    assert found["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [clustered, lambda n, c, seed: corners(n, c, 16, seed)], ids=["random", "ties"])
+@pytest.mark.parametrize("size", [2, 40, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_equal_to_the_definitions(make: Callable, size: int) -> None:
+    query, labels = make(size, 7, seed=2)
+    query = query.double()
+    found = retrieval_metrics(query, labels, extra=("map", "cmc"))
+    assert found == pytest.approx(naive(query, labels), abs=1e-12)
+    gallery, targets = make(BLOCK + 5, 9, seed=3)
+    found = retrieval_metrics(query, labels, gallery.double(), targets, ks=(1, 3, 1000), extra=("map", "cmc"))
+    assert found == pytest.approx(naive(query, labels, gallery.double(), targets, ks=(1, 3, 1000)), abs=1e-12)
+
+
+def test_several_gallery_blocks() -> None:
+    query, labels = corners(9, 40, 16, seed=0)
+    gallery, targets = corners(2 * GALLERY_BLOCK + 1, 40, 16, seed=1)
+    found = retrieval_metrics(query, labels, gallery, targets, extra=("map", "cmc"))
+    assert found == pytest.approx(naive(query, labels, gallery, targets), abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 60), st.integers(1, 8), st.integers(1, 5), st.integers(0, 999))
+def test_ties_follow_the_gallery(size: int, classes: int, copies: int, seed: int) -> None:
+    points, labels = corners(size, classes, 4, seed)
+    points, labels = points.repeat(copies, 1), labels.repeat(copies).roll(1)
+    found = retrieval_metrics(points, labels, extra=("map", "cmc"))
+    assert found == pytest.approx(naive(points, labels), abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(4, 400), st.integers(1, 30), st.integers(0, 999))
+def test_order_does_not_matter_without_ties(size: int, classes: int, seed: int) -> None:
+    query, labels = clustered(size, classes, seed=seed)
+    gallery, targets = clustered(size + 3, classes, seed=seed + 1)
+    p, q = torch.randperm(size), torch.randperm(size + 3)
+    extra = ("map", "cmc")
+    expected = retrieval_metrics(query.double(), labels, gallery.double(), targets, extra=extra)
+    shuffled = retrieval_metrics(query[p].double(), labels[p], gallery[q].double(), targets[q], extra=extra)
+    assert shuffled == pytest.approx(expected, abs=1e-12)
+    alone = retrieval_metrics(query.double(), labels, extra=extra)
+    assert retrieval_metrics(query[p].double(), labels[p], extra=extra) == pytest.approx(alone, abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 40), st.integers(0, 999))
+def test_bounds(size: int, classes: int, seed: int) -> None:
+    query, labels = clustered(size, classes, seed=seed)
+    found = retrieval_metrics(query, labels, ks=(1, 2, 5, 20, 10_000), extra=("map",))
+    recalls = [found[f"recall_at_{k}"] for k in (1, 2, 5, 20, 10_000)]
+    assert recalls == sorted(recalls) and recalls[-1] in (0.0, 1.0)
+    assert 0 <= found["map_at_r"] <= found["r_precision"] <= 1
+    assert found["map_at_r"] <= found["mean_average_precision"] <= 1
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(2, 30), st.integers(2, 8))
+def test_perfect_embeddings(classes: int, images: int) -> None:
+    labels = torch.arange(classes).repeat(images)
+    found = retrieval_metrics(torch.eye(classes)[labels], labels, extra=("map", "cmc"))
+    assert found.pop("queries_without_match") == 0
+    assert min(found.values()) == pytest.approx(1) and max(found.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_no_query_has_a_match(size: int) -> None:
+    found = retrieval_metrics(torch.randn(size, 4), torch.arange(size), extra=("map", "cmc"))
+    assert found.pop("queries_without_match") == size
+    assert set(found.values()) == {0.0}
+
+
+def test_queries_without_match_are_left_out() -> None:
+    query, labels = clustered(300, 10)
+    lonely, numbers = clustered(40, 40, seed=5)[0], torch.arange(1000, 1040)
+    gallery, targets = clustered(200, 10, seed=6)
+    expected = retrieval_metrics(query, labels, gallery, targets)
+    found = retrieval_metrics(torch.cat([query, lonely]), torch.cat([labels, numbers]), gallery, targets)
+    assert found.pop("queries_without_match") == 40 and expected.pop("queries_without_match") == 0
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_types(dtype: torch.dtype) -> None:
+    query, labels = clustered(300, 10)
+    query = query.to(dtype)
+    assert retrieval_metrics(query, labels) == pytest.approx(retrieval_metrics(query.double(), labels), abs=1e-3)
+    assert retrieval_metrics(query, labels.int(), query.float(), labels)["recall_at_1"] == 1
+
+
+def test_length_of_embeddings_and_gradients_do_not_matter() -> None:
+    query, labels = clustered(100, 5)
+    scaled = (query * 2.0 ** torch.randint(-3, 4, (100, 1))).requires_grad_()
+    assert retrieval_metrics(scaled, labels) == retrieval_metrics(query, labels)
+
+
+def test_clustering_equals_accuracy_calculator() -> None:
+    query, labels = clustered(300, 8, noise=2.0)
+    expected = their_metrics(("NMI", "AMI"), query, labels)
+    assert clustering_metrics(query, labels, seed=1234) == pytest.approx(
+        {"nmi": expected["NMI"], "ami": expected["AMI"]}, abs=1e-6
+    )
+    assert clustering_metrics(query, labels, 3) == clustering_metrics(query, labels, 3)
+    found = retrieval_metrics(query, labels, extra=("ami",), seed=3)
+    assert found["ami"] == clustering_metrics(query, labels, 3)["ami"] and "nmi" not in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ks": (0, 1)}, "every k must be at least 1"),
+        ({"extra": ("maps",)}, "maps"),
+        ({"gallery": torch.ones(2, 4)}, "go together"),
+        ({"gallery": torch.ones(2, 3), "gallery_labels": torch.ones(2)}, "query has 4 dimensions, gallery 3"),
+        ({"gallery": torch.ones(2, 4), "gallery_labels": torch.ones(3)}, "3 labels make it 3 rows"),
+        ({"gallery": torch.ones(0, 4), "gallery_labels": torch.ones(0)}, "gallery: the set is empty"),
+        ({"query": torch.full((5, 4), torch.nan)}, "5 of 5 embeddings are not finite"),
+        ({"query": torch.ones(5)}, "query: shape"),
+    ],
+)
+def test_bad_input(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        retrieval_metrics(**({"query": torch.ones(5, 4), "query_labels": torch.zeros(5)} | arguments))
+
+
+def test_clustering_is_refused_in_shards() -> None:
+    with pytest.raises(ValueError, match="nmi"):
+        sharded_retrieval_metrics(torch.ones(2, 2), torch.zeros(2), extra=("nmi",))
+
+
+def test_memory_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest, product = [0], torch.mm
+
+    def watched(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        largest[0] = max(largest[0], out.numel())
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(neighbors.torch, "mm", watched)
+    query, labels = clustered(3000, 50, dim=4)
+    retrieval_metrics(query, labels, *clustered(GALLERY_BLOCK + 300, 50, dim=4), extra=("map",))
+    assert largest[0] == BLOCK * GALLERY_BLOCK
+
+
+def cases() -> dict[str, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]]:
+    """Query set and gallery: fewer blocks than ranks, uneven blocks, several gallery blocks, many ties."""
+    points, labels = clustered(700, 20, dim=48)
+    return {
+        "one block": (clustered(100, 9), None),
+        "three blocks": ((points, labels), None),
+        "gallery": (clustered(1100, 400, dim=48), clustered(GALLERY_BLOCK + 700, 400, dim=48, seed=1)),
+        "ties": (
+            (points.repeat(2, 1), labels.repeat(2).roll(1)),
+            (points.repeat(2, 1)[:1300], labels.repeat(2)[:1300]),
+        ),
+        "bfloat16": ((points.bfloat16(), labels), None),
+        "single": ((points[:1], labels[:1]), None),
+    }
+
+
+def evaluate_in_groups(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    for world in (4, 2, 1):
+        if rank >= world:
+            return
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world
+        )
+        results = {}
+        for name, (query, other) in cases().items():
+            shards = [z[owned_rows(len(z), gather.rank(), world)] for z, _ in (query, *([other] if other else []))]
+            gallery, targets = (shards[1], other[1]) if other else (None, None)
+            results[name] = sharded_retrieval_metrics(shards[0], query[1], gallery, targets, extra=("map", "cmc"))
+        results["alone"] = retrieval_metrics(*cases()["three blocks"][0], extra=("map", "cmc"))
+        Path(folder, f"{world}-{rank}.json").write_text(json.dumps(results))
+        torch.distributed.destroy_process_group()
+
+
+def test_any_number_of_processes_gives_the_same_bits(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(evaluate_in_groups, (str(tmp_path),), nprocs=4)
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert len(results) == 4 + 2 + 1
+    for found in results.values():
+        assert found == results["1-0"]
+        assert found["alone"] == found["three blocks"]
+    for name, (query, other) in cases().items():
+        gallery, targets = other or (None, None)
+        expected = retrieval_metrics(*query, gallery, targets, extra=("map", "cmc"))
+        assert results["1-0"][name] == pytest.approx(expected, abs=1e-9)

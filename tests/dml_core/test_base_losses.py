@@ -1,0 +1,338 @@
+import inspect
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import losses, miners
+from torch import Tensor
+
+from dml_core import base_losses
+from dml_core.base_losses import arguments, build
+
+PAIR = ["triplet", "contrastive", "multi_similarity", "margin"]
+PROXY = ["proxy_anchor", "proxy_nca", "ArcFaceLoss"]
+SHARED = Path(os.environ.get("DML_SHARED", Path(__file__).parents[3] / "shared"))
+CLASSES, DIM = 6, 8
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),  # the library's HistogramLoss
+    pytest.mark.filterwarnings("ignore:Values of Tp or Tn:UserWarning"),  # its RankedListLoss
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),  # its LargeMarginSoftmaxLoss
+]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(SHARED / "golden" / "published_code.npz")
+
+
+def batch(seed: int = 0, images: int = 3, draws: int = 2, dtype: torch.dtype = torch.float64, spread: float = 1.0):
+    """P = 4 classes x K images around their class centres, and `draws` synthetic copies of each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(4).repeat_interleave(images)
+    centers = torch.randn(CLASSES, DIM, generator=generator, dtype=dtype)
+    z = centers[labels] + spread * torch.randn(len(labels), DIM, generator=generator, dtype=dtype)
+    noise = torch.randn(draws * len(z), DIM, generator=generator, dtype=dtype)
+    return z.requires_grad_(), labels, (z.detach().repeat(draws, 1) + 0.3 * noise).requires_grad_()
+
+
+def unit(x: Tensor) -> list[Tensor]:
+    return list(x / x.norm(dim=1, keepdim=True))
+
+
+def candidates(z: Tensor, labels: Tensor, synthetic: Tensor | None):
+    """For each anchor: its vector, its positives and its negatives, by the words of the paper."""
+    pool = unit(z) + ([] if synthetic is None else unit(synthetic))
+    for i in range(len(z)):
+        others = [j for j in range(len(pool)) if j % len(z) != i]
+        positives = [pool[j] for j in others if labels[j % len(z)] == labels[i]]
+        negatives = [pool[j] for j in others if labels[j % len(z)] != labels[i]]
+        yield pool[i], positives, negatives
+
+
+def naive_contrastive(z, labels, synthetic):
+    total = z.new_zeros(())
+    for anchor, positives, negatives in candidates(z, labels, synthetic):
+        total = total + sum(max(0.8 - anchor @ x, 0.0 * anchor[0]) for x in positives)
+        total = total + sum(max(anchor @ x - 0.5, 0.0 * anchor[0]) for x in negatives)
+    return total / len(z)
+
+
+def naive_multi_similarity(z, labels, synthetic):
+    total = z.new_zeros(())
+    for anchor, positives, negatives in candidates(z, labels, synthetic):
+        near, far = [anchor @ x for x in positives], [anchor @ x for x in negatives]
+        hard_near = [c for c in near if c - 0.1 < max(far)]
+        hard_far = [c for c in far if c + 0.1 > min(near)]
+        if hard_near and hard_far:
+            total = total + torch.log(1 + sum(torch.exp(-2 * (c - 0.5)) for c in hard_near)) / 2
+            total = total + torch.log(1 + sum(torch.exp(40 * (c - 0.5)) for c in hard_far)) / 40
+    return total / len(z)
+
+
+def naive_triplet(z, labels, synthetic, triplets="semihard", margin=0.2):
+    chosen = []
+    for anchor, positives, negatives in candidates(z, labels, synthetic):
+        for p in positives:
+            for n in negatives:
+                gap = (anchor - n).norm() - (anchor - p).norm()
+                semihard, hard = 0 < gap < margin, gap < 0
+                if {"semihard": semihard, "hard": hard, "all": semihard or hard}[triplets]:
+                    chosen.append(margin - gap)
+    return sum(chosen) / len(chosen)
+
+
+NAIVE = {"triplet": naive_triplet, "contrastive": naive_contrastive, "multi_similarity": naive_multi_similarity}
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("name", NAIVE)
+def test_equals_the_loop_of_the_paper(name, boosted):
+    z, labels, synthetic = batch()
+    inputs = [z, synthetic] if boosted else [z]
+    ours = build(name, CLASSES, DIM)(z, labels, synthetic if boosted else None)
+    oracle = NAIVE[name](z, labels, synthetic if boosted else None)
+    torch.testing.assert_close(ours, oracle)
+    for got, expected in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(oracle, inputs), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["semihard", "hard", "all"])
+def test_triplets_that_count(which):
+    z, labels, synthetic = batch()
+    loss = build("triplet", CLASSES, DIM, margin=0.3, miner_arguments={"type_of_triplets": which})
+    torch.testing.assert_close(loss(z, labels, synthetic), naive_triplet(z, labels, synthetic, which, margin=0.3))
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("which", ["semihard", "hard", "all", "easy"])
+def test_violating_triplets_are_those_of_the_librarys_miner(which, boosted):
+    z, labels, synthetic = batch()
+    pool = torch.cat([z, synthetic]) if boosted else z
+    miner = miners.TripletMarginMiner(margin=0.2, type_of_triplets=which)
+    expected = miner(z, labels, pool, labels.repeat(3)) if boosted else miner(z, labels)
+    expected = base_losses.without_copies(expected, len(z))
+    same = labels[:, None] == labels.repeat(len(pool) // len(z))
+    positive = same & ~base_losses.own_copies(same)
+    got = base_losses.violating_triplets(miner.distance(z, pool), positive, ~same, miner)
+    assert len(got[0]) > 0 and torch.equal(torch.stack(got), torch.stack(expected))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 1.0])
+def test_informative_pairs_are_those_of_the_librarys_miner(epsilon):
+    z, labels, _ = batch()
+    miner = miners.MultiSimilarityMiner(epsilon)
+    a, p, b, n = miner(z, labels)
+    same = labels[:, None] == labels
+    positive, negative = base_losses.informative_pairs(
+        miner.distance(z), same & ~base_losses.own_copies(same), ~same, epsilon
+    )
+    assert positive.sum() == len(a) > 0 and positive[a, p].all()
+    assert negative.sum() == len(b) > 0 and negative[b, n].all()
+
+
+def naive_margin(z, labels, synthetic, beta=1.2, margin=0.2):
+    terms = []
+    for anchor, positives, negatives in candidates(z, labels, synthetic):
+        for p in positives:
+            for n in negatives:
+                terms += [(anchor - p).norm() - beta + margin, beta - (anchor - n).norm() + margin]
+    active = [term for term in terms if term > 0]
+    return sum(active) / len(active)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_margin_without_miner_equals_the_loop(learn):
+    z, labels, synthetic = batch()
+    loss = build("margin", CLASSES, DIM, miner=None, learn_beta=learn).double()
+    torch.testing.assert_close(loss(z, labels, synthetic), naive_margin(z, labels, synthetic), atol=1e-7, rtol=1e-6)
+
+
+def naive_proxy_anchor(z, labels, proxies, margin=0.1, scale=32):
+    vectors, proxies = unit(z), unit(proxies)
+    near, far, present = z.new_zeros(()), z.new_zeros(()), set(labels.tolist())
+    for k, proxy in enumerate(proxies):
+        cosines = [(proxy @ x, y == k) for x, y in zip(vectors, labels, strict=True)]
+        near = near + torch.log1p(sum((torch.exp(-scale * (c - margin)) for c, own in cosines if own), z.new_zeros(())))
+        far = far + torch.log1p(sum(torch.exp(scale * (c + margin)) for c, own in cosines if not own))
+    return near / len(present) + far / len(proxies)
+
+
+def test_proxy_anchor_takes_synthetics_as_further_samples():
+    z, labels, synthetic = batch()
+    loss = build("proxy_anchor", CLASSES, DIM).double()
+    expected = naive_proxy_anchor(torch.cat([z, synthetic]), labels.repeat(3), loss.proxies)
+    torch.testing.assert_close(loss(z, labels, synthetic), expected)
+    torch.testing.assert_close(loss(z, labels), naive_proxy_anchor(z, labels, loss.proxies))
+
+
+@pytest.mark.parametrize(("name", "key"), [("multi_similarity", "ms"), ("contrastive", "con")])
+def test_golden(golden, name, key):
+    anchors = int(golden["iaa_B"])
+    x = torch.from_numpy(golden["iaa_x"]).requires_grad_()
+    labels = torch.from_numpy(golden["iaa_y"])[:anchors]
+    loss = build(name, 4, x.shape[1])(x[:anchors], labels, x[anchors:])
+    loss.backward()
+    published = torch.from_numpy(golden[f"iaa_{key}_grad"])
+    tangent = published - (published * x).sum(1, keepdim=True) * x
+    assert math.isclose(loss.item(), golden[f"iaa_{key}_loss"], rel_tol=1e-5)
+    assert (x.grad - tangent).norm() <= 1e-5 * tangent.norm()
+
+
+@pytest.mark.parametrize("name", PAIR + PROXY)
+def test_gradcheck(name):
+    z, labels, synthetic = batch(images=2, draws=1)
+    loss = build(name, CLASSES, DIM).double()
+
+    def value(z, synthetic):
+        torch.manual_seed(0)
+        return loss(z, labels, synthetic)
+
+    assert torch.autograd.gradcheck(value, (z, synthetic), atol=1e-5)
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("name", [n for n in base_losses.LOSSES if n != "NPairsLoss"] + PAIR + PROXY)
+def test_order_of_the_batch_does_not_matter(name, boosted):
+    z, labels, synthetic = batch()
+    loss = build(name, CLASSES, DIM, **({"miner": None} if name == "margin" else {})).double()
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(1))
+    copies = torch.cat([order, order + len(z)])
+    straight = loss(z, labels, synthetic if boosted else None)
+    shuffled = loss(z[order], labels[order], synthetic[copies] if boosted else None)
+    torch.testing.assert_close(shuffled, straight)
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("name", base_losses.LOSSES + PAIR + PROXY)
+def test_every_loss_gives_finite_gradients(name, boosted):
+    z, labels, synthetic = batch(dtype=torch.float32)
+    loss = build(name, CLASSES, DIM)
+    value = loss(z, labels, synthetic if boosted else None)
+    value.backward()
+    assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
+    assert z.grad.isfinite().all() and z.grad.any()
+    for parameter in loss.parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    if loss.needs_positives:
+        assert loss.proxies is None
+    else:
+        assert loss.proxies.shape == (CLASSES, DIM) and loss.proxies.requires_grad
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("name", PAIR)
+@pytest.mark.parametrize("labels", [[0], [0, 0], [0, 1]], ids=["one image", "one class", "no positives"])
+def test_degenerate_batches_are_a_differentiable_zero(name, boosted, labels):
+    z, _, _ = batch(dtype=torch.float32)
+    z = z.detach()[: len(labels)]
+    z = torch.stack([torch.linspace(1, 2, DIM), torch.linspace(-1, 1, DIM).cos()])[: len(z)]  # near, yet not too near
+    z = z.requires_grad_()
+    loss = build(name, CLASSES, DIM)
+    value = loss(z, torch.tensor(labels), z.detach().repeat(2, 1) if boosted else None)
+    value.backward()
+    assert z.grad.isfinite().all() and all(parameter.grad is not None for parameter in loss.parameters())
+    if name != "contrastive" or labels == [0]:
+        assert value == 0 and not z.grad.any()
+
+
+@pytest.mark.parametrize("name", PAIR + PROXY)
+def test_identical_embeddings_give_no_nan(name):
+    z = torch.ones(8, DIM, requires_grad=True)
+    loss = build(name, CLASSES, DIM)
+    loss(z, torch.arange(4).repeat_interleave(2), torch.ones(16, DIM)).backward()
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PAIR + PROXY)
+def test_low_precision_is_computed_in_float32(name):
+    z, labels, synthetic = batch(dtype=torch.float32)
+    low, low_synthetic = z.detach().bfloat16().requires_grad_(), synthetic.detach().bfloat16()
+    loss = build(name, CLASSES, DIM)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(low, labels, low_synthetic)
+    torch.manual_seed(0)
+    expected = loss(low.detach().float(), labels, low_synthetic.float())
+    assert value.dtype == torch.float32 and all(p.dtype == torch.float32 for p in loss.parameters())
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    value.backward()
+    assert low.grad.dtype == torch.bfloat16
+
+
+def test_random_miners_follow_the_global_seed():
+    z, labels, synthetic = batch()
+    loss = build("margin", CLASSES, DIM).double()
+    values = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        values.append(loss(z, labels, synthetic).item())
+    assert values[0] == values[1] != values[2]
+
+
+@pytest.mark.parametrize("miner", base_losses.PARTS["miner"][1])
+def test_miners_never_pair_an_anchor_with_its_copies(miner):
+    z, labels, _ = batch()
+    near = z.detach().repeat(2, 1)  # synthetics on top of their source: the nearest of all
+    loss = build("TripletMarginLoss", CLASSES, DIM, miner=miner)
+    seen = []
+    loss.loss.register_forward_hook(lambda module, inputs, output: seen.append(inputs[2]))
+    loss(z, labels, near)
+    assert len(seen[0][0]) > 0 and (seen[0][1] % len(z) != seen[0][0]).all()
+
+
+def test_several_centers_a_class_give_one_proxy_each():
+    loss = build("SubCenterArcFaceLoss", CLASSES, DIM, sub_centers=2)
+    first = torch.nn.functional.normalize(loss.loss.W[:, :2], dim=0).mean(1)
+    torch.testing.assert_close(loss.proxies[0], first)
+
+
+def test_proxies_follow_the_module():
+    loss = build("margin", CLASSES, DIM)
+    assert dict(loss.named_parameters()).keys() == {"loss.beta"} == loss.state_dict().keys()
+    assert build("proxy_nca", CLASSES, DIM).state_dict().keys() == {"loss.proxies"}
+
+
+def test_arguments_are_those_that_build_takes():
+    for name in [*base_losses.SHORT, *base_losses.LOSSES]:
+        build(name, CLASSES, DIM, **arguments(name))
+    assert arguments("contrastive")["pos_margin"] == 0.8 and arguments("multi_similarity")["beta"] == 40
+    assert "num_classes" not in arguments("proxy_anchor") and "miner" not in arguments("PNPLoss")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("multi_similarty", {}, "did you mean 'multi_similarity'"),
+        ("VICRegLoss", {}, "loss.name 'VICRegLoss' is unknown"),
+        ("contrastive", {"pos_margn": 1}, "did you mean 'pos_margin'"),
+        ("contrastive", {"miner": "MultiSimilarityMinr"}, "did you mean 'MultiSimilarityMiner'"),
+        ("multi_similarity", {"miner_arguments": {"epsilom": 1}}, "did you mean 'epsilon'"),
+        ("contrastive", {"miner_arguments": {"epsilon": 1}}, "need a loss.miner"),
+        ("AngularLoss", {"distance": "CosineSimilarity"}, "requires the distance metric"),
+        ("RankedListLoss", {"imbalance": 2}, "between 0 and 1"),
+    ],
+)
+def test_bad_names_are_refused(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, CLASSES, DIM, **given)
+
+
+def test_another_miner_does_not_inherit_arguments():
+    assert build("multi_similarity", CLASSES, DIM, miner="PairMarginMiner").miner.pos_margin == 0.2
+    assert build("multi_similarity", CLASSES, DIM, miner=None).miner is None
+
+
+def test_lists_agree_with_the_library():
+    """A new version of the library must not move a loss from one list to another unnoticed."""
+    for name in base_losses.LOSSES:
+        source = inspect.getsource(getattr(losses, name).compute_loss)
+        proxies = not build(name, CLASSES, DIM).needs_positives
+        within = "ref_not_supported" in source and not proxies
+        known = {"NCALoss", "ThresholdConsistentMarginLoss"}  # take ref_emb, but not as candidates of chosen pairs
+        assert within or name in known or name not in base_losses.WITHIN_BATCH, name
+        assert not within or name in base_losses.WITHIN_BATCH, name
+        assert ("indices_tuple_not_supported" in source) == (name in base_losses.WITHOUT_MINER), name
+        assert ("convert_to_triplets" in source) == (name in base_losses.FROM_TRIPLETS | {"HistogramLoss"}), name

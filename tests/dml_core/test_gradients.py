@@ -1,0 +1,115 @@
+"""The parameter gradient of a step does not depend on how many processes share the global batch."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dml_core import backbones, base_losses, heads
+from dml_core.gather import gather, rank, world_size
+from dml_core.learner import Learner, Weights
+from dml_core.ranking.intensity import IntensityRanking
+
+LOSSES = ("triplet", "contrastive", "multi_similarity", "margin", "proxy_anchor", "proxy_nca", "ArcFaceLoss")
+METHODS = ((), ("sgar",))
+CLASSES, DIM, BATCH = 6, 8, 16
+CASES = [
+    (loss, methods, dtype, accumulate)
+    for loss, methods, dtype in itertools.product(LOSSES, METHODS, (torch.float64, torch.float32))
+    for accumulate in ((1, 2) if dtype == torch.float64 else (1,))
+]
+
+
+class TinyBackbone(backbones.Backbone):
+    """Features that one linear layer can be wrong about."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.Tanh()), 10, (0.5,) * 3, (0.3,) * 3)
+
+
+def gradients(loss: str, methods: tuple[str, ...], dtype: torch.dtype, accumulate: int) -> dict[str, torch.Tensor]:
+    """Of one step over `accumulate` global batches, each sliced by rank."""
+    torch.manual_seed(0)
+    sgar = IntensityRanking(DIM, 0.3, 4, 0.11, 0.2, 32.0, 0.05, 32.0, 0.1, False) if "sgar" in methods else None
+    learner = Learner(
+        TinyBackbone(),
+        heads.linear(10, DIM),
+        base_losses.build(loss, CLASSES, DIM),
+        Weights(0.2, 0.2),
+        sgar,
+    ).to(dtype)
+    images = torch.randint(0, 256, (accumulate, BATCH, 3, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(BATCH) // 4 % CLASSES
+    parallel = DistributedDataParallel(learner) if world_size() > 1 else learner
+    mine = slice(rank() * BATCH // world_size(), (rank() + 1) * BATCH // world_size())
+    for part in range(accumulate):
+        torch.manual_seed(part)
+        last = part + 1 == accumulate
+        waiting = parallel.no_sync() if world_size() > 1 and not last else torch.enable_grad()
+        with waiting:
+            generator = torch.Generator().manual_seed(part)
+            parallel(images[part, mine], labels[mine], generator).loss.backward()
+    return {name: p.grad.double() for name, p in learner.named_parameters()}
+
+
+def gather_is_adjoint() -> torch.Tensor:
+    """Largest error of <gather(x), y> = sum over ranks of <x, gather*(y)>, each rank with a y of its own."""
+    torch.manual_seed(rank())
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    everything = gather(x)
+    y = torch.randn(everything.shape, dtype=torch.float64)
+    (everything * y).sum().backward()
+    both = torch.stack([(everything.detach() * y).sum(), (x.detach() * x.grad).sum()])
+    if world_size() > 1:
+        dist.all_reduce(both)
+    return (both[0] - both[1]).abs()
+
+
+def everything() -> dict[object, object]:
+    return {"adjoint": gather_is_adjoint()} | {case: gradients(*case) for case in CASES}
+
+
+def run_rank(number: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=number, world_size=world)
+    torch.save(everything(), f"{folder}/gradients{world}_{number}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+    """World size -> what each rank found."""
+    folder = tmp_path_factory.mktemp("gradients")
+    found = {1: [everything()]}
+    for world in (2, 4):
+        mp.spawn(run_rank, (world, str(folder)), nprocs=world)
+        paths = [folder / f"gradients{world}_{number}.pt" for number in range(world)]
+        found[world] = [torch.load(path, weights_only=False) for path in paths]
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join((c[0], *c[1], str(c[2])[6:], f"x{c[3]}")))
+def test_gradient_equals_that_of_one_process(found: dict[int, list[dict]], world: int, case: tuple) -> None:
+    tolerance = 1e-10 if case[2] == torch.float64 else 1e-5
+    alone = found[1][0][case]
+    scale = max(gradient.norm() for gradient in alone.values())
+    assert scale > 0
+    for of_rank in found[world]:
+        for name, gradient in of_rank[case].items():
+            # A gradient that is zero but for rounding (a bias that a loss ignores) has no relative error of its own.
+            assert (gradient - alone[name]).norm() <= tolerance * max(alone[name].norm(), 1e-2 * scale), name
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_gather_backward_is_its_adjoint(found: dict[int, list[dict]], world: int) -> None:
+    assert all(of_rank["adjoint"] < 1e-12 for of_rank in found[world])
+
+
+def test_learnable_losses_have_parameters(found: dict[int, list[dict]]) -> None:
+    for loss in ("margin", "proxy_anchor", "proxy_nca", "ArcFaceLoss"):
+        assert any(name.startswith("base_loss.") for name in found[1][0][(loss, (), torch.float64, 1)])

@@ -1,0 +1,258 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from dml_core import variation
+from dml_core.variation import ClassVariation, neighbor_correction, neighbor_weight
+
+SHARED = Path(os.environ.get("DML_SHARED", Path(__file__).parents[3] / "shared"))
+CLASSES, DIM = 6, 5
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(SHARED / "golden" / "published_code.npz")
+
+
+def a_set(seed: int, samples: int = 60, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+    """Classes of unequal sizes; class 3 has one sample, class 4 none."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (samples,), generator=generator)
+    labels = torch.cat([labels[(labels != 3) & (labels != 4)], torch.tensor([3])])
+    return torch.randn(len(labels), DIM, generator=generator) * (1 + labels[:, None]) + 3 * labels[:, None], labels
+
+
+def naive_update(state: dict, z: np.ndarray, labels: np.ndarray, momentum: float, full: bool) -> None:
+    for k in range(CLASSES):
+        own = [x for x, y in zip(z, labels, strict=True) if y == k]
+        if not own:
+            continue
+        mean = sum(own) / len(own)
+        outer = (lambda d: np.outer(d, d)) if full else (lambda d: d * d)
+        new = sum(outer(x - mean) for x in own) / len(own)
+        w = max(len(own) / (len(own) + state["count"][k]), 1 - momentum)
+        step = state["mean"][k] - mean
+        state["variance"][k] = (1 - w) * state["variance"][k] + w * new + w * (1 - w) * outer(step)
+        state["mean"][k] = (1 - w) * state["mean"][k] + w * mean
+        state["count"][k] += len(own)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+def test_equals_the_loop_over_two_updates(covariance):
+    full = covariance == "full"
+    ours = ClassVariation(CLASSES, DIM, 0.2, covariance).double()
+    shapes = {"mean": (CLASSES, DIM), "variance": (CLASSES, DIM, DIM) if full else (CLASSES, DIM), "count": (CLASSES,)}
+    state = {key: np.zeros(shape) for key, shape in shapes.items()}
+    for seed in (0, 1):
+        z, labels = a_set(seed)
+        ours.update(z, labels)
+        naive_update(state, z.double().numpy(), labels.numpy(), 0.2, full)
+    for key in shapes:
+        np.testing.assert_allclose(getattr(ours, key).numpy(), state[key], rtol=1e-9, atol=1e-12)
+    assert ours.size.tolist() == [int((labels == k).sum()) for k in range(CLASSES)]
+    assert ours.variance[3].any() and not ours.variance[4].any()  # one sample an update, and none
+
+
+def test_golden(golden):
+    ours = ClassVariation(CLASSES, DIM, float(golden["iaa_var_momentum"]))
+    for step in "01":
+        ours.update(torch.from_numpy(golden[f"iaa_var_f{step}"]), torch.from_numpy(golden[f"iaa_var_y{step}"]))
+        for key, name in (("mean", "mean"), ("variance", "cov"), ("count", "amount")):
+            published = golden[f"iaa_var_{name}{step}"]
+            np.testing.assert_allclose(getattr(ours, key).numpy(), published, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+@pytest.mark.parametrize("chunk", [1, 2**17])
+def test_batches_in_any_order_equal_one_update(covariance, chunk, monkeypatch):
+    z, labels = a_set(0)
+    whole = ClassVariation(CLASSES, DIM, covariance=covariance)
+    whole.update(z, labels)
+    monkeypatch.setattr(variation, "CHUNK", chunk)
+    monkeypatch.setattr(variation, "GATHERED", chunk)
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(1))
+    parts = ClassVariation(CLASSES, DIM, covariance=covariance)
+    parts.begin()
+    for rows in order.split(7):
+        parts.add(z[rows], labels[rows])
+    parts.finish()
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[key], value)
+
+
+def test_sums_survive_a_large_offset():
+    z, labels = a_set(0)
+    near, far = ClassVariation(CLASSES, DIM).double(), ClassVariation(CLASSES, DIM).double()
+    near.update(z.double(), labels)
+    far.update(z.double() + 1e4, labels)
+    torch.testing.assert_close(far.variance, near.variance, rtol=1e-6, atol=1e-6)
+
+
+def test_low_precision_embeddings():
+    z, labels = a_set(0)
+    low, same = ClassVariation(CLASSES, DIM), ClassVariation(CLASSES, DIM)
+    low.update(z.bfloat16(), labels)
+    same.update(z.bfloat16().float(), labels)
+    assert torch.equal(low.variance, same.variance) and low.variance.dtype == torch.float32
+
+
+def run_rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    ours = ClassVariation(CLASSES, DIM).double()
+    for seed in (0, 1):
+        z, labels = a_set(seed)
+        mine = [[slice(20), slice(20, None)], [slice(None), slice(0)]][seed][rank]
+        ours.update(z[mine].double(), labels[mine])
+    torch.save(ours.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_shards_give_the_whole(tmp_path):
+    """Two ranks with shards of unequal size, one of them empty the second time."""
+    mp.spawn(run_rank, (2, str(tmp_path)), nprocs=2)
+    alone = ClassVariation(CLASSES, DIM).double()
+    for seed in (0, 1):
+        z, labels = a_set(seed)
+        alone.update(z.double(), labels)
+    for rank in range(2):
+        for key, value in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            torch.testing.assert_close(value, alone.state_dict()[key], rtol=1e-12, atol=1e-12)
+
+
+def test_unknown_covariance_is_refused():
+    with pytest.raises(ValueError, match="diag or full, not 'diagonal'"):
+        ClassVariation(CLASSES, DIM, covariance="diagonal")
+
+
+def test_golden_neighbor_weight(golden):
+    n = torch.from_numpy(golden["iaa_alpha_n"])
+    ours = neighbor_weight(n, float(golden["iaa_alpha_beta"]), int(golden["iaa_alpha_tau"]))
+    below = n < 40
+    np.testing.assert_allclose(ours[below].numpy(), golden["iaa_alpha"][below.numpy()], rtol=1e-5)
+    assert not ours[n > 40].any() and ours.dtype == n.dtype
+
+
+def test_neighbor_weight_of_few_samples():
+    assert neighbor_weight(torch.tensor([0, 1, 2, 40, 41])).tolist() == pytest.approx(
+        [1, 1, 1 / (1 + np.log(1.1)), 1 / (1 + np.log(4.9)), 0]
+    )
+
+
+def naive_correction(mean, variance, count, neighbors=25, beta=0.1, gamma=0.1, tau=40):
+    """Row by row, with all real candidates of a row in the scaling."""
+    classes, out = len(mean), variance.copy()
+    real = [i for i in range(classes) if count[i] > 1]
+    overall = sum(count[i] * variance[i] for i in real) / sum(count[i] for i in real)
+    for k in range(classes):
+        candidates = [i for i in real if i != k]
+        by_mean = np.array([np.linalg.norm(mean[k] ** 2 - mean[i] ** 2) for i in candidates])
+        by_spread = np.array([np.linalg.norm(variance[k] - variance[i]) for i in candidates])
+        local = overall
+        if candidates:
+            near = np.argsort(by_mean, kind="stable")[:neighbors]
+            dm, dv = ((d - d.min()) / (np.ptp(d) or 1) for d in (by_mean, by_spread))
+            w = np.array([count[candidates[i]] * np.exp(-(dm[i] ** 2) / 2 - dv[i] ** 2 / 2) for i in near])
+            local = sum(w[:, None] * variance[[candidates[i] for i in near]].reshape(len(w), -1)) / w.sum()
+            local = local.reshape(variance[k].shape)
+        n = max(count[k], 1)
+        alpha = 1 / (1 + np.log(1 + beta * (n - 1))) if n <= tau else 0
+        out[k] = (1 - alpha) * variance[k] + alpha * ((1 - gamma) * local + gamma * overall)
+    return out
+
+
+def statistics(classes: int, shape: tuple[int, ...] = (DIM,), seed: int = 0, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(classes, DIM, generator=generator, dtype=dtype)
+    count = torch.randint(1, 60, (classes,), generator=generator)
+    count[::5] = 1
+    variance = torch.rand(classes, *shape, generator=generator, dtype=dtype) * (count > 1).view(-1, *[1] * len(shape))
+    return mean, variance, count
+
+
+@pytest.mark.parametrize("shape", [(DIM,), (DIM, DIM)], ids=["diag", "full"])
+@pytest.mark.parametrize(("classes", "neighbors"), [(60, 7), (60, 25), (12, 25), (3, 25)])
+def test_correction_equals_the_loop(classes, neighbors, shape):
+    mean, variance, count = statistics(classes, shape)
+    ours = neighbor_correction(mean, variance, count, neighbors)
+    oracle = naive_correction(mean.numpy(), variance.numpy(), count.tolist(), neighbors)
+    np.testing.assert_allclose(ours.numpy(), oracle, rtol=1e-6, atol=1e-9)
+
+
+def test_correction_in_float32_and_in_blocks(monkeypatch):
+    mean, variance, count = statistics(60)
+    expected = neighbor_correction(mean, variance, count)
+    monkeypatch.setattr(variation, "BLOCK", 200)
+    blocks = neighbor_correction(mean.float(), variance.float(), count.float())
+    assert blocks.dtype == torch.float32
+    torch.testing.assert_close(blocks.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_correction_through_faiss(exact, monkeypatch):
+    """With all candidates in the sample, the exact search gives the same numbers; the inverted file nearly so."""
+    mean, variance, count = statistics(500)
+    expected = neighbor_correction(mean, variance, count, 5)
+    monkeypatch.setattr(variation, "BRUTE_FORCE", 10)
+    monkeypatch.setattr(variation, "SAMPLE", int((count > 1).sum()))
+    monkeypatch.setattr(variation, "EXACT_SEARCH", 10**6 if exact else 10)
+    ours = neighbor_correction(mean, variance, count, 5)
+    same = ((ours - expected).abs() < 1e-6).all(1).double().mean()
+    assert same == 1 if exact else same > 0.8
+
+
+def test_order_of_the_classes_does_not_matter():
+    mean, variance, count = statistics(40)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    shuffled = neighbor_correction(mean[order], variance[order], count[order], 5)
+    torch.testing.assert_close(shuffled, neighbor_correction(mean, variance, count, 5)[order])
+
+
+def test_what_correction_leaves_alone():
+    mean, variance, count = statistics(40)
+    ours = neighbor_correction(mean, variance, count)
+    assert torch.equal(ours[count > 40], variance[count > 40])
+    assert ours[count == 1].gt(0).all() and not variance[count == 1].any()
+
+
+def test_one_sample_has_its_neighbors_variation_alone():
+    mean, variance, count = statistics(40)
+    other = variance.clone()
+    other[count == 1] += 7
+    chosen = count == 1
+    torch.testing.assert_close(
+        neighbor_correction(mean, variance, count, gamma=1)[chosen],
+        neighbor_correction(mean, other, count, gamma=1)[chosen],
+    )
+
+
+@pytest.mark.parametrize("count", [[1, 1, 1], [1, 5, 1], [0, 5, 9], [9, 9, 9]])
+def test_degenerate_sets_give_finite_variances(count):
+    n = torch.tensor(count)
+    mean, variance = torch.ones(3, DIM), torch.ones(3, DIM) * (n > 1)[:, None]
+    ours = neighbor_correction(mean, variance, n)  # all means and variances are the same
+    torch.testing.assert_close(ours, torch.ones(3, DIM) if max(count) > 1 else torch.zeros(3, DIM))
+
+
+def test_twenty_thousand_classes():
+    classes = 20_000
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(classes, 8, generator=generator)
+    variance = torch.rand(classes, 8, generator=generator)
+    count = torch.randint(1, 60, (classes,), generator=generator)
+    ours = neighbor_correction(mean, variance, count)
+    row = int(torch.where(count == 1)[0][0])
+    assert ours.isfinite().all()
+    squares = mean.double().square()
+    real = torch.where(count > 1)[0]
+    near = real[(squares[real] - squares[row]).norm(dim=1).topk(25, largest=False).indices]
+    low, high = variance[near].amin(0), variance[near].amax(0)
+    overall = (variance * count[:, None])[real].sum(0) / count[real].sum()
+    local = (ours[row] - 0.1 * overall) / 0.9
+    assert (local > low - 1e-4).all() and (local < high + 1e-4).all()

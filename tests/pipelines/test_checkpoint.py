@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+import torch
+from torch import nn
+
+from pipelines import checkpoint
+from pipelines.recipe import load
+
+
+class Parts:
+    """A small network in the middle of its training."""
+
+    def __init__(self, seed: int):
+        torch.manual_seed(seed)
+        self.network = nn.Linear(3, 2)
+        self.optimizer = torch.optim.AdamW(self.network.parameters())
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.network(torch.ones(1, 3)).square().sum().backward()
+        self.optimizer.step()
+        self.schedule.step()
+
+
+def save(folder: Path, parts: Parts, epoch: int = 2) -> Path:
+    state = checkpoint.State(epoch, 1, 0.5)
+    history = [{"step": 1, "metrics": {"a": 0.1}}]
+    folder = folder / checkpoint.folder_name(epoch)
+    names = ("x", "ü/y")
+    checkpoint.save(
+        folder, load("glyphs", []), names, parts.network, parts.optimizer, parts.schedule, state, history, {"m": 1 / 3}
+    )
+    return folder
+
+
+def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    one, other = Parts(0), Parts(1)
+    for _ in range(3):
+        one.step()
+    folder = save(tmp_path, one)
+    found = checkpoint.load(folder, other.network, other.optimizer, other.schedule)
+    one.step()
+    other.step()
+    assert all((a == b).all() for a, b in zip(one.network.parameters(), other.network.parameters(), strict=True))
+    assert found.state == checkpoint.State(2, 1, 0.5) and found.metrics == {"m": 1 / 3}
+    assert checkpoint.read_config(folder) == load("glyphs", [])
+    assert checkpoint.read_class_names(folder) == ("x", "ü/y")
+
+
+def test_torn_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    parts, files = Parts(0), pyarrow.fs.LocalFileSystem()
+    assert checkpoint.newest(files, str(tmp_path / "none"), tmp_path) is None
+    folders = [save(tmp_path, parts, epoch) for epoch in (1, 2, 3, 10)]
+    assert checkpoint.newest(files, str(tmp_path), tmp_path) == folders[3]
+    (folders[3] / "manifest.json").unlink()
+    weights = folders[2] / "learner.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert checkpoint.newest(files, str(tmp_path), tmp_path) == folders[1]
+    (folders[1] / "optimizer.pt").unlink()
+    assert checkpoint.newest(files, str(tmp_path), tmp_path) == folders[0]
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path(tmp_path / "ran").touch, ())
+
+    parts = Parts(0)
+    folder = save(tmp_path, parts)
+    torch.save({"optimizer": Evil(), "schedule": {}}, folder / "optimizer.pt")
+    with pytest.raises(Exception, match="weights_only"):
+        checkpoint.load(folder, parts.network, parts.optimizer, parts.schedule)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_manifest_covers_every_file(tmp_path: Path) -> None:
+    folder = save(tmp_path, Parts(0))
+    listed = json.loads((folder / "manifest.json").read_text())
+    assert set(listed) | {"manifest.json"} == {path.name for path in folder.iterdir()}

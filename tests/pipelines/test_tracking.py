@@ -1,0 +1,104 @@
+"""Against a real MLflow server over HTTP, with sqlite behind it."""
+
+import mlflow
+import pytest
+
+from pipelines import tracking
+
+
+def record(epoch: int, steps: int = 3) -> dict:
+    first = (epoch - 1) * steps
+    losses = [float(first + i) for i in range(steps)]
+    return {
+        "time": epoch,
+        "step": epoch,
+        "metrics": {"train/loss": 1.0 / epoch},
+        "first_step": first,
+        "step_loss": losses,
+    }
+
+
+def logged(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    history = mlflow.MlflowClient(uri).get_metric_history(run_id, key)
+    return sorted((m.step, m.value) for m in history)
+
+
+@pytest.fixture
+def run_id(mlflow_server) -> str:
+    tracking.prepare(mlflow_server.uri)
+    return tracking.start_run(mlflow_server.uri, "set", "a run", {"a.b": 1}, {"seed": "0"}, "digest", "folder")
+
+
+def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
+    tracker = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    for epoch in (1, 2):
+        tracker.log(record(epoch))
+    assert tracker.close() == 0
+    tracking.end_run(mlflow_server.uri, run_id, "FINISHED")
+    run = mlflow.MlflowClient(mlflow_server.uri).get_run(run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "a run"
+    assert run.data.params == {"a.b": "1"} and run.data.tags["seed"] == "0"
+    assert run.inputs.dataset_inputs[0].dataset.digest == "digest"
+    assert logged(mlflow_server.uri, run_id, "train/loss") == [(1, 1.0), (2, 0.5)]
+    assert logged(mlflow_server.uri, run_id, "train/step_loss") == [(i, float(i)) for i in range(6)]
+
+
+def test_more_steps_than_one_call_takes(mlflow_server, run_id: str) -> None:
+    tracker = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    tracker.log(record(1, steps=2500))
+    assert tracker.close() == 0
+    assert len(logged(mlflow_server.uri, run_id, "train/step_loss")) == 2500
+
+
+def test_a_resumed_run_logs_nothing_twice_and_loses_nothing(mlflow_server, run_id: str) -> None:
+    first = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    first.log(record(1))
+    first.log(record(2))  # logged, but the crash comes before its checkpoint
+    assert first.close() == 0
+    history = [record(1)]
+    again = tracking.Tracker(mlflow_server.uri, run_id, history, resumed=True)
+    for epoch in (2, 3):
+        again.log(record(epoch))
+    assert again.close() == 0
+    assert logged(mlflow_server.uri, run_id, "train/loss") == [(e, 1.0 / e) for e in (1, 2, 3)]
+    assert logged(mlflow_server.uri, run_id, "train/step_loss") == [(i, float(i)) for i in range(9)]
+
+
+def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str) -> None:
+    tracker = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    tracker.log(record(1))
+    while tracker.unsent:
+        pass
+    mlflow_server.stop()
+    tracker.log(record(2))
+    tracker.log(record(3))
+    assert tracker.unsent == 2
+    mlflow_server.start()
+    assert tracker.close(patience=60) == 0
+    assert logged(mlflow_server.uri, run_id, "train/loss") == [(e, 1.0 / e) for e in (1, 2, 3)]
+
+
+def test_what_a_server_never_got_is_counted_and_kept(mlflow_server, run_id: str) -> None:
+    mlflow_server.stop()
+    tracker = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    tracker.log(record(1))
+    assert tracker.close(patience=0) == 1
+    mlflow_server.start()
+    again = tracking.Tracker(mlflow_server.uri, run_id, [record(1)], resumed=True)
+    assert again.close() == 0
+    assert logged(mlflow_server.uri, run_id, "train/loss") == [(1, 1.0)]
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////dev/null/mlflow.db", "somewhere"])
+def test_a_store_that_does_not_answer_is_bad_input(uri: str) -> None:
+    with pytest.raises(ValueError, match=uri.replace("/", r"\/")) as found:
+        tracking.prepare(uri)
+    assert "\n" not in str(found.value)
+
+
+def test_unknown_runs_and_models_are_bad_input(mlflow_server, run_id: str) -> None:
+    for run in ("0" * 32, "models:/nothing@champion"):
+        with pytest.raises(ValueError, match="unknown to MLflow"):
+            tracking.find_checkpoint(mlflow_server.uri, run)
+    with pytest.raises(ValueError, match="has no model"):
+        tracking.find_checkpoint(mlflow_server.uri, run_id)

@@ -1,0 +1,155 @@
+"""The whole way, on real Ray workers, with MLflow over HTTP."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from pipelines import jobs
+from pipelines.cli import app
+from pipelines.recipe import load
+
+QUIET = Console(file=io.StringIO())
+SMALL = ["data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=2", "steps_per_epoch=6"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def surroundings(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("work")
+    os.chdir(folder)
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow_server.uri
+    yield folder
+    os.chdir(before)
+    del os.environ["MLFLOW_TRACKING_URI"]
+
+
+def train(*assignments: str, recipe: str = "glyphs") -> jobs.Outcome:
+    return jobs.train(load(recipe, [*SMALL, *assignments]), QUIET)
+
+
+def step_losses(outcome: jobs.Outcome) -> np.ndarray:
+    history = mlflow.MlflowClient().get_metric_history(outcome.run_id, "train/step_loss")
+    steps = sorted((m.step, m.value) for m in history)
+    assert [step for step, _ in steps] == list(range(len(steps)))
+    return np.array([value for _, value in steps])
+
+
+@pytest.fixture(scope="module")
+def exact() -> dict[int, jobs.Outcome]:
+    """The same float64 run with 1, 2 and 4 workers."""
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    return {n: train("precision=float64", f"workers={n}", f"name=exact{n}") for n in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_worker_count_changes_no_loss_and_no_metric(exact: dict[int, jobs.Outcome], workers: int) -> None:
+    alone, shared = step_losses(exact[1]), step_losses(exact[workers])
+    assert len(alone) == 12 and alone[0] != alone[-1]
+    np.testing.assert_allclose(shared, alone, rtol=1e-9, atol=0)
+    for key, value in exact[1].metrics.items():
+        if "seconds" not in key and "images_per_second" not in key:
+            assert exact[workers].metrics[key] == pytest.approx(value, rel=1e-9), key
+
+
+def test_float32_agrees_for_the_first_steps() -> None:
+    one, two = (train("epochs=1", "steps_per_epoch=5", f"workers={n}") for n in (1, 2))
+    np.testing.assert_allclose(step_losses(two), step_losses(one), rtol=1e-5)
+
+
+def test_run_is_whole_in_mlflow(exact: dict[int, jobs.Outcome]) -> None:
+    outcome, client = exact[1], mlflow.MlflowClient()
+    run = client.get_run(outcome.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["sgar.intensity"] == "0.1" and run.data.params["precision"] == "float64"
+    assert {"method", "base_loss", "backbone", "data", "seed", "git_commit", "workers", "group"} <= set(run.data.tags)
+    for key in ("train/loss", "train/base", "train/sgar_rank", "train/sgar_anchor", "train/lr", "train/gradient_norm"):
+        assert [m.step for m in client.get_metric_history(outcome.run_id, key)] == [1, 2], key
+    for key in ("val/map_at_r", "test/recall_at_1", "test/map_at_r", "untrained/map_at_r", "features/map_at_r"):
+        assert key in run.data.metrics
+    assert run.data.metrics["test/map_at_r"] == outcome.metrics["test/map_at_r"]
+    assert run.inputs.dataset_inputs[0].dataset.name == "glyphs"
+    groups = {client.get_run(exact[n].run_id).data.tags["group"] for n in (1, 2, 4)}
+    assert len(groups) == 1
+
+
+def test_model_is_registered_and_embeds_pictures(exact: dict[int, jobs.Outcome]) -> None:
+    import pandas as pd
+
+    name, version = exact[2].model.split("/")
+    model = mlflow.pyfunc.load_model(f"models:/{name}/{version}")
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 40), (255, 0, 0)).save(buffer, "PNG")
+    embeddings = model.predict(pd.DataFrame({"image": [buffer.getvalue()] * 3}))
+    assert embeddings.shape == (3, 128) and embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["folder", "run", "model"])
+def test_evaluate_repeats_the_test(exact: dict[int, jobs.Outcome], kind: str) -> None:
+    outcome = exact[2]
+    run = {"folder": outcome.checkpoint, "run": outcome.run_id, "model": f"models:/{outcome.model}"}[kind]
+    found = CliRunner().invoke(app, ["evaluate", run, "workers=1", "--json"])
+    assert found.exit_code == 0, found.output
+    metrics = json.loads(found.stdout.splitlines()[-1])["metrics"]
+    for key, value in metrics.items():
+        assert outcome.metrics[key] == pytest.approx(value, rel=1e-9)
+
+
+def test_the_same_name_again_repeats_the_outcome_or_refuses(exact: dict[int, jobs.Outcome]) -> None:
+    assert train("precision=float64", "workers=1", "name=exact1") == exact[1]
+    with pytest.raises(ValueError, match=r"name=exact1 was begun with another config .*seed=1 \(was 0\)"):
+        train("precision=float64", "workers=1", "name=exact1", "seed=1")
+
+
+@pytest.fixture(scope="module")
+def folder_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, rng = tmp_path_factory.mktemp("set"), np.random.default_rng(0)
+    for name in range(10):
+        color = rng.integers(0, 255, 3)
+        (root / f"class {name}").mkdir()
+        for number in range(6):
+            noise = rng.normal(0, 40, (48, 40, 3))
+            Image.fromarray((color + noise).clip(0, 255).astype(np.uint8)).save(
+                root / f"class {name}" / f"{number}.jpg"
+            )
+    return root
+
+
+FROZEN = ["data.name=folder", "data.image_size=48", "data.limit_classes=5", "batch.classes=4", "batch.images=2"]
+
+
+def test_frozen_backbone_computes_its_features_once(folder_set: Path) -> None:
+    """The same losses and metrics by two workers, who share the work, and by one, who finds it done."""
+    cache = Path(os.environ["DML_CACHE"]) / "features"
+    given = [*FROZEN, f"data.root={folder_set}", "data.augment=none", "backbone.frozen=true", "precision=float64"]
+    given += ["backbone.name=efficientnet_lite0", "backbone.weights=imagenet"]
+    two = train(*given, "workers=2")
+    files = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(files) == 3 and all(path.suffix == ".npy" for path in files)
+    one = train(*given, "workers=1")
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == files
+    np.testing.assert_allclose(step_losses(one), step_losses(two), rtol=1e-9)
+    assert one.metrics["features/recall_at_1"] > 0.5
+
+
+def test_bad_picture_on_the_way_fails_in_one_line(folder_set: Path) -> None:
+    bad = folder_set / "class 3" / "0.jpg"
+    content = bad.read_bytes()
+    bad.write_bytes(b"no picture")
+    try:
+        given = [*SMALL, *FROZEN, f"data.root={folder_set}", "data.augment=crop", "backbone.name=small", "name=bad"]
+        found = CliRunner().invoke(app, ["train", *given, "backbone.weights=none", "workers=1"])
+    finally:
+        bad.write_bytes(content)
+    assert found.exit_code == 1
+    assert "unreadable picture" in found.stderr and "class 3/0.jpg" in found.stderr
+    runs = mlflow.search_runs(experiment_names=["folder"], filter_string="run_name = 'bad'")
+    assert runs["status"].tolist() == ["FAILED"]
