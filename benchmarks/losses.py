@@ -195,7 +195,7 @@ def terms(batch: int) -> dict[str, tuple[Step, Step | None, Step | None]]:
 
 
 def row(name: str, *cells: object) -> None:
-    print(f"| {name:<34} |" + "".join(f" {cell!s:>19} |" for cell in cells), flush=True)
+    print(f"| {name:<42} |" + "".join(f" {cell!s:>19} |" for cell in cells), flush=True)
 
 
 def main() -> None:
@@ -209,11 +209,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     row(f"{options.threads} threads, ms", "ours", "loop", "library")
-    row("-" * 34, *["-" * 19] * 3)
+    row("-" * 42, *["-" * 19] * 3)
     for batch in options.batch:
         for name, steps in terms(batch).items():
             if options.only in name:
-                row(f"{name}, B={batch}"[:34], *(timed(step, options.repeat) if step else "" for step in steps))
+                row(f"{name}, B={batch}", *(timed(step, options.repeat) if step else "" for step in steps))
 
     row("", "ours", "loop", "memory / input")
     for samples, classes in ((1000, 100), (8054, 98)):

@@ -31,16 +31,21 @@ class Backbone(nn.Module):
         self.network, self.dim = network, dim
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.memory_format = torch.contiguous_format
         self.train(False)
+
+    def freeze(self) -> None:
+        """No gradients from now on, and the memory layout that is fastest without them."""
+        self.requires_grad_(False)
+        self.memory_format = torch.channels_last
+        self.network.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(False)  # see the head of this file
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        if x.is_cuda:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.network(x)
+        return self.network(x.contiguous(memory_format=torch.channels_last if x.is_cuda else self.memory_format))
 
 
 def build(name: str, weights: str, read: bool = True) -> Backbone:

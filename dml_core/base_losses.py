@@ -17,6 +17,7 @@ But:
 
 import inspect
 from collections.abc import Collection
+from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
 
@@ -120,7 +121,7 @@ def arguments(name: str) -> dict[str, Any]:
     for part in PARTS:
         if part != "miner" or cls not in WITHOUT_MINER:
             allowed |= {part: None, f"{part}_arguments": {}}
-    return allowed | ours
+    return deepcopy(allowed | ours)
 
 
 def build(name: str, num_classes: int, dim: int, **given: Any) -> "BaseLoss":
@@ -131,10 +132,12 @@ def build(name: str, num_classes: int, dim: int, **given: Any) -> "BaseLoss":
     defaults = arguments(name)
     for argument in given:
         check(f"argument of loss {name}", argument, defaults)
-    for part in PARTS:  # our arguments of a part are not for another part
-        if part in given and given[part] != defaults[part]:
-            defaults[f"{part}_arguments"] = {}
     chosen = defaults | given
+    for part in PARTS:  # ours hold beside those given, but not for another part
+        if part in defaults and chosen[part] == defaults[part]:
+            chosen[f"{part}_arguments"] = defaults[f"{part}_arguments"] | chosen[f"{part}_arguments"]
+        else:
+            chosen[f"{part}_arguments"] = given.get(f"{part}_arguments", {})
     parts = {part: (chosen.pop(part, None), chosen.pop(f"{part}_arguments", {})) for part in PARTS}
     cls = getattr(losses, SHORT.get(name, (name, {}))[0])
     if parts["miner"][0] == "TripletMarginMiner" and cls is losses.TripletMarginLoss:

@@ -54,7 +54,7 @@ def learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
     torch.manual_seed(config.seed)
     backbone = backbones.build(config.backbone.name, config.backbone.weights, read_weights)
     if config.backbone.frozen:
-        backbone.requires_grad_(False)
+        backbone.freeze()
     dim, s = config.embedding_dim, config.sgar
     loss = base_losses.build(config.loss.name, classes, dim, **config.loss.arguments)
     weights, sgar = Weights(), None

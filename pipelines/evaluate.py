@@ -71,12 +71,13 @@ def run(task: Retrieval, sources: Sources, stage: str, outputs: Outputs) -> dict
 def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Outputs) -> dict[str, Tensor]:
     """This rank's blocks of the embeddings of a set, one under the other."""
     size = block_rows(len(images))
-    rows = list(blocks(len(images), size, rank(), world_size()))
-    parts = []
+    rows = list(blocks(len(images), size, rank(), world_size(), features.BATCH[sources.device.type]))
+    parts, done = [], 0
     for batch in sources.of(images).batches(rows, sources.processes):
+        done += len(batch) * world_size()
         with torch.autocast(sources.device.type, torch.bfloat16, enabled=sources.config.precision == "bf16"):
             parts.append(outputs(batch.to(sources.device)))
-        sources.progress.note(stage, min(len(images), len(parts) * size * world_size()), len(images))
+        sources.progress.note(stage, min(len(images), done), len(images))
     if not parts:  # fewer blocks than ranks: this one has none, but knows the widths
         sample = next(iter(sources.of(images).batches([[(0, None)]])))
         parts.append({name: rows[:0] for name, rows in outputs(sample.to(sources.device)).items()})

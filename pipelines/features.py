@@ -15,7 +15,7 @@ from dml_core.gather import all_sum, gather, rank, world_size
 from dml_core.learner import Learner
 from pipelines.config import Config
 
-BLOCK = 64  # the same blocks at any worker count, hence the same bits
+BATCH = {"cpu": 16, "cuda": 256}  # pictures at a time; the same at any worker count, hence the same bits
 
 
 class Features:
@@ -60,7 +60,7 @@ def _compute(
     processes: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    count, dtype = len(views.images), next(learner.parameters()).dtype
+    count, dtype, size = len(views.images), next(learner.parameters()).dtype, BATCH[device.type]
     partial = path.with_suffix(f".{os.getpid()}.partial")
     file = None
     if writes:
@@ -69,10 +69,10 @@ def _compute(
             partial, "w+", dtype=torch.zeros(0, dtype=dtype).numpy().dtype, shape=(count, learner.backbone.dim)
         )
     try:
-        mine = views.batches(blocks(count, BLOCK, rank(), world_size()), processes)
-        for start in range(0, count, BLOCK * world_size()):
+        mine = views.batches(blocks(count, size, rank(), world_size(), size), processes)
+        for start in range(0, count, size * world_size()):
             images = next(mine, None)
-            rows = torch.zeros(BLOCK, learner.backbone.dim, dtype=dtype, device=device)
+            rows = torch.zeros(size, learner.backbone.dim, dtype=dtype, device=device)
             if images is not None:
                 with torch.inference_mode():
                     rows[: len(images)] = learner.features(images.to(device)).to(dtype)

@@ -1,6 +1,7 @@
 """What the driver does around the workers: checks, the run's folder, MLflow's run, the outcome."""
 
 import hashlib
+import io
 import json
 import subprocess
 import time
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.fs
 from rich.console import Console
-from torchvision.io import encode_png
+from torchvision.transforms.functional import to_pil_image
 
 from dml_core import base_losses
 from dml_core.data.datasets import Splits
@@ -201,11 +202,12 @@ def _start_run(uri: str, config: Config, splits: Splits) -> str:
 
 
 def _log_model(uri: str, run_id: str, config: Config, folder: RunFolder, best: str, splits: Splits) -> str:
-    example = encode_png(splits.test.query.picture(0, config.data.image_size)).numpy().tobytes()
+    example = io.BytesIO()
+    to_pil_image(splits.test.query.picture(0, config.data.image_size)).save(example, "PNG")
     name = config.model_name or f"dml-{config.data.name}"
     with launch.scratch_storage() as scratch:
         local = checkpoint.fetch(folder.filesystem, best, Path(scratch))
-        return tracking.log_model(uri, run_id, local, name, example, config.embedding_dim, _version())
+        return tracking.log_model(uri, run_id, local, name, example.getvalue(), config.embedding_dim, _version())
 
 
 def _version() -> str:

@@ -138,8 +138,10 @@ def _reason(error: BaseException) -> str:
         # When one worker fails, the others fail waiting for it: theirs is not the reason.
         error = next((c for c in causes if "Connection closed by peer" not in str(c)), causes[0])
     error = _root(error)
-    first = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first[-1] if isinstance(error, ray.exceptions.RayError) else first[0]}"
+    lines = str(error).strip().splitlines() or [""]
+    # What another process raised comes as its traceback, whose last line is the message.
+    foreign = isinstance(error, ray.exceptions.RayError) or "DataLoader worker" in lines[0]
+    return lines[-1] if foreign else f"{type(error).__name__}: {lines[0]}"
 
 
 def _root(error: BaseException) -> BaseException:

@@ -68,7 +68,9 @@ class BatchPlan:
             yield list(zip(samples, views, strict=True))
 
 
-def blocks(rows: int, size: int, rank: int, world: int) -> Iterator[Rows]:
-    """Consecutive blocks of a set of `rows` samples, dealt to ranks in turn."""
+def blocks(rows: int, size: int, rank: int, world: int, batch: int) -> Iterator[Rows]:
+    """Consecutive blocks of a set of `rows` samples, dealt to ranks in turn, in batches of at most `batch` samples."""
     for start in range(rank * size, rows, world * size):
-        yield [(i, None) for i in range(start, min(start + size, rows))]
+        end = min(start + size, rows)
+        for first in range(start, end, batch):
+            yield [(i, None) for i in range(first, min(first + batch, end))]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pytorch_metric_learning import losses, miners
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dml_core import base_losses
 from dml_core.base_losses import arguments, build
@@ -283,9 +284,23 @@ def test_miners_never_pair_an_anchor_with_its_copies(miner):
     assert len(seen[0][0]) > 0 and (seen[0][1] % len(z) != seen[0][0]).all()
 
 
+def test_hardest_positive_is_never_an_own_copy():
+    """Synthetics opposite to their source: its own copy would be the hardest positive of every anchor."""
+    z, labels, _ = batch(spread=0.1)
+    loss = build("TripletMarginLoss", CLASSES, DIM, miner="BatchHardMiner")
+    seen = []
+    loss.loss.register_forward_hook(lambda module, inputs, output: seen.append(inputs[2]))
+    loss(z, labels, -z.detach())
+    distance = torch.cdist(normalize(z), normalize(torch.cat([z, -z])))
+    own = torch.arange(2 * len(z)) % len(z) == torch.arange(len(z))[:, None]
+    allowed = (labels[:, None] == labels.repeat(2)) & ~own
+    assert torch.equal(seen[0][0], torch.arange(len(z)))
+    assert torch.equal(seen[0][1], distance.masked_fill(~allowed, -1).argmax(1))
+
+
 def test_several_centers_a_class_give_one_proxy_each():
     loss = build("SubCenterArcFaceLoss", CLASSES, DIM, sub_centers=2)
-    first = torch.nn.functional.normalize(loss.loss.W[:, :2], dim=0).mean(1)
+    first = normalize(loss.loss.W[:, :2], dim=0).mean(1)
     torch.testing.assert_close(loss.proxies[0], first)
 
 
@@ -318,6 +333,11 @@ def test_arguments_are_those_that_build_takes():
 def test_bad_names_are_refused(name, given, message):
     with pytest.raises(ValueError, match=message):
         build(name, CLASSES, DIM, **given)
+
+
+def test_given_arguments_of_a_miner_join_ours():
+    miner = build("triplet", CLASSES, DIM, miner_arguments={"margin": 0.5}).miner
+    assert (miner.margin, miner.type_of_triplets) == (0.5, "semihard")
 
 
 def test_another_miner_does_not_inherit_arguments():

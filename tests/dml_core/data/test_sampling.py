@@ -67,5 +67,6 @@ def test_seeds_differ_by_every_part_of_the_key() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 300])
 def test_blocks_cover_all_rows_once(rows: int) -> None:
-    found = [row for rank in range(3) for block in blocks(rows, 64, rank, 3) for row, _ in block]
-    assert sorted(found) == list(range(rows))
+    batches = [(rank, batch) for rank in range(3) for batch in blocks(rows, 64, rank, 3, 10)]
+    assert sorted(row for _, batch in batches for row, _ in batch) == list(range(rows))
+    assert all(len(batch) <= 10 and {row // 64 % 3 for row, _ in batch} == {rank} for rank, batch in batches)
