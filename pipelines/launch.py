@@ -46,7 +46,13 @@ def cluster(config: Config, logs: Path | None) -> Iterator[None]:
         else:
             # At least one CPU a worker in Ray's books, so that any number of workers fits on any machine.
             cpus = max(os.cpu_count() or 1, config.worker_range[1])
-            ray.init(address="local", num_cpus=cpus, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except ConnectionError as error:
         raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
     session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[attr-defined]

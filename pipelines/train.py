@@ -121,6 +121,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             tracker.log(history[-1])
 
     # Test: once, with the best epoch's weights, beside the same network untrained and its raw features.
+    dist.barrier()  # rank 0 returns from the last report when its checkpoint is stored, the others before
     best = checkpoint.fetch(
         storage.storage_filesystem, f"{run_path}/{checkpoint.folder_name(state.best_epoch)}", scratch
     )

@@ -49,8 +49,9 @@ class BatchPlan:
         for step, row in enumerate(chosen):
             for place, label in enumerate(row):
                 while len(deck[label]) < self.images:
-                    start, count = self.starts[label], self.counts[label]
-                    deck[label] = np.concatenate([deck[label], rng.permutation(self.order[start : start + count])])
+                    fresh = rng.permutation(self.order[self.starts[label] :][: self.counts[label]])
+                    held = np.isin(fresh, deck[label])  # these come last: no image twice while there are others
+                    deck[label] = np.concatenate([deck[label], fresh[~held], fresh[held]])
                 plan[step, place], deck[label] = deck[label][: self.images], deck[label][self.images :]
         return plan.reshape(self.steps, -1)
 

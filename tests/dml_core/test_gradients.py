@@ -69,8 +69,31 @@ def gather_is_adjoint() -> torch.Tensor:
     return (both[0] - both[1]).abs()
 
 
+def first_losses() -> list[float]:
+    """Of five steps of Adam in float32 on the small network, as a recipe begins: with a warm-up."""
+    torch.manual_seed(0)
+    sgar = IntensityRanking(DIM, 0.1, 5, 0.11, None, 32.0, 0.05, 32.0, 0.1, False)
+    backbone = backbones.build("small", "none")
+    loss = base_losses.build("multi_similarity", CLASSES, DIM)
+    learner = Learner(backbone, heads.linear(backbone.dim, DIM), loss, Weights(0.2, 0.2), sgar)
+    parallel = DistributedDataParallel(learner) if world_size() > 1 else learner
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)
+    images = torch.randint(0, 256, (5, BATCH, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(BATCH) // 4 % CLASSES
+    mine = slice(rank() * BATCH // world_size(), (rank() + 1) * BATCH // world_size())
+    losses = []
+    for step in range(5):
+        terms = parallel(images[step, mine], labels[mine], torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        terms.loss.backward()
+        optimizer.step()
+        losses.append(terms.loss.item())
+    return losses
+
+
 def everything() -> dict[object, object]:
-    return {"adjoint": gather_is_adjoint()} | {case: gradients(*case) for case in CASES}
+    found: dict[object, object] = {case: gradients(*case) for case in CASES}
+    return found | {"adjoint": gather_is_adjoint(), "losses": first_losses()}
 
 
 def run_rank(number: int, world: int, folder: str) -> None:
@@ -108,6 +131,14 @@ def test_gradient_equals_that_of_one_process(found: dict[int, list[dict]], world
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_gather_backward_is_its_adjoint(found: dict[int, list[dict]], world: int) -> None:
     assert all(of_rank["adjoint"] < 1e-12 for of_rank in found[world])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_first_steps_agree_in_float32(found: dict[int, list[dict]], world: int) -> None:
+    alone = found[1][0]["losses"]
+    assert len(set(alone)) == 5
+    for of_rank in found[world]:
+        assert of_rank["losses"] == pytest.approx(alone, rel=1e-5)
 
 
 def test_learnable_losses_have_parameters(found: dict[int, list[dict]]) -> None:

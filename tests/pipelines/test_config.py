@@ -27,7 +27,7 @@ def test_default_recipe_is_glyphs_with_sgar() -> None:
         (["epochs=0"], r"epochs=0: .*greater than or equal to 1"),
         (["precision=float16"], r"precision=float16: .*'float32', 'bf16' or 'float64'"),
         (["loss.name=tripplet"], r"tripplet.*triplet"),
-        (["loss.margn=0.1"], r"margn .*did you mean margin\?"),
+        (["loss.bas=0.1"], r"bas is no argument of multi_similarity; did you mean base\?"),
         (["method=[sgarr]"], r"method\.0=sgarr: .*'sgar'"),
         (["method=[]", "sgar.intensity=0.2"], r"sgar\.\* cannot act"),
         (["optimizer.momentum=0.9"], r"momentum cannot act with optimizer\.name=adamw"),
@@ -69,5 +69,5 @@ def test_values_are_yaml_1_2() -> None:
 
 
 def test_flat_keys_are_dotted() -> None:
-    flat = load("glyphs", ["loss.margin=0.2"]).flat()
-    assert flat["loss.margin"] == 0.2 and flat["batch.images"] == 2 and "data.root" not in flat
+    flat = load("glyphs", ["loss.base=0.2"]).flat()
+    assert flat["loss.base"] == 0.2 and flat["batch.images"] == 2 and "data.root" not in flat
