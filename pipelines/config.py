@@ -100,6 +100,9 @@ class Loss(BaseModel):
         for key in self.arguments:
             if key not in allowed:
                 raise ValueError(f"{key} is no argument of {self.name}{nearest(key, list(allowed))}")
+            number = isinstance(allowed[key], int | float) and not isinstance(allowed[key], bool)
+            if number and not isinstance(self.arguments[key], int | float):
+                raise ValueError(f"{key}={self.arguments[key]} is not a number")
         base_losses.build(self.name, 2, 2, **self.arguments)
         return self
 

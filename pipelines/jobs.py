@@ -14,7 +14,6 @@ import pyarrow.fs
 from rich.console import Console
 from torchvision.transforms.functional import to_pil_image
 
-from dml_core import base_losses
 from dml_core.data.datasets import Splits
 from pipelines import build, checkpoint, launch, tracking
 from pipelines.config import Config, flatten
@@ -48,7 +47,7 @@ def train(config: Config, console: Console) -> Outcome:
     config = _absolute(config)
     with console.status("reading the data"):
         splits = build.splits(config)
-        _check_loss(config)
+        _check_model(config, len(splits.train.class_names))
     uri = tracking.default_uri(Path.cwd())
     tracking.prepare(uri)
     folder = RunFolder(config)
@@ -165,8 +164,12 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update={"name": name, "storage": storage, "data": data})
 
 
-def _check_loss(config: Config) -> None:
-    loss = base_losses.build(config.loss.name, 2, 2, **config.loss.arguments)
+def _check_model(config: Config, classes: int) -> None:
+    """Build it here once: an unknown network, or weights that cannot be had, shall stop us before any worker starts."""
+    try:
+        loss = build.learner(config, classes).base_loss
+    except OSError as error:
+        raise ValueError(f"backbone.weights={config.backbone.weights}: cannot be had here ({error})") from None
     if loss.needs_positives and config.batch.images < 2:
         raise ValueError(
             f"batch.images=1: loss.name={config.loss.name} compares images of one class and needs at least 2"

@@ -70,4 +70,4 @@ def test_values_are_yaml_1_2() -> None:
 
 def test_flat_keys_are_dotted() -> None:
     flat = load("glyphs", ["loss.base=0.2"]).flat()
-    assert flat["loss.base"] == 0.2 and flat["batch.images"] == 2 and "data.root" not in flat
+    assert flat["loss.base"] == 0.2 and flat["batch.images"] == 4 and "data.root" not in flat
