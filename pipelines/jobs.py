@@ -61,6 +61,8 @@ def train(config: Config, console: Console) -> Outcome:
                 return Outcome(**result)
             console.print(f"continuing {config.name}")
             tracking.resume_run(uri, earlier["run_id"], {"workers": str(config.workers)})
+        else:
+            console.print(f"{folder.path}  (if interrupted, name={config.name} continues it)", highlight=False)
         run_id = earlier["run_id"] if earlier else _start_run(uri, config, splits)
         folder.write("run.json", {"run_id": run_id, "config": config.model_dump(exclude_none=True)})
         assert config.name

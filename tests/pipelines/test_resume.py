@@ -74,6 +74,7 @@ def train(name: str) -> None:
     jobs.train(load(RUN[0], [*RUN[1:], f"name={name}"]), Console(file=io.StringIO()))
 
 
+@pytest.mark.timeout(900)
 def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
     tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
