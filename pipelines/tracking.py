@@ -133,8 +133,8 @@ class Tracker:
     the loss of each optimizer step. What MLflow has already, from before a crash, is not sent again.
     """
 
-    def __init__(self, uri: str, run_id: str, history: list[dict[str, Any]], resumed: bool):
-        self.client, self.run_id, self.resumed = _client(uri), run_id, resumed
+    def __init__(self, uri: str, run_id: str, history: list[dict[str, Any]]):
+        self.client, self.run_id = _client(uri), run_id
         self.seen: dict[str, int] = {}
         self.pending: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.unsent = 0
@@ -156,7 +156,7 @@ class Tracker:
         return self.unsent
 
     def _send_all(self) -> None:
-        known = not self.resumed
+        known = False  # a run that was killed before its first checkpoint has steps there too
         while (record := self.pending.get()) is not None:
             wait = 1.0
             while True:

@@ -58,7 +58,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     if resume[0] is not None:
         folder = checkpoint.fetch(storage.storage_filesystem, f"{run_path}/{resume[0].name}", scratch)
         state, history, metrics = checkpoint.load(folder, learner, optimizer, schedule)
-    tracker = Tracker(job["tracking_uri"], job["run_id"], history, resumed=resume[0] is not None) if main else None
+    tracker = Tracker(job["tracking_uri"], job["run_id"], history) if main else None
 
     model = DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
     generator = torch.Generator(device)

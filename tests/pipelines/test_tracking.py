@@ -1,9 +1,13 @@
 """Against a real MLflow server over HTTP, with sqlite behind it."""
 
+import itertools
+
 import mlflow
 import pytest
 
 from pipelines import tracking
+
+CLOCK = itertools.count(1)  # two attempts at one epoch have two times, or the server itself would drop the second
 
 
 def record(epoch: int, steps: int = 3) -> dict:
@@ -30,7 +34,7 @@ def run_id(mlflow_server) -> str:
 
 
 def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
-    tracker = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
     for epoch in (1, 2):
         tracker.log(record(epoch))
     assert tracker.close() == 0
@@ -44,19 +48,19 @@ def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
 
 
 def test_more_steps_than_one_call_takes(mlflow_server, run_id: str) -> None:
-    tracker = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
     tracker.log(record(1, steps=2500))
     assert tracker.close() == 0
     assert len(logged(mlflow_server.uri, run_id, "train/step_loss")) == 2500
 
 
 def test_a_resumed_run_logs_nothing_twice_and_loses_nothing(mlflow_server, run_id: str) -> None:
-    first = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    first = tracking.Tracker(mlflow_server.uri, run_id, [])
     first.log(record(1))
     first.log(record(2))  # logged, but the crash comes before its checkpoint
     assert first.close() == 0
     history = [record(1)]
-    again = tracking.Tracker(mlflow_server.uri, run_id, history, resumed=True)
+    again = tracking.Tracker(mlflow_server.uri, run_id, history)
     for epoch in (2, 3):
         again.log(record(epoch))
     assert again.close() == 0
@@ -64,8 +68,17 @@ def test_a_resumed_run_logs_nothing_twice_and_loses_nothing(mlflow_server, run_i
     assert logged(mlflow_server.uri, run_id, "train/step_loss") == [(i, float(i)) for i in range(9)]
 
 
+def test_killed_before_the_first_checkpoint_logs_nothing_twice(mlflow_server, run_id: str) -> None:
+    for _ in range(2):
+        tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
+        tracker.log(record(1))
+        assert tracker.close() == 0
+    client = mlflow.MlflowClient(mlflow_server.uri)
+    assert len(client.get_metric_history(run_id, "train/step_loss")) == 3
+
+
 def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str) -> None:
-    tracker = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
     tracker.log(record(1))
     while tracker.unsent:
         pass
@@ -80,11 +93,11 @@ def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str)
 
 def test_what_a_server_never_got_is_counted_and_kept(mlflow_server, run_id: str) -> None:
     mlflow_server.stop()
-    tracker = tracking.Tracker(mlflow_server.uri, run_id, [], resumed=False)
+    tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
     tracker.log(record(1))
     assert tracker.close(patience=0) == 1
     mlflow_server.start()
-    again = tracking.Tracker(mlflow_server.uri, run_id, [record(1)], resumed=True)
+    again = tracking.Tracker(mlflow_server.uri, run_id, [record(1)])
     assert again.close() == 0
     assert logged(mlflow_server.uri, run_id, "train/loss") == [(1, 1.0)]
 
