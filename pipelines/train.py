@@ -50,14 +50,13 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     optimizer = build.optimizer(cfg, learner)
     schedule = build.schedule(cfg, optimizer, plan.steps)
     state, history = checkpoint.State(), list[dict[str, Any]]()
-    metrics: dict[str, float] = {}
     storage = context.get_storage()
     run_path, scratch = storage.experiment_fs_path, Path(tempfile.mkdtemp(prefix="dml-"))
     resume = [checkpoint.newest(storage.storage_filesystem, run_path, scratch) if main else None]
     dist.broadcast_object_list(resume, 0, device=device)
     if resume[0] is not None:
         folder = checkpoint.fetch(storage.storage_filesystem, f"{run_path}/{resume[0].name}", scratch)
-        state, history, metrics = checkpoint.load(folder, learner, optimizer, schedule)
+        state, history, _ = checkpoint.load(folder, learner, optimizer, schedule)
     tracker = Tracker(job["tracking_uri"], job["run_id"], history) if main else None
 
     model = DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
