@@ -4,9 +4,13 @@ Every function is the identity when there is one process, so that the same code 
 Works with gloo (CPU) and NCCL (GPU).
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -53,6 +57,15 @@ def all_sum(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def agreed(value: T) -> T:
+    """What rank 0 was given, on every rank: any small object. Nobody gets it before rank 0 asks."""
+    if world_size() > 1:
+        held = [value]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
+    return value
 
 
 def broadcast(x: Tensor, source: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Features to embeddings."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def linear(features: int, dim: int) -> nn.Module:
@@ -13,3 +14,23 @@ def linear(features: int, dim: int) -> nn.Module:
     matrix = nn.Linear(features, dim, bias=False)
     nn.init.orthogonal_(matrix.weight)
     return nn.Sequential(nn.RMSNorm(features, elementwise_affine=False), matrix)
+
+
+class Structure(nn.Sequential):
+    """The structure head of NASA (Li et al., AAAI 2022): (B, features) to (B, dim) weights of the dimensions.
+
+    s = 1 + 0.5 (2 sigma - 1), in [0.5, 1.5]. While training its statistics are those of the batch that it is given:
+    give it the global one. Features are brought to unit root mean square first, as the sample head's are.
+    """
+
+    def __init__(self, features: int, dim: int):
+        super().__init__(
+            nn.RMSNorm(features, elementwise_affine=False),
+            nn.Linear(features, dim, bias=False),
+            nn.BatchNorm1d(dim),
+            nn.Linear(dim, dim, bias=False),
+            nn.BatchNorm1d(dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 + torch.sigmoid(super().forward(x))

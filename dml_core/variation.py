@@ -73,7 +73,7 @@ class ClassVariation(nn.Module):
     @torch.no_grad()
     def add(self, z: Tensor, labels: Tensor) -> None:
         """z (b, D), labels (b,): sum 1, x and x^2 of x = z - center by class."""
-        self.n += labels.bincount(minlength=len(self.n))
+        self.n.index_add_(0, labels, self.n.new_ones(()).expand(len(labels)))
         if self.full:
             labels, order = labels.sort(stable=True)
             z = z[order]

@@ -13,7 +13,9 @@ from dml_core.data import datasets, transforms
 from dml_core.data.datasets import LabelledImages, Splits
 from dml_core.data.loading import Views
 from dml_core.learner import Learner, Weights
+from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
+from dml_core.synthesis.gaussian import ClassAugmentation
 from pipelines.config import Config
 
 
@@ -55,11 +57,14 @@ def learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
     backbone = backbones.build(config.backbone.name, config.backbone.weights, read_weights)
     if config.backbone.frozen:
         backbone.freeze()
-    dim, s = config.embedding_dim, config.sgar
+    dim = config.embedding_dim
     loss = base_losses.build(config.loss.name, classes, dim, **config.loss.arguments)
-    weights, sgar = Weights(), None
-    if s is not None:
-        weights = Weights(s.weight * s.ratio_rank, s.weight * s.ratio_anchor)
+    head = heads.linear(backbone.dim, dim)
+    weights, iaa, sgar, namr = Weights(), None, None, None
+    if config.iaa is not None:
+        iaa = ClassAugmentation(classes, dim, config.epochs, **config.iaa.model_dump())
+    if (s := config.sgar) is not None:
+        weights = weights._replace(sgar_rank=s.weight * s.ratio_rank, sgar_anchor=s.weight * s.ratio_anchor)
         sgar = IntensityRanking(
             dim=dim,
             intensity=s.intensity,
@@ -72,7 +77,10 @@ def learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
             anchor_margin=s.anchor_margin,
             shared_directions=s.directions == "shared",
         )
-    made = Learner(backbone, heads.linear(backbone.dim, dim), loss, weights, sgar)
+    if (n := config.namr) is not None:
+        weights = weights._replace(namr_rank=n.weight)
+        namr = ClusterRanking(heads.Structure(backbone.dim, dim), n.centers, n.t, n.alpha, n.spacing)
+    made = Learner(backbone, head, loss, weights, iaa, sgar, namr)
     torch.set_num_threads(threads)
     return made
 

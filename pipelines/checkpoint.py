@@ -9,8 +9,11 @@ config.yaml  metrics.json  classes.json
 manifest.json         size and sha256 of each of these, written last: a torn folder has none that fits
 """
 
+import contextlib
 import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +40,12 @@ class Loaded(NamedTuple):
     state: State
     history: list[dict[str, Any]]
     metrics: dict[str, float]
+
+
+def run_folder(config: Config) -> tuple[pyarrow.fs.FileSystem, str]:
+    """Where a run's files are: storage/NAME. OSError or ValueError where that cannot be."""
+    files, root = pyarrow.fs.FileSystem.from_uri(config.storage)
+    return files, f"{root}/{config.name}"
 
 
 def folder_name(epoch: int) -> str:
@@ -68,6 +77,21 @@ def save(
         (folder / name).write_text(json.dumps(content))
     files = {path.name: _fingerprint(path) for path in folder.iterdir()}
     (folder / MANIFEST).write_text(json.dumps(files))
+
+
+def keep(files: pyarrow.fs.FileSystem, run: str, folder: Path, state: State) -> None:
+    """Add a saved checkpoint to a run's folder; of those before it keep the best, and the last should this one tear."""
+    path = f"{run}/{folder_name(state.epoch)}"
+    files.create_dir(path, recursive=True)
+    pyarrow.fs.copy_files(str(folder), path, destination_filesystem=files)
+    names = _names(files, run)
+    for name in {*names[:-2]} - {folder_name(state.best_epoch)}:
+        files.delete_dir(f"{run}/{name}")
+
+
+def _names(files: pyarrow.fs.FileSystem, run: str) -> list[str]:
+    selector = pyarrow.fs.FileSelector(run, allow_not_found=True)
+    return sorted(f.base_name for f in files.get_file_info(selector) if f.base_name.startswith("epoch_"))
 
 
 def whole(folder: Path) -> bool:
@@ -110,27 +134,24 @@ def load(
     return Loaded(state, json.loads((folder / "history.json").read_text()), read_metrics(folder))
 
 
-def newest(filesystem: pyarrow.fs.FileSystem, run: str, scratch: Path) -> Path | None:
-    """The newest whole checkpoint below a run's folder, here or in a bucket; torn ones are passed over.
-
-    A checkpoint that is not in a local folder is copied to `scratch` first.
-    """
-    selector = pyarrow.fs.FileSelector(run, allow_not_found=True)
-    names = sorted(f.base_name for f in filesystem.get_file_info(selector) if f.base_name.startswith("epoch_"))
-    for name in reversed(names):
-        folder = fetch(filesystem, f"{run}/{name}", scratch)
-        if whole(folder):
-            return folder
+def newest(files: pyarrow.fs.FileSystem, run: str) -> str | None:
+    """The name of the newest whole checkpoint below a run's folder, here or in a bucket; torn ones are passed over."""
+    for name in reversed(_names(files, run)):
+        with fetched(files, f"{run}/{name}") as folder:
+            if whole(folder):
+                return name
     return None
 
 
-def fetch(filesystem: pyarrow.fs.FileSystem, path: str, scratch: Path) -> Path:
-    """A local folder with the content of a checkpoint."""
-    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        return Path(path)
-    folder = scratch / Path(path).name
-    pyarrow.fs.copy_files(path, str(folder), source_filesystem=filesystem)
-    return folder
+@contextlib.contextmanager
+def fetched(files: pyarrow.fs.FileSystem, path: str) -> Iterator[Path]:
+    """A local folder with the content of a checkpoint: itself, or a copy for the time of the block."""
+    if isinstance(files, pyarrow.fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="dml-") as scratch:
+        pyarrow.fs.copy_files(path, scratch, source_filesystem=files)
+        yield Path(scratch)
 
 
 def _fingerprint(path: Path) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-METHODS = ("sgar",)
+METHODS = ("iaa", "sgar", "namr")
 
 
 def nearest(word: str, words: list[str]) -> str:
@@ -107,8 +107,33 @@ class Loss(BaseModel):
         return self
 
 
+class Iaa(Section):
+    """Intra-class adaptive augmentation: synthetics drawn from each class's variation, as further candidates."""
+
+    intensity: Annotated[float, Field(gt=0)] = 0.7
+    """lambda: share of the class's variance that is drawn with; falls to 0.6 of it towards the end."""
+    draws: Positive = 3
+    """M: synthetics a sample."""
+    start_epoch: Annotated[int, Field(ge=0)] = 1
+    """Epochs without synthetics, before the first estimate of the variation."""
+    update_every: Positive = 2
+    """Epochs from one estimate to the next; each embeds the training set once."""
+    momentum: Fraction = 0.2
+    """Most that the old estimate keeps."""
+    covariance: Literal["diag", "full"] = "diag"
+    """full: classes x embedding_dim^2 numbers in memory."""
+    neighbors: Positive = 25
+    """K: classes that correct the variation of a small one."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How fast the correction fades with the size of a class."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the variation of all classes in the correction."""
+    tau: Annotated[float, Field(ge=0)] = 40.0
+    """Classes with more images are not corrected."""
+
+
 class Sgar(Section):
-    """Synthetics of rising intensity, and their ranking (../shared/methods.md 3)."""
+    """Self-supervised generative assisted ranking: synthetics of rising intensity, ranked by it."""
 
     intensity: Annotated[float, Field(ge=0)] = 0.1
     """r: the step between synthetics, relative to the embedding's norm."""
@@ -129,6 +154,23 @@ class Sgar(Section):
     """lam: of both terms in the sum."""
     ratio_rank: Annotated[float, Field(ge=0)] = 0.9
     ratio_anchor: Annotated[float, Field(ge=0)] = 0.9
+
+
+class Namr(Section):
+    """Neighborhood-adaptive multi-cluster ranking: a structure embedding weighs the dimensions around a sample."""
+
+    centers: Annotated[int, Field(ge=2, le=8)] = 3
+    """M: distances that the pairs are drawn to."""
+    spacing: Literal["even", "quantile"] = "even"
+    """Centres at even steps from the mean distance down, or at quantiles of the batch's distances."""
+    t: Annotated[float, Field(gt=0)] = 3.0
+    """The nearest centre lies so many deviations below the mean distance (spacing=even)."""
+    alpha: Annotated[float, Field(gt=0)] = 10.0
+    """How sharply a pair decides for its nearest centre."""
+    weight: Annotated[float, Field(ge=0)] = 2.0
+    """lambda: of the term in the sum."""
+    rerank: Positive = 100
+    """Items at the top of a plain search that evaluation orders anew by the adaptive distance."""
 
 
 class Optimizer(Section):
@@ -187,14 +229,16 @@ class Config(Section):
     max_failures: Annotated[int, Field(ge=0)] = 0
     """How often to start the workers again from the last checkpoint when one is lost."""
     embedding_dim: Positive = 512
-    method: list[Literal["sgar"]] = []
+    method: list[Literal["iaa", "sgar", "namr"]] = []
     """Methods over the base loss, in any combination."""
     data: Data = Data()
     batch: Batch = Batch()
     backbone: Backbone = Backbone()
     loss: Loss = Field(default_factory=Loss)
     optimizer: Optimizer = Optimizer()
+    iaa: Iaa | None = None
     sgar: Sgar | None = None
+    namr: Namr | None = None
 
     @field_validator("method")
     @classmethod
@@ -214,6 +258,8 @@ class Config(Section):
         for method in METHODS:
             if getattr(self, method) is not None and method not in self.method:
                 raise ValueError(f"{method}.* cannot act: {method} is not in method={self.method}")
+        if self.iaa and self.iaa.start_epoch >= self.epochs:
+            raise ValueError(f"iaa.start_epoch={self.iaa.start_epoch} cannot act: there are only epochs={self.epochs}")
         low, high = self.worker_range
         size = self.batch.classes * self.batch.images
         if low > high:

@@ -1,6 +1,6 @@
 """Retrieval metrics of a learner on a retrieval task, sharded over the workers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,37 +51,74 @@ class Sources:
         return self.cache[id(images)]
 
 
+def learned(learner: Learner, task: Retrieval, sources: Sources, stage: str, prefix: str) -> dict[str, float]:
+    """{"PREFIX/recall_at_1": ...}; with NAMR also those of PREFIX_rerank/ (its top ordered anew by adaptive distance)
+    and PREFIX_exact/ (the whole gallery searched by it)."""
+    if (namr := sources.config.namr) is None:
+        return run(task, sources, stage, lambda x: {prefix: learner.embed(x)})
+
+    def outputs(x: Tensor) -> dict[str, Tensor]:
+        seen = learner.features(x)
+        return {"embedding": learner.embed(seen), "structure": learner.structure(seen)}
+
+    query, gallery = _both(task, sources, stage, outputs)
+    z, s = query["embedding"], query["structure"]
+    found = _prefixed(prefix, _metrics(task, z, gallery.get("embedding")))
+    found |= _prefixed(f"{prefix}_rerank", _metrics(task, z, gallery.get("embedding"), s, namr.rerank))
+    return found | _prefixed(f"{prefix}_exact", _metrics(task, z, gallery.get("embedding"), s))
+
+
 def run(task: Retrieval, sources: Sources, stage: str, outputs: Outputs) -> dict[str, float]:
     """{"PREFIX/recall_at_1": ...} for each prefix that `outputs` gives embeddings (b, D) for."""
-    query = _embed(task.query, sources, stage, outputs)
-    gallery = _embed(task.gallery, sources, stage, outputs) if task.gallery else None
+    query, gallery = _both(task, sources, stage, outputs)
     metrics: dict[str, float] = {}
     for prefix in query:
-        found = sharded_retrieval_metrics(
-            query[prefix],
-            torch.from_numpy(task.query.labels).to(sources.device),
-            gallery[prefix] if gallery else None,
-            torch.from_numpy(task.gallery.labels).to(sources.device) if task.gallery else None,
-        )
-        metrics |= {f"{prefix}/{name}": float(value) for name, value in found.items()}
+        metrics |= _prefixed(prefix, _metrics(task, query[prefix], gallery.get(prefix)))
     return metrics
+
+
+def _both(
+    task: Retrieval, sources: Sources, stage: str, outputs: Outputs
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the queries, and of the gallery: empty where that is the queries themselves."""
+    query = _embed(task.query, sources, stage, outputs)
+    return query, _embed(task.gallery, sources, stage, outputs) if task.gallery else {}
+
+
+def _metrics(
+    task: Retrieval, query: Tensor, gallery: Tensor | None, structure: Tensor | None = None, rerank: int | None = None
+) -> dict[str, float]:
+    labels = torch.from_numpy(task.query.labels).to(query.device)
+    targets = torch.from_numpy(task.gallery.labels).to(query.device) if task.gallery else None
+    return sharded_retrieval_metrics(query, labels, gallery, targets, structure_shard=structure, rerank=rerank)
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
+
+
+@torch.inference_mode()
+def stream(images: LabelledImages, sources: Sources, stage: str, outputs: Outputs) -> Iterator[dict[str, Tensor]]:
+    """This rank's blocks of a set, batch after batch; `outputs` of each, and "sample" (b,), the places in the set."""
+    size = block_rows(len(images))
+    rows = list(blocks(len(images), size, rank(), world_size(), features.BATCH[sources.device.type]))
+    done = 0
+    for batch, samples in zip(sources.of(images).batches(rows, sources.processes), rows, strict=True):
+        done += len(batch) * world_size()
+        with torch.autocast(sources.device.type, torch.bfloat16, enabled=sources.config.precision == "bf16"):
+            found = outputs(batch.to(sources.device))
+        yield found | {"sample": torch.tensor([sample for sample, _ in samples])}
+        sources.progress.note(stage, min(len(images), done), len(images))
 
 
 @torch.inference_mode()
 def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Outputs) -> dict[str, Tensor]:
     """This rank's blocks of the embeddings of a set, one under the other."""
-    size = block_rows(len(images))
-    rows = list(blocks(len(images), size, rank(), world_size(), features.BATCH[sources.device.type]))
-    parts, done = [], 0
-    for batch in sources.of(images).batches(rows, sources.processes):
-        done += len(batch) * world_size()
-        with torch.autocast(sources.device.type, torch.bfloat16, enabled=sources.config.precision == "bf16"):
-            parts.append(outputs(batch.to(sources.device)))
-        sources.progress.note(stage, min(len(images), done), len(images))
+    parts = list(stream(images, sources, stage, outputs))
     if not parts:  # fewer blocks than ranks: this one has none, but knows the widths
         sample = next(iter(sources.of(images).batches([[(0, None)]])))
         parts.append({name: rows[:0] for name, rows in outputs(sample.to(sources.device)).items()})
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "sample"}
 
 
 def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
@@ -98,4 +135,4 @@ def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
     progress = Reporter(job["board"] if rank() == 0 else None)
     sources = Sources(config, learner, device, job["cpus"], context.get_local_rank() == 0, progress)
     splits = build.splits(config)
-    return run(splits.test, sources, "test", lambda x: {"test": learner.embed(x)})
+    return learned(learner, splits.test, sources, "test", "test")

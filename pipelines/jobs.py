@@ -132,12 +132,11 @@ class RunFolder:
 
     def __init__(self, config: Config):
         try:
-            filesystem, root = pyarrow.fs.FileSystem.from_uri(config.storage)
-            filesystem.create_dir(root, recursive=True)
+            self.filesystem, self.path = checkpoint.run_folder(config)
+            self.filesystem.create_dir(str(Path(self.path).parent), recursive=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"storage={config.storage}: cannot be written to ({error})") from None
-        self.filesystem, self.path = filesystem, f"{root}/{config.name}"
-        self.logs = Path(self.path) / "logs" if isinstance(filesystem, pyarrow.fs.LocalFileSystem) else None
+        self.logs = Path(self.path) / "logs" if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem) else None
 
     def read(self, name: str) -> dict[str, Any] | None:
         try:
@@ -210,8 +209,7 @@ def _log_model(uri: str, run_id: str, config: Config, folder: RunFolder, best: s
     example = io.BytesIO()
     to_pil_image(splits.test.query.picture(0, config.data.image_size)).save(example, "PNG")
     name = config.model_name or f"dml-{config.data.name}"
-    with launch.scratch_storage() as scratch:
-        local = checkpoint.fetch(folder.filesystem, best, Path(scratch))
+    with checkpoint.fetched(folder.filesystem, best) as local:
         return tracking.log_model(uri, run_id, local, name, example.getvalue(), config.embedding_dim, _version())
 
 

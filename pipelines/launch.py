@@ -105,9 +105,6 @@ def run(
             name=name,
             storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="selection", checkpoint_score_order="max"
-            ),
         ),
     )
     outcome: list[Any] = []

@@ -10,11 +10,10 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dml_core.data.sampling import STEP, BatchPlan, derive_seed
-from dml_core.gather import rank, world_size
+from dml_core.gather import agreed, rank, world_size
 from dml_core.learner import Learner, Terms
 from pipelines import build, checkpoint, evaluate
 from pipelines.progress import Reporter
@@ -50,20 +49,24 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     optimizer = build.optimizer(cfg, learner)
     schedule = build.schedule(cfg, optimizer, plan.steps)
     state, history = checkpoint.State(), list[dict[str, Any]]()
-    storage = context.get_storage()
-    run_path, scratch = storage.experiment_fs_path, Path(tempfile.mkdtemp(prefix="dml-"))
-    resume = [checkpoint.newest(storage.storage_filesystem, run_path, scratch) if main else None]
-    dist.broadcast_object_list(resume, 0, device=device)
-    if resume[0] is not None:
-        folder = checkpoint.fetch(storage.storage_filesystem, f"{run_path}/{resume[0].name}", scratch)
-        state, history, _ = checkpoint.load(folder, learner, optimizer, schedule)
-    tracker = Tracker(job["tracking_uri"], job["run_id"], history) if main else None
+    files, folder = checkpoint.run_folder(cfg)
+    if (newest := agreed(checkpoint.newest(files, folder) if main else None)) is not None:
+        with checkpoint.fetched(files, f"{folder}/{newest}") as local:
+            state, history, _ = checkpoint.load(local, learner, optimizer, schedule)
+    tracker = Tracker(job["tracking_uri"], job["run_id"], history) if main and job["tracking_uri"] else None
 
     model = DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
     generator = torch.Generator(device)
     parameters = [p for p in learner.parameters() if p.requires_grad]
 
     for epoch in range(state.epoch, cfg.epochs):
+        # Epoch hook: how each class varies now, over the whole training set (IAA).
+        if learner.iaa is not None and learner.iaa.due(epoch):
+            learner.eval()
+            seen = evaluate.stream(splits.train, sources, "variation", lambda x: {"z": learner.embed(x)})
+            learner.iaa.estimate((part["z"], labels[part["sample"]].to(device)) for part in seen)
+            learner.train()
+
         started, terms_of_steps, norms = time.perf_counter(), [], []
         rows = list(plan.slices(epoch, rank(), world))
         for step, x in enumerate(source.batches(rows, sources.processes)):
@@ -72,7 +75,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             torch.manual_seed(seed)  # miners of the library draw from the global state
             generator.manual_seed(seed)
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                terms = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True), generator)
+                terms = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True), epoch, generator)
             optimizer.zero_grad()
             terms.loss.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, cfg.optimizer.clip_norm or math.inf))
@@ -98,7 +101,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
         due = (epoch + 1) % cfg.evaluate_every == 0 or epoch + 1 == cfg.epochs
         if due and splits.validation is not None:
             learner.eval()
-            metrics |= evaluate.run(splits.validation, sources, "validation", lambda x: {"val": learner.embed(x)})
+            metrics |= evaluate.learned(learner, splits.validation, sources, "validation", "val")
             learner.train()
             steps_done, recall = (epoch + 1) * plan.steps, metrics["val/recall_at_1"]
             progress.note("training", steps_done, cfg.epochs * plan.steps, recall=recall)
@@ -109,25 +112,22 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             score = metrics.get("val/map_at_r", float(epoch))
             better = score > state.best_score
             state = checkpoint.State(epoch + 1, *((epoch + 1, score) if better else state[1:]))
-            with tempfile.TemporaryDirectory(prefix="dml-") as made:
-                kept = None
-                if main:
+            if main:
+                with tempfile.TemporaryDirectory(prefix="dml-") as made:
                     checkpoint.save(Path(made), cfg, classes, learner, optimizer, schedule, state, history, metrics)
-                    kept = ray.train.Checkpoint.from_directory(made)
-                # Ray keeps the newest and the one of the highest selection: ours, also when two scores are equal.
-                ray.train.report({"selection": score if better else -1.0}, kept, checkpoint.folder_name(epoch + 1))
+                    checkpoint.keep(files, folder, Path(made), state)
+            # Metrics alone: Ray stores a checkpoint when it next looks at its workers, and loses it if one dies before.
+            ray.train.report({"epoch": epoch + 1, **metrics})
         if tracker:
             tracker.log(history[-1])
 
     # Test: once, with the best epoch's weights, beside the same network untrained and its raw features.
-    dist.barrier()  # rank 0 returns from the last report when its checkpoint is stored, the others before
-    best = checkpoint.fetch(
-        storage.storage_filesystem, f"{run_path}/{checkpoint.folder_name(state.best_epoch)}", scratch
-    )
+    best = agreed(checkpoint.folder_name(state.best_epoch))  # when rank 0 has stored it
     metrics = history[-1]["metrics"] | {"best_epoch": float(state.best_epoch), "val/best_map_at_r": state.best_score}
-    checkpoint.load_weights(best, learner)
+    with checkpoint.fetched(files, f"{folder}/{best}") as local:
+        checkpoint.load_weights(local, learner)
     learner.eval()
-    metrics |= evaluate.run(splits.test, sources, "test", lambda x: {"test": learner.embed(x)})
+    metrics |= evaluate.learned(learner, splits.test, sources, "test", "test")
     untrained = build.learner(cfg, len(classes)).to(device, next(learner.parameters()).dtype).eval()
     metrics |= evaluate.run(splits.test, sources, "baselines", lambda x: _baselines(untrained, x))
     unsent = 0
@@ -160,7 +160,8 @@ def _epoch_metrics(
 
 def _final(metrics: dict[str, float]) -> dict[str, float]:
     """What is known only at the end; the rest has been logged by epoch."""
-    return {key: value for key, value in metrics.items() if not key.startswith(("train/", "val/recall", "val/map"))}
+    last_epochs = ("train/", "val/", "val_")
+    return {key: value for key, value in metrics.items() if not key.startswith(last_epochs) or "best" in key}
 
 
 def _require_finite(losses: torch.Tensor, epoch: int) -> None:

@@ -8,10 +8,12 @@ But:
 - More than two centres are ours: evenly spaced between the outer two, or quantiles of the batch's distances.
 - Distances come from matrix products of centred embeddings, O(B^2) memory; the published code holds B x B x D.
 - A distance that is zero up to rounding is zero, with the gradient zero.
+- The mean distance that z is divided by while training is part of the gradient: the term knows no scale of z, and
+  cannot be lowered by shrinking it.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SPACINGS = ("even", "quantile")
 
@@ -70,3 +72,23 @@ def cluster_ranking_loss(
     gap = (adaptive_distance(z, s) - eta[:, None, None]).abs()
     loss = (torch.softmax(-alpha * gap, 0) * gap).sum(0)
     return (loss.sum() - loss.diagonal().sum()) / pairs
+
+
+class ClusterRanking(nn.Module):
+    """Structure head and the ranking of its distances.
+
+    structure: features (B, F) of the global batch -> (B, D) weights of the dimensions, > 0.
+    forward(z (B, D) raw, features (B, F)) -> scalar.
+    """
+
+    def __init__(self, structure: nn.Module, centers: int, t: float, alpha: float, spacing: str):
+        super().__init__()
+        self.structure = structure
+        self.centers, self.t, self.alpha, self.spacing = centers, t, alpha, spacing
+
+    def forward(self, z: Tensor, features: Tensor) -> Tensor:
+        s = self.structure(features)
+        pairs = len(z) * (len(z) - 1)
+        scale = plain_distance(z).sum() / max(1, pairs)
+        unit = z / torch.where(scale > 0, scale, 1)
+        return cluster_ranking_loss(unit, s, self.centers, self.t, self.alpha, self.spacing)

@@ -6,13 +6,15 @@ But:
 - Two-sided on request (`max_gap`): the order is kept without tearing the class apart.
 - With a pair loss, which has no proxies, the mean of the class's unit embeddings in the batch stands in for its proxy.
 - Every sum of exponentials is a logsumexp: no overflow at any scale.
+- F is applied to the directions, not to the synthetics: F r_j = F z + j r ||z|| F u_j, which is the same and has a
+  cheaper gradient. So is <relu(x / ||x||), y> = <relu(x), y> / ||x||.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, relu
 
-from dml_core.synthesis.radial import synthesize
+from dml_core.synthesis import radial
 
 
 def intensity_ranking_loss(
@@ -52,7 +54,7 @@ def batch_class_means(zh: Tensor, labels: Tensor) -> Tensor:
 class IntensityRanking(nn.Module):
     """Synthesis and both of SGAR's terms, with the projection F.
 
-    forward(z (B, D) raw, labels (B,), proxies (C, D) or None, generator) -> (rank, anchor), two scalars.
+    forward(z (B, D) raw, labels (B,), proxies (C, D) or None, generator) -> (rank, anchor, share of open gates).
     anchor = (1/a) log(1 + sum_j exp(a (m - <h(r_j), h(p_y)>))): synthetics stay in their class.
     Only sources whose cosine to their class's proxy is at least `gate` count, in both terms.
     """
@@ -76,18 +78,19 @@ class IntensityRanking(nn.Module):
         self.margin, self.max_gap, self.scale, self.gate = margin, max_gap, scale, gate
         self.anchor_scale, self.anchor_margin = anchor_scale, anchor_margin
 
-    def project(self, x: Tensor) -> Tensor:
-        return relu(normalize(x @ self.projection.T, dim=-1))
-
     def forward(
         self, z: Tensor, labels: Tensor, proxies: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         zh = normalize(z, dim=1)
         anchors = batch_class_means(zh, labels) if proxies is None else proxies[labels]
         gate = (zh * normalize(anchors, dim=1)).sum(1).detach() >= self.gate
-        synthetics = self.project(synthesize(z, self.intensity, self.count, generator, self.shared_directions))
-        to_source = torch.einsum("nbd,bd->nb", synthetics, self.project(z))
-        to_class = torch.einsum("nbd,bd->nb", synthetics, self.project(anchors))
+        sources = z @ self.projection.T
+        directions = radial.directions(z, self.count, generator, self.shared_directions) @ self.projection.T
+        synthetics = sources + radial.steps(z, self.intensity, self.count) * directions
+        ends = relu(normalize(torch.stack([sources, anchors @ self.projection.T]), dim=-1))
+        products = torch.einsum("nbd,kbd->knb", relu(synthetics), ends)
+        to_source, to_class = products / synthetics.norm(dim=-1).clamp_min(torch.finfo(z.dtype).tiny)
         rank = intensity_ranking_loss(to_source, self.margin, self.scale, self.max_gap, gate)
         anchor = gated_mean(soft_hinge(self.anchor_margin - to_class, self.anchor_scale), gate)
-        return rank, anchor
+        return rank, anchor, gate.to(z.dtype).mean()

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dml_core import gather
 from dml_core.retrieval import neighbors
 from dml_core.retrieval.neighbors import Relevant, block_rows, owned_rows, pad_rows
+from dml_core.retrieval.structure import index_vectors, query_vectors
 
 CMC_RANKS = (1, 5, 10, 20)
 CLUSTERING = ("nmi", "ami")
@@ -92,12 +93,16 @@ def retrieval_metrics(
     ks: Sequence[int] = (1, 2, 4, 8),
     extra: Sequence[str] = (),
     seed: int = 0,
+    structure: Tensor | None = None,
+    rerank: int | None = None,
 ) -> dict[str, float]:
     """Metrics of whole sets in this process, alone even inside a process group.
 
     query: (N, D), query_labels: (N,) integers; gallery: (M, D), gallery_labels: (M,), by default the queries with each
     query left out of its own ranking. ks: the k of recall_at_k; may exceed M. extra: any of map, cmc, nmi, ami (the
     last two cluster the queries, seeded by `seed`).
+    structure: (N, D) structure embeddings of the queries: ranked by adaptive distance between unit embeddings
+    (structure.py), the whole gallery, or with `rerank` only the first so many of the plain ranking.
     Returns recall_at_<k>, map_at_r, r_precision, queries_without_match (a count), and with extra also
     mean_average_precision, cmc_at_<CMC_RANKS>, nmi, ami. All but the count are 0 where no query has a match.
     Raises ValueError for sizes that do not fit, empty sets, embeddings that are not finite, and unknown names in extra.
@@ -105,7 +110,7 @@ def retrieval_metrics(
     if unknown := set(extra) - {*RANKING, *CLUSTERING}:
         raise ValueError(f"extra: {sorted(unknown)} unknown; allowed are {[*RANKING, *CLUSTERING]}")
     ranking = [name for name in extra if name in RANKING]
-    metrics = _metrics(query, query_labels, gallery, gallery_labels, ks, ranking, rank=0, world=1)
+    metrics = _metrics(query, query_labels, gallery, gallery_labels, ks, ranking, structure, rerank, rank=0, world=1)
     if set(extra) & set(CLUSTERING):
         metrics |= {k: v for k, v in clustering_metrics(query, query_labels, seed).items() if k in extra}
     return metrics
@@ -118,17 +123,22 @@ def sharded_retrieval_metrics(
     gallery_labels: Tensor | None = None,
     ks: Sequence[int] = (1, 2, 4, 8),
     extra: Sequence[str] = (),
+    structure_shard: Tensor | None = None,
+    rerank: int | None = None,
 ) -> dict[str, float]:
     """retrieval_metrics of sets that the processes hold together; call on every rank, every rank gets the result.
 
     query_shard: (n, D), rows `owned_rows(N, rank, world)` of the queries, none on a rank that owns none; gallery_shard
-    likewise of the gallery. Labels: (N,) and (M,), of the whole sets. extra: any of map, cmc; clustering needs all
-    embeddings in one process. Gallery blocks are broadcast one after the other (three times with map).
+    likewise of the gallery, structure_shard as the queries. Labels: (N,) and (M,), of the whole sets. extra: any of
+    map, cmc; clustering needs all embeddings in one process. Gallery blocks are broadcast one after the other (three
+    times with map, twice with rerank).
     """
     if unknown := set(extra) - set(RANKING):
         raise ValueError(f"extra: {sorted(unknown)} unknown or not possible in shards; allowed are {list(RANKING)}")
     rank, world = gather.rank(), gather.world_size()
-    return _metrics(query_shard, query_labels, gallery_shard, gallery_labels, ks, extra, rank, world)
+    return _metrics(
+        query_shard, query_labels, gallery_shard, gallery_labels, ks, extra, structure_shard, rerank, rank, world
+    )
 
 
 @torch.no_grad()
@@ -139,6 +149,8 @@ def _metrics(
     gallery_labels: Tensor | None,
     ks: Sequence[int],
     extra: Sequence[str],
+    structure: Tensor | None,
+    rerank: int | None,
     rank: int,
     world: int,
 ) -> dict[str, float]:
@@ -146,6 +158,8 @@ def _metrics(
         raise ValueError("gallery and gallery_labels go together: give both or neither")
     if any(k < 1 for k in ks):
         raise ValueError(f"ks: {list(ks)}; every k must be at least 1")
+    if rerank and (structure is None or "map" in extra):
+        raise ValueError(f"rerank={rerank} needs structure embeddings, and has no ranking of the full list (map)")
     alone = gallery is None
     labels = torch.as_tensor(query_labels, device=query.device)
     targets = labels if gallery_labels is None else torch.as_tensor(gallery_labels, device=query.device)
@@ -157,24 +171,36 @@ def _metrics(
         dtype = torch.promote_types(query.dtype, shard.dtype)
         query, shard = query.to(dtype), shard.to(dtype)
 
+    adaptive = query, shard
+    if structure is not None:
+        if structure.shape != query.shape:
+            raise ValueError(f"structure: shape {tuple(structure.shape)}, but the queries have {tuple(query.shape)}")
+        adaptive = query_vectors(query, structure.to(query.dtype)), index_vectors(shard)
+        query, shard = (query, shard) if rerank else adaptive
+
     rows, owned = block_rows(len(labels)), owned_rows(len(labels), rank, world).to(query.device)
     all_counts = _match_counts(labels, targets, alone)
     # A rank may own no block at all: it still takes part in every broadcast.
-    blocks, own, block_labels, counts = (
-        x.split(rows) if len(x) else () for x in (query, owned, labels[owned], all_counts[owned])
+    blocks, adaptive_blocks, own, block_labels, counts = (
+        x.split(rows) if len(x) else () for x in (query, adaptive[0], owned, labels[owned], all_counts[owned])
     )
 
-    def stream() -> Iterator[tuple[int, int, Tensor]]:
+    def stream(blocks: Sequence[Tensor] = blocks, shard: Tensor = shard) -> Iterator[tuple[int, int, Tensor]]:
         gallery_blocks = neighbors.gallery_blocks(shard, len(targets), rank, world)
         return neighbors.similarities(blocks, gallery_blocks, own if alone else None, rows)
 
-    places = max([1, *ks, *(CMC_RANKS if "cmc" in extra else ())])
+    places = max([1, *ks, rerank or 0, *(CMC_RANKS if "cmc" in extra else ())])
     best = [
         neighbors.no_neighbors(block, min(len(targets), max(places, int(count.max()))))
         for block, count in zip(blocks, counts, strict=True)
     ]
     for number, offset, similarity in stream():
         neighbors.update(best[number], similarity, offset)
+    if rerank:
+        products = [found.similarity[:, :rerank].clone() for found in best]
+        for number, offset, similarity in stream(adaptive_blocks, adaptive[1]):
+            neighbors.rescored(best[number], similarity, offset, products[number])
+        best = [neighbors.reordered(found, product) for found, product in zip(best, products, strict=True)]
     scores = [
         _scores(_relevance(found, label, targets), count, ks, "cmc" in extra)
         for found, label, count in zip(best, block_labels, counts, strict=True)

@@ -161,6 +161,21 @@ def nearest(queries: Tensor, gallery: GalleryBlocks, k: int, own: Tensor | None 
     return Neighbors(torch.cat([b.similarity for b in best]), torch.cat([b.position for b in best]))
 
 
+def rescored(best: Neighbors, similarity: Tensor, offset: int, score: Tensor) -> None:
+    """Fill in, from a block of another similarity (Q, G), the scores (Q, K) of the K best so far, in place."""
+    place = best.position[:, : score.shape[1]] - offset
+    inside = (place >= 0) & (place < similarity.shape[1])
+    score.copy_(torch.where(inside, similarity.gather(1, place.clamp(0, similarity.shape[1] - 1)), score))
+
+
+def reordered(best: Neighbors, score: Tensor) -> Neighbors:
+    """The K best by their new scores (Q, K), equals in the order they had; the others after them, as they were."""
+    k = score.shape[1]
+    score, order = score.sort(dim=1, descending=True, stable=True)
+    similarity = torch.cat([score, best.similarity[:, k:]], 1)
+    return Neighbors(similarity, torch.cat([best.position[:, :k].gather(1, order), best.position[:, k:]], 1))
+
+
 class Relevant(NamedTuple):
     """The same-class items of each query, the worst first.
 

@@ -8,8 +8,12 @@ But:
 - Full covariances are an option of ours.
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dml_core.variation import ClassVariation, neighbor_correction
 
 JITTER = 1e-6  # of the mean variance: a class with fewer samples than dimensions has a singular covariance
 
@@ -43,3 +47,58 @@ def intensity_at(progress: float, intensity: float) -> float:
     """The intensity at `progress` (0 to 1) through the training: lowered in steps, as published."""
     factor = 1.0 if progress <= 0.4 else 0.9 if progress <= 0.6 else 0.75 if progress <= 0.8 else 0.6
     return factor * intensity
+
+
+class ClassAugmentation(nn.Module):
+    """Estimate of each class's variation, its correction by neighbors, and the draws from it.
+
+    Estimated before epoch `start_epoch` (the first is 0) and every `update_every` epochs from there; nothing is drawn
+    before. The other arguments are those of ClassVariation, neighbor_correction and synthesize.
+
+    forward(z (B, D) raw, labels (B,), epoch, generator) -> (M*B, D), or None before `start_epoch`.
+    """
+
+    corrected: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        epochs: int,
+        intensity: float,
+        draws: int,
+        start_epoch: int,
+        update_every: int,
+        momentum: float,
+        covariance: str,
+        neighbors: int,
+        beta: float,
+        gamma: float,
+        tau: float,
+    ):
+        super().__init__()
+        self.variation = ClassVariation(num_classes, dim, momentum, covariance)
+        self.register_buffer("corrected", torch.zeros_like(self.variation.variance))
+        self.epochs, self.start_epoch, self.update_every = epochs, start_epoch, update_every
+        self.intensity, self.draws = intensity, draws
+        self.neighbors, self.beta, self.gamma, self.tau = neighbors, beta, gamma, tau
+
+    def due(self, epoch: int) -> bool:
+        return epoch >= self.start_epoch and (epoch - self.start_epoch) % self.update_every == 0
+
+    def estimate(self, shard: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """shard: (z (b, D) raw, labels (b,)) batches of this rank's part of the training set. Call on every rank."""
+        v = self.variation
+        v.begin()
+        for z, labels in shard:
+            v.add(z, labels)
+        v.finish()
+        self.corrected.copy_(
+            neighbor_correction(v.mean, v.variance, v.size, self.neighbors, self.beta, self.gamma, self.tau)
+        )
+
+    def forward(self, z: Tensor, labels: Tensor, epoch: int, generator: torch.Generator) -> Tensor | None:
+        if epoch < self.start_epoch:
+            return None
+        intensity = intensity_at(epoch / self.epochs, self.intensity)
+        return synthesize(z, labels, self.corrected, intensity, self.draws, generator)[0]

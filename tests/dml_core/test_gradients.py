@@ -1,4 +1,4 @@
-"""The parameter gradient of a step does not depend on how many processes share the global batch."""
+"""Neither the gradient of a step nor a curve of losses depends on how many processes share the global batch."""
 
 import itertools
 
@@ -11,11 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dml_core import backbones, base_losses, heads
 from dml_core.gather import gather, rank, world_size
-from dml_core.learner import Learner, Weights
+from dml_core.learner import Learner, Terms, Weights
+from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
+from dml_core.synthesis.gaussian import ClassAugmentation
 
 LOSSES = ("triplet", "contrastive", "multi_similarity", "margin", "proxy_anchor", "proxy_nca", "ArcFaceLoss")
-METHODS = ((), ("sgar",))
+METHODS = ((), ("iaa",), ("sgar",), ("namr",), ("iaa", "sgar", "namr"))
 CLASSES, DIM, BATCH = 6, 8, 16
 CASES = [
     (loss, methods, dtype, accumulate)
@@ -31,29 +33,74 @@ class TinyBackbone(backbones.Backbone):
         super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10), nn.Tanh()), 10, (0.5,) * 3, (0.3,) * 3)
 
 
+def tiny_learner(loss: str, methods: tuple[str, ...]) -> Learner:
+    torch.manual_seed(0)
+    made: dict[str, nn.Module] = {
+        "iaa": ClassAugmentation(CLASSES, DIM, 2, 0.7, 3, 0, 1, 0.2, "diag", 2, 0.1, 0.1, 40.0),
+        "sgar": IntensityRanking(DIM, 0.3, 4, 0.11, 0.2, 32.0, 0.05, 32.0, 0.1, False),
+        "namr": ClusterRanking(heads.Structure(10, DIM), 3, 3.0, 10.0, "even"),
+    }
+    used = {method: made[method] for method in methods}
+    base_loss = base_losses.build(loss, CLASSES, DIM)
+    return Learner(TinyBackbone(), heads.linear(10, DIM), base_loss, Weights(0.2, 0.2, 0.5), **used)  # type: ignore[arg-type]
+
+
+def training_set() -> tuple[torch.Tensor, torch.Tensor]:
+    """48 images, of which this rank's shard is every world_size()-th."""
+    images = torch.randint(0, 256, (48, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
+    return images, torch.arange(48) % CLASSES
+
+
+def estimate(learner: Learner) -> None:
+    images, labels = training_set()
+    with torch.no_grad():
+        z = learner.eval().embed(images[rank() :: world_size()])
+    learner.train()
+    assert learner.iaa is not None
+    learner.iaa.estimate([(z[:5], labels[rank() :: world_size()][:5]), (z[5:], labels[rank() :: world_size()][5:])])
+
+
+def parallel_and_rows(learner: Learner) -> tuple[nn.Module, slice]:
+    parallel = DistributedDataParallel(learner, broadcast_buffers=False) if world_size() > 1 else learner
+    return parallel, slice(rank() * BATCH // world_size(), (rank() + 1) * BATCH // world_size())
+
+
 def gradients(loss: str, methods: tuple[str, ...], dtype: torch.dtype, accumulate: int) -> dict[str, torch.Tensor]:
     """Of one step over `accumulate` global batches, each sliced by rank."""
-    torch.manual_seed(0)
-    sgar = IntensityRanking(DIM, 0.3, 4, 0.11, 0.2, 32.0, 0.05, 32.0, 0.1, False) if "sgar" in methods else None
-    learner = Learner(
-        TinyBackbone(),
-        heads.linear(10, DIM),
-        base_losses.build(loss, CLASSES, DIM),
-        Weights(0.2, 0.2),
-        sgar,
-    ).to(dtype)
+    learner = tiny_learner(loss, methods).to(dtype)
     images = torch.randint(0, 256, (accumulate, BATCH, 3, 4, 4), dtype=torch.uint8)
     labels = torch.arange(BATCH) // 4 % CLASSES
-    parallel = DistributedDataParallel(learner) if world_size() > 1 else learner
-    mine = slice(rank() * BATCH // world_size(), (rank() + 1) * BATCH // world_size())
+    if learner.iaa is not None:
+        estimate(learner)
+    parallel, mine = parallel_and_rows(learner)
     for part in range(accumulate):
         torch.manual_seed(part)
         last = part + 1 == accumulate
         waiting = parallel.no_sync() if world_size() > 1 and not last else torch.enable_grad()
         with waiting:
             generator = torch.Generator().manual_seed(part)
-            parallel(images[part, mine], labels[mine], generator).loss.backward()
+            parallel(images[part, mine], labels[mine], 0, generator).loss.backward()
     return {name: p.grad.double() for name, p in learner.named_parameters()}
+
+
+def loss_curve(methods: tuple[str, ...]) -> list[tuple[float, ...]]:
+    """All terms of each step of two epochs in float64, the variation estimated before each."""
+    learner = tiny_learner("multi_similarity", methods).double()
+    images, labels = training_set()
+    parallel, mine = parallel_and_rows(learner)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
+    curve = []
+    for epoch in range(2):
+        if learner.iaa is not None and learner.iaa.due(epoch):
+            estimate(learner)
+        for step, rows in enumerate(torch.randperm(48, generator=torch.Generator().manual_seed(epoch)).split(BATCH)):
+            generator = torch.Generator().manual_seed(100 * epoch + step)
+            terms = parallel(images[rows[mine]], labels[rows[mine]], epoch, generator)
+            optimizer.zero_grad()
+            terms.loss.backward()
+            optimizer.step()
+            curve.append(tuple(term.item() for term in terms))
+    return curve
 
 
 def gather_is_adjoint() -> torch.Tensor:
@@ -75,15 +122,14 @@ def first_losses() -> list[float]:
     sgar = IntensityRanking(DIM, 0.1, 5, 0.11, None, 32.0, 0.05, 32.0, 0.1, False)
     backbone = backbones.build("small", "none")
     loss = base_losses.build("multi_similarity", CLASSES, DIM)
-    learner = Learner(backbone, heads.linear(backbone.dim, DIM), loss, Weights(0.2, 0.2), sgar)
-    parallel = DistributedDataParallel(learner) if world_size() > 1 else learner
+    learner = Learner(backbone, heads.linear(backbone.dim, DIM), loss, Weights(0.2, 0.2), sgar=sgar)
+    parallel, mine = parallel_and_rows(learner)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-4)
     images = torch.randint(0, 256, (5, BATCH, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(BATCH) // 4 % CLASSES
-    mine = slice(rank() * BATCH // world_size(), (rank() + 1) * BATCH // world_size())
     losses = []
     for step in range(5):
-        terms = parallel(images[step, mine], labels[mine], torch.Generator().manual_seed(step))
+        terms = parallel(images[step, mine], labels[mine], 0, torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         terms.loss.backward()
         optimizer.step()
@@ -93,6 +139,7 @@ def first_losses() -> list[float]:
 
 def everything() -> dict[object, object]:
     found: dict[object, object] = {case: gradients(*case) for case in CASES}
+    found |= {("curve", methods): loss_curve(methods) for methods in METHODS}
     return found | {"adjoint": gather_is_adjoint(), "losses": first_losses()}
 
 
@@ -126,6 +173,22 @@ def test_gradient_equals_that_of_one_process(found: dict[int, list[dict]], world
         for name, gradient in of_rank[case].items():
             # A gradient that is zero but for rounding (a bias that a loss ignores) has no relative error of its own.
             assert (gradient - alone[name]).norm() <= tolerance * max(alone[name].norm(), 1e-2 * scale), name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("methods", METHODS, ids="+".join)
+def test_two_epochs_of_losses_equal_those_of_one_process(
+    found: dict[int, list[dict]], world: int, methods: tuple[str, ...]
+) -> None:
+    alone = torch.tensor(found[1][0][("curve", methods)], dtype=torch.float64)
+    in_use = {"sgar": ("sgar_rank", "sgar_anchor", "sgar_open"), "namr": ("namr_rank",)}
+    for method, terms in in_use.items():
+        for term in terms:
+            assert alone[:, Terms._fields.index(term)].any() == (method in methods), term
+    for of_rank in found[world]:
+        torch.testing.assert_close(
+            torch.tensor(of_rank[("curve", methods)], dtype=torch.float64), alone, rtol=1e-9, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -53,15 +53,25 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_torn_checkpoints_are_passed_over(tmp_path: Path) -> None:
     parts, files = Parts(0), pyarrow.fs.LocalFileSystem()
-    assert checkpoint.newest(files, str(tmp_path / "none"), tmp_path) is None
+    assert checkpoint.newest(files, str(tmp_path / "none")) is None
     folders = [save(tmp_path, parts, epoch) for epoch in (1, 2, 3, 10)]
-    assert checkpoint.newest(files, str(tmp_path), tmp_path) == folders[3]
+    assert checkpoint.newest(files, str(tmp_path)) == "epoch_00010"
     (folders[3] / "manifest.json").unlink()
     weights = folders[2] / "learner.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert checkpoint.newest(files, str(tmp_path), tmp_path) == folders[1]
+    assert checkpoint.newest(files, str(tmp_path)) == "epoch_00002"
     (folders[1] / "optimizer.pt").unlink()
-    assert checkpoint.newest(files, str(tmp_path), tmp_path) == folders[0]
+    assert checkpoint.newest(files, str(tmp_path)) == "epoch_00001"
+
+
+def test_the_best_and_the_last_two_are_kept(tmp_path: Path) -> None:
+    files, run = pyarrow.fs.LocalFileSystem(), tmp_path / "run"
+    for epoch, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5)):
+        made = save(tmp_path / "made", Parts(0), epoch)
+        checkpoint.keep(files, str(run), made, checkpoint.State(epoch, best, 0.5))
+        kept = {int(path.name[-1]) for path in run.iterdir()}
+        assert kept == {best, epoch, *({epoch - 1} if epoch > 1 else ())}
+        assert all(checkpoint.whole(path) for path in run.iterdir())
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from dml_core.learner import Terms
 from pipelines import jobs, tracking
 from pipelines.cli import app
 from pipelines.recipe import load
@@ -31,6 +32,9 @@ def surroundings(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPa
     del os.environ["MLFLOW_TRACKING_URI"]
 
 
+EXACT = ["precision=float64", "method=[iaa,sgar,namr]"]
+
+
 def train(*assignments: str, recipe: str = "glyphs") -> jobs.Outcome:
     return jobs.train(load(recipe, [*SMALL, *assignments]), QUIET)
 
@@ -44,9 +48,9 @@ def step_losses(outcome: jobs.Outcome) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def exact() -> dict[int, jobs.Outcome]:
-    """The same float64 run with 1, 2 and 4 workers."""
+    """The same float64 run with 1, 2 and 4 workers, all methods at once."""
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
-    return {n: train("precision=float64", f"workers={n}", f"name=exact{n}") for n in (1, 2, 4)}
+    return {n: train(*EXACT, f"workers={n}", f"name=exact{n}") for n in (1, 2, 4)}
 
 
 @pytest.mark.parametrize("workers", [2, 4])
@@ -65,10 +69,13 @@ def test_run_is_whole_in_mlflow(exact: dict[int, jobs.Outcome]) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["sgar.intensity"] == "0.1" and run.data.params["precision"] == "float64"
     assert {"method", "base_loss", "backbone", "data", "seed", "git_commit", "workers", "group"} <= set(run.data.tags)
-    for key in ("train/loss", "train/base", "train/sgar_rank", "train/sgar_anchor", "train/lr", "train/gradient_norm"):
-        assert [m.step for m in client.get_metric_history(outcome.run_id, key)] == [1, 2], key
+    for key in (*(f"train/{term}" for term in Terms._fields), "train/lr", "train/gradient_norm"):
+        values = {m.step: m.value for m in client.get_metric_history(outcome.run_id, key)}
+        assert [*values] == [1, 2] and values[1] != 0, key
     for key in ("val/map_at_r", "test/recall_at_1", "test/map_at_r", "untrained/map_at_r", "features/map_at_r"):
         assert key in run.data.metrics
+    for way in ("test", "test_rerank", "test_exact"):
+        assert run.data.metrics[f"{way}/map_at_r"] == outcome.metrics[f"{way}/map_at_r"]
     assert run.data.metrics["test/map_at_r"] == outcome.metrics["test/map_at_r"]
     assert run.inputs.dataset_inputs[0].dataset.name == "glyphs"
     groups = {client.get_run(exact[n].run_id).data.tags["group"] for n in (1, 2, 4)}
@@ -104,9 +111,9 @@ def test_run_model_and_folder_are_the_same_checkpoint(exact: dict[int, jobs.Outc
 
 
 def test_the_same_name_again_repeats_the_outcome_or_refuses(exact: dict[int, jobs.Outcome]) -> None:
-    assert train("precision=float64", "workers=1", "name=exact1") == exact[1]
+    assert train(*EXACT, "workers=1", "name=exact1") == exact[1]
     with pytest.raises(ValueError, match=r"name=exact1 was begun with another config .*seed=1 \(was 0\)"):
-        train("precision=float64", "workers=1", "name=exact1", "seed=1")
+        train(*EXACT, "workers=1", "name=exact1", "seed=1")
 
 
 @pytest.fixture(scope="module")

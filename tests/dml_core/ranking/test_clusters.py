@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dml_core.ranking.clusters import adaptive_distance, cluster_ranking_loss
+from dml_core import heads
+from dml_core.ranking.clusters import (
+    ClusterRanking,
+    adaptive_distance,
+    cluster_centers,
+    cluster_ranking_loss,
+    plain_distance,
+)
 
 SHARED = Path(os.environ.get("DML_SHARED", Path(__file__).parents[4] / "shared"))
 
@@ -124,3 +131,58 @@ def test_low_precision_is_computed_in_float32():
 def test_unknown_spacing_is_refused():
     with pytest.raises(ValueError, match="spacing must be one of even, quantile, not 'evn'"):
         cluster_ranking_loss(*inputs(), spacing="evn")
+
+
+def ranking(features: int = 5, dim: int = 4) -> ClusterRanking:
+    torch.manual_seed(0)
+    return ClusterRanking(heads.Structure(features, dim), 3, 3.0, 10.0, "even").double()
+
+
+def test_module_ranks_embeddings_at_unit_mean_distance():
+    module, (z, _) = ranking(), inputs()
+    features = torch.randn(9, 5, dtype=torch.float64)
+    loss = module(z, features)
+    mean = torch.cdist(z, z).sum() / (9 * 8)
+    s = module.structure(features)
+    assert 0.5 < s.min() < 0.9 and 1.1 < s.max() < 1.5
+    torch.testing.assert_close(loss, cluster_ranking_loss(z / mean, s, 3))
+    torch.testing.assert_close(module(7 * z, features), loss)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert (gradient * z).sum().abs() < 1e-10 * gradient.norm() * z.norm()  # no scale is better than another
+
+
+def test_module_gradient():
+    module, (z, _) = ranking(), inputs(5)
+    features = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+
+    def held(z: Tensor) -> Tensor:
+        """As the module, with the centres of the original z."""
+        unit = z / (plain_distance(z).sum() / 20)
+        eta = cluster_centers(plain_distance(unit).detach(), 3, 3.0, "even")
+        gap = (adaptive_distance(unit, module.structure(features)) - eta[:, None, None]).abs()
+        return (torch.softmax(-10 * gap, 0) * gap).sum(0).fill_diagonal_(0).sum() / 20
+
+    ours, theirs = (torch.autograd.grad(f, (z, features)) for f in (module(z, features), held(z)))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(lambda f: module(z.detach(), f), (features,))
+
+
+@pytest.mark.parametrize("z", [torch.ones(4, 4), torch.zeros(4, 4)], ids=["identical", "zero"])
+def test_module_is_finite_for_degenerate_embeddings(z):
+    z = z.double().requires_grad_()
+    loss = ranking()(z, torch.randn(4, 5, dtype=torch.float64))
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all()
+
+
+def test_structure_head_as_a_loop():
+    module = heads.Structure(3, 2).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    first, second = (layer.weight for layer in module if isinstance(layer, torch.nn.Linear))
+    x_unit = x / (x.square().mean(1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+    def batch_norm(h: Tensor) -> Tensor:
+        return (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
+
+    logits = batch_norm(batch_norm(x_unit @ first.T) @ second.T)
+    torch.testing.assert_close(module(x), 1 + 0.5 * (2 / (1 + (-logits).exp()) - 1))

@@ -118,7 +118,9 @@ def test_both_terms_equal_naive_loop(with_proxies: bool) -> None:
     )
     found = m(z, labels, proxies, torch.Generator().manual_seed(3))
     anchors = proxies[labels] if with_proxies else batch_class_means(normalize(z, dim=1), labels)
-    assert [t.item() for t in found] == pytest.approx(list(naive_terms(m, z, anchors, 3)), rel=1e-10)
+    assert [t.item() for t in found[:2]] == pytest.approx(list(naive_terms(m, z, anchors, 3)), rel=1e-10)
+    cosine = (normalize(z, dim=1) * normalize(anchors, dim=1)).sum(1)
+    assert found[2].item() == pytest.approx((cosine >= m.gate).double().mean().item())
 
 
 def test_terms_gradcheck() -> None:
@@ -127,7 +129,7 @@ def test_terms_gradcheck() -> None:
     proxies = torch.randn(2, 6, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(2))
 
     def total(z: torch.Tensor, proxies: torch.Tensor) -> torch.Tensor:
-        rank, anchor = m(z, labels, proxies, torch.Generator().manual_seed(3))
+        rank, anchor, _ = m(z, labels, proxies, torch.Generator().manual_seed(3))
         return rank + anchor
 
     assert torch.autograd.gradcheck(total, (z, proxies))
@@ -143,15 +145,25 @@ def test_order_of_classes_does_not_matter() -> None:
 @pytest.mark.parametrize("z", [torch.ones(4, 6), torch.zeros(4, 6)], ids=["identical", "zero"])
 def test_degenerate_embeddings_have_finite_gradients(z: torch.Tensor) -> None:
     z = z.double().requires_grad_()
-    sum(module()(z, torch.tensor([0, 0, 1, 1]), None, torch.Generator().manual_seed(0))).backward()
+    sum(module()(z, torch.tensor([0, 0, 1, 1]), None, torch.Generator().manual_seed(0))[:2]).backward()
     assert z.grad.isfinite().all()
 
 
 def test_all_gates_closed_in_the_module() -> None:
     z = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    rank, anchor = module(gate=1.0)(z, torch.arange(4), torch.randn(4, 6).double(), torch.Generator().manual_seed(0))
+    proxies, generator = torch.randn(4, 6).double(), torch.Generator().manual_seed(0)
+    rank, anchor, share = module(gate=1.0)(z, torch.arange(4), proxies, generator)
     (rank + anchor).backward()
-    assert rank.item() == anchor.item() == 0 and z.grad.abs().sum() == 0
+    assert rank.item() == anchor.item() == share.item() == 0 and z.grad.abs().sum() == 0
+
+
+def test_low_precision_is_computed_in_float32() -> None:
+    m, labels = module().float(), torch.tensor([0, 0, 1, 1])
+    z = torch.randn(4, 6).bfloat16().requires_grad_()
+    low = m(z, labels, None, torch.Generator().manual_seed(0))
+    sum(low[:2]).backward()
+    assert low[0].dtype == torch.float32 and z.grad.dtype == torch.bfloat16 and z.grad.isfinite().all()
+    torch.testing.assert_close(low, m(z.float(), labels, None, torch.Generator().manual_seed(0)), rtol=0, atol=0)
 
 
 def test_synthetics_lie_at_their_intensity() -> None:

@@ -44,6 +44,8 @@ def naive(
     gallery: Tensor | None = None,
     targets: Tensor | None = None,
     ks: tuple = (1, 2, 4, 8),
+    structure: Tensor | None = None,
+    rerank: int = 10**6,
 ) -> dict[str, float]:
     """Straight from the definitions, one query and one place at a time."""
     alone = gallery is None
@@ -54,6 +56,9 @@ def naive(
     totals = dict.fromkeys([*names, "r_precision", "map_at_r", "mean_average_precision"], 0.0)
     for i, row in enumerate(similarity):
         ranking = sorted((j for j in range(len(row)) if not (alone and j == i)), key=lambda j: (-row[j], j))
+        if structure is not None:
+            square = (structure[i] * (F.normalize(query)[i] - F.normalize(gallery)).square()).sum(1).tolist()
+            ranking = sorted(ranking[:rerank], key=lambda j: square[j]) + ranking[rerank:]
         hits = [truth[j] == classes[i] for j in ranking]
         r = sum(hits)
         if r == 0:
@@ -101,6 +106,30 @@ def test_equal_to_the_definitions(make: Callable, size: int) -> None:
     gallery, targets = make(BLOCK + 5, 9, seed=3)
     found = retrieval_metrics(query, labels, gallery.double(), targets, ks=(1, 3, 1000), extra=("map", "cmc"))
     assert found == pytest.approx(naive(query, labels, gallery.double(), targets, ks=(1, 3, 1000)), abs=1e-12)
+
+
+def structures(query: Tensor) -> Tensor:
+    return 0.5 + torch.rand(query.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [2, 40, BLOCK + 1])
+@pytest.mark.parametrize("rerank", [None, 1, 5, 10_000])
+def test_structure_aware_ranking_equals_the_definitions(size: int, rerank: int | None) -> None:
+    query, labels = clustered(size, 7, seed=2)
+    gallery, targets = clustered(GALLERY_BLOCK + 300, 9, seed=3)
+    s, query, gallery = structures(query), query.double(), gallery.double()
+    for other in ((), (gallery, targets)):
+        found = retrieval_metrics(query, labels, *other, structure=s, rerank=rerank)
+        expected = naive(query, labels, *other, structure=s, rerank=rerank or 10**6)
+        assert found == pytest.approx({key: expected[key] for key in found}, abs=1e-12)
+
+
+def test_structure_of_ones_is_the_plain_ranking() -> None:
+    query, labels = clustered(300, 10)
+    ones = torch.ones(query.shape, dtype=torch.float64)
+    plain = retrieval_metrics(query.double(), labels)
+    for rerank in (None, 1, 20):
+        assert retrieval_metrics(query.double(), labels, structure=ones, rerank=rerank) == plain
 
 
 def test_several_gallery_blocks() -> None:
@@ -206,6 +235,8 @@ def test_clustering_equals_accuracy_calculator() -> None:
         ({"gallery": torch.ones(0, 4), "gallery_labels": torch.ones(0)}, "gallery: the set is empty"),
         ({"query": torch.full((5, 4), torch.nan)}, "5 of 5 embeddings are not finite"),
         ({"query": torch.ones(5)}, "query: shape"),
+        ({"structure": torch.ones(5, 3)}, "structure: shape"),
+        ({"rerank": 10}, "rerank=10 needs structure embeddings"),
     ],
 )
 def test_bad_input(arguments: dict, message: str) -> None:
@@ -260,6 +291,11 @@ def evaluate_in_groups(rank: int, folder: str) -> None:
             shards = [z[owned_rows(len(z), gather.rank(), world)] for z, _ in (query, *([other] if other else []))]
             gallery, targets = (shards[1], other[1]) if other else (None, None)
             results[name] = sharded_retrieval_metrics(shards[0], query[1], gallery, targets, extra=("map", "cmc"))
+            s = structures(query[0])[owned_rows(len(query[0]), gather.rank(), world)]
+            for rerank in (None, 20):
+                results[f"{name}, rerank={rerank}"] = sharded_retrieval_metrics(
+                    shards[0], query[1], gallery, targets, structure_shard=s, rerank=rerank
+                )
         results["alone"] = retrieval_metrics(*cases()["three blocks"][0], extra=("map", "cmc"))
         Path(folder, f"{world}-{rank}.json").write_text(json.dumps(results))
         torch.distributed.destroy_process_group()

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dml_core.synthesis.gaussian import intensity_at, synthesize
+from dml_core.synthesis.gaussian import ClassAugmentation, intensity_at, synthesize
+from dml_core.variation import ClassVariation, neighbor_correction
 
 CLASSES, DIM = 4, 3
 
@@ -85,3 +86,52 @@ def test_intensity_falls_in_steps():
     steps = {0: 1, 0.4: 1, 0.41: 0.9, 0.6: 0.9, 0.61: 0.75, 0.8: 0.75, 0.81: 0.6, 1: 0.6}
     for progress, factor in steps.items():
         assert intensity_at(progress, 0.7) == pytest.approx(0.7 * factor)
+
+
+def augmentation(**changes) -> ClassAugmentation:
+    settings = {
+        "epochs": 10,
+        "intensity": 0.7,
+        "draws": 2,
+        "start_epoch": 2,
+        "update_every": 3,
+        "momentum": 0.2,
+        "covariance": "diag",
+        "neighbors": 2,
+        "beta": 0.1,
+        "gamma": 0.1,
+        "tau": 40.0,
+    }
+    return ClassAugmentation(CLASSES, DIM, **(settings | changes)).double()
+
+
+def test_estimates_come_from_the_start_on_at_their_interval():
+    assert [epoch for epoch in range(10) if augmentation().due(epoch)] == [2, 5, 8]
+    assert [epoch for epoch in range(4) if augmentation(start_epoch=0, update_every=1).due(epoch)] == [0, 1, 2, 3]
+
+
+def test_draws_from_the_corrected_variation_of_the_whole_set():
+    z, labels, _ = inputs()
+    z = z.detach()
+    module = augmentation()
+    assert module(z, labels, 1, seeded()) is None
+    module.estimate([(z[:4], labels[:4]), (z[4:], labels[4:])])
+    whole = ClassVariation(CLASSES, DIM).double()
+    whole.update(z, labels)
+    corrected = neighbor_correction(whole.mean, whole.variance, whole.count, 2)
+    torch.testing.assert_close(module.corrected, corrected)
+    assert not torch.allclose(corrected, whole.variance)
+    for epoch, factor in ((2, 1.0), (5, 0.9), (9, 0.6)):
+        expected, _ = synthesize(z, labels, corrected, 0.7 * factor, 2, seeded())
+        torch.testing.assert_close(module(z, labels, epoch, seeded()), expected)
+
+
+def test_state_dict_holds_all_that_is_drawn_from():
+    z, labels, _ = inputs()
+    one, other = augmentation(), augmentation()
+    one.estimate([(z.detach(), labels)])
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(z, labels, 3, seeded()), other(z, labels, 3, seeded()))
+    for module in (one, other):
+        module.estimate([(2 * z.detach(), labels)])
+    assert torch.equal(one.corrected, other.corrected)
