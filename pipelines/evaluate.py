@@ -51,6 +51,11 @@ class Sources:
         return self.cache[id(images)]
 
 
+def device(config: Config) -> torch.device:
+    """Of this worker."""
+    return ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
+
+
 def learned(learner: Learner, task: Retrieval, sources: Sources, stage: str, prefix: str) -> dict[str, float]:
     """{"PREFIX/recall_at_1": ...}; with NAMR also those of PREFIX_rerank/ (its top ordered anew by adaptive distance)
     and PREFIX_exact/ (the whole gallery searched by it)."""
@@ -127,12 +132,12 @@ def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
     job: config (a dict), checkpoint (a folder that every worker sees), cpus, board.
     """
     config, folder = parse(job["config"]), Path(job["checkpoint"])
-    device, context = ray.train.torch.get_device(), ray.train.get_context()
+    context = ray.train.get_context()
     torch.set_num_threads(max(1, int(job["cpus"])))
     learner = build.learner(config, len(checkpoint.read_class_names(folder)), read_weights=False)
     checkpoint.load_weights(folder, learner)
-    learner.to(device, torch.float64 if config.precision == "float64" else torch.float32).eval()
+    learner.to(device(config), torch.float64 if config.precision == "float64" else torch.float32).eval()
     progress = Reporter(job["board"] if rank() == 0 else None)
-    sources = Sources(config, learner, device, job["cpus"], context.get_local_rank() == 0, progress)
+    sources = Sources(config, learner, device(config), job["cpus"], context.get_local_rank() == 0, progress)
     splits = build.splits(config)
     return learned(learner, splits.test, sources, "test", "test")

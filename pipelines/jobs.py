@@ -1,5 +1,6 @@
 """What the driver does around the workers: checks, the run's folder, MLflow's run, the outcome."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -38,9 +39,10 @@ class Outcome(NamedTuple):
     model: str | None
 
 
-def train(config: Config, console: Console) -> Outcome:
+def train(config: Config, console: Console, here: bool = False) -> Outcome:
     """Train, test and log; or continue, or repeat the outcome of, the run of the same name.
 
+    here: in this process, as the only worker, instead of on a cluster.
     ValueError: bad input, before any worker starts. launch.RunFailed: on the way. KeyboardInterrupt: stopped.
     """
     started = time.monotonic()
@@ -52,8 +54,8 @@ def train(config: Config, console: Console) -> Outcome:
     tracking.prepare(uri)
     folder = RunFolder(config)
     earlier = folder.read("run.json")
-    with launch.cluster(config, folder.logs):
-        config = launch.resolve_devices(config)
+    with contextlib.nullcontext() if here else launch.cluster(config, folder.logs):
+        config = launch.resolve_devices(config, here)
         if earlier:
             _require_same(config, earlier["config"], folder.path)
             if result := folder.read("result.json"):
@@ -69,7 +71,10 @@ def train(config: Config, console: Console) -> Outcome:
         job = {"run_id": run_id, "tracking_uri": uri}
         status = "FAILED"
         try:
-            metrics = launch.run(train_loop, config, job, config.storage, config.name, console)
+            if here:
+                metrics = launch.run_here(train_loop, config, job)
+            else:
+                metrics = launch.run(train_loop, config, job, config.storage, config.name, console)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"

@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
@@ -64,9 +65,10 @@ def cluster(config: Config, logs: Path | None) -> Iterator[None]:
             shutil.copytree(session / "logs", logs, dirs_exist_ok=True, ignore=_unreadable)
 
 
-def resolve_devices(config: Config) -> Config:
-    """use_gpu and precision made definite for the cluster at hand. ValueError where it has not enough."""
-    resources, workers = ray.cluster_resources(), config.worker_range
+def resolve_devices(config: Config, here: bool = False) -> Config:
+    """use_gpu and precision made definite for the cluster, or this process. ValueError where it has not enough."""
+    workers = config.worker_range
+    resources = {"CPU": 1, "GPU": torch.cuda.device_count()} if here else ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
     if config.use_gpu and gpus < workers[0]:
         raise ValueError(f"use_gpu=true: {workers[0]} workers need as many GPUs, the cluster has {gpus}")
@@ -75,6 +77,19 @@ def resolve_devices(config: Config) -> Config:
         raise ValueError(f"workers={config.workers}: each needs a CPU, the cluster has {cpus:g}")
     precision = config.precision or ("bf16" if use_gpu else "float32")
     return config.model_copy(update={"use_gpu": use_gpu, "precision": precision})
+
+
+def run_here(loop: Callable[[dict[str, Any]], Any], config: Config, job: dict[str, Any]) -> dict[str, float]:
+    """Run a loop in this process, as Ray Train's only worker: without the seconds that processes take to start."""
+    settings = {"config": config.model_dump(exclude_none=True), "cpus": torch.get_num_threads(), "board": None}
+    trainer = TorchTrainer(
+        loop, train_loop_config=job | settings, scaling_config=ray.train.ScalingConfig(num_workers=0)
+    )
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    try:
+        return trainer.fit().return_value  # type: ignore[attr-defined]
+    except Exception as error:
+        raise RunFailed(_reason(error)) from error
 
 
 def run(

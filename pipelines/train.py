@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import ray.train
-import ray.train.torch
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,11 +27,10 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     ArithmeticError when the loss is no longer finite.
     """
     cfg = parse(job["config"])
-    context = ray.train.get_context()
-    device, world, main = ray.train.torch.get_device(), world_size(), rank() == 0
+    device, world, main = evaluate.device(cfg), world_size(), rank() == 0
     torch.set_num_threads(max(1, int(job["cpus"])))
     progress = Reporter(job["board"] if main else None)
-    writes = context.get_local_rank() == 0
+    writes = ray.train.get_context().get_local_rank() == 0
 
     # Data: the plan of global batches, and where the rows come from.
     splits = build.splits(cfg)

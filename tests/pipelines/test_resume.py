@@ -1,7 +1,7 @@
 """Killed in the middle and started again: bit for bit the run that nobody killed."""
 
 import contextlib
-import io
+import json
 import os
 import signal
 import subprocess
@@ -13,25 +13,23 @@ import mlflow
 import psutil
 import pytest
 from mlflow.entities import Run
-from rich.console import Console
 
 from pipelines import jobs
 from pipelines.recipe import load
+from tests.pipelines.conftest import EXACT, QUIET
 
-RUN = ["glyphs", "data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=6", "steps_per_epoch=12"]
-# The kills come after epochs 2 and 4, the variation is estimated before 2, 4 and 6: each resumes between two estimates.
-RUN += ["evaluate_every=2", "workers=2", "method=[iaa,sgar,namr]", "iaa.start_epoch=1", "iaa.update_every=2"]
+TOUCHED = ["workers=2", "name=touched"]
 
 
 class Command:
     """`dml train` in a process group of its own, as a user starts it."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path):
         ours = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
         environment = {key: value for key, value in os.environ.items() if key not in ours}
-        self.log, self.run_folder = folder / f"{name}.log", folder / "runs" / name
+        self.log, self.run_folder = folder / "log", folder / "runs" / "touched"
         with open(self.log, "ab") as log:
-            command = [sys.executable, "-m", "pipelines.cli", "train", *RUN, f"name={name}"]
+            command = [sys.executable, "-m", "pipelines.cli", "train", *EXACT, *TOUCHED]
             self.process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
@@ -50,39 +48,30 @@ class Command:
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
-def run_of(name: str) -> Run:
-    """The run of that name in the sqlite file of the working folder."""
+def only_run() -> tuple[mlflow.MlflowClient, Run]:
+    """Of the sqlite file in the working folder."""
     client = mlflow.MlflowClient(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("glyphs").experiment_id
-    (run,) = client.search_runs([experiment], f"attributes.run_name = '{name}'")
-    return run
+    (run,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])
+    return client, run
 
 
-def status(name: str) -> str:
-    return run_of(name).info.status
-
-
-def histories(name: str) -> dict[str, list[tuple[int, float]]]:
-    client, run = mlflow.MlflowClient(f"sqlite:///{Path.cwd() / 'mlflow.db'}"), run_of(name)
+def histories(client: mlflow.MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
     return {
-        key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+        key: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, key))
         for key in run.data.metrics
         if "per_second" not in key
     }
 
 
-def train(name: str) -> None:
-    jobs.train(load(RUN[0], [*RUN[1:], f"name={name}"]), Console(file=io.StringIO()))
-
-
 @pytest.mark.timeout(900)
 def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
-    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, exact: dict[int, jobs.Outcome], mlflow_server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each time between two estimates of the variation (IAA), whose schedule goes on as well."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
-    killed = Command(tmp_path, "touched")
+    killed = Command(tmp_path)
     killed.wait_for_checkpoint(2)
     everyone = killed.descendants()
     os.killpg(killed.process.pid, signal.SIGKILL)
@@ -92,7 +81,7 @@ def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
     killed.process.wait()
     assert not (killed.run_folder / "epoch_00006").exists()
 
-    stopped = Command(tmp_path, "touched")
+    stopped = Command(tmp_path)
     stopped.wait_for_checkpoint(4)
     everyone = stopped.descendants()
     os.kill(stopped.process.pid, signal.SIGINT)
@@ -101,12 +90,15 @@ def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
     assert "Traceback" not in stopped.log.read_text()
     psutil.wait_procs(everyone, timeout=20)
     assert not [p for p in everyone if p.is_running()], "Ray that we started was left running"
-    assert status("touched") == "KILLED"
+    assert only_run()[1].info.status == "KILLED"
 
-    train("touched")
-    train("whole")
-    assert status("touched") == status("whole") == "FINISHED"
-    one, other = histories("touched"), histories("whole")
-    assert len(one["train/step_loss"]) == 72
+    outcome = jobs.train(load(EXACT[0], [*EXACT[1:], *TOUCHED]), QUIET)
+    client, run = only_run()
+    assert run.info.status == "FINISHED"
+    there = mlflow.MlflowClient(mlflow_server.uri)
+    one, other = histories(client, run), histories(there, there.get_run(exact[2].run_id))
+    assert len(one["train/step_loss"]) == 48
     for key in {*one, *other}:
-        assert sorted(one[key]) == sorted(other[key]), key
+        assert one[key] == other[key], key
+    manifests = [json.loads(Path(o.checkpoint, "manifest.json").read_text()) for o in (outcome, exact[2])]
+    assert manifests[0]["learner.safetensors"] == manifests[1]["learner.safetensors"]

@@ -10,15 +10,14 @@ import mlflow
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 from typer.testing import CliRunner
 
 from dml_core.learner import Terms
 from pipelines import jobs, tracking
 from pipelines.cli import app
 from pipelines.recipe import load
+from tests.pipelines.conftest import EXACT, QUIET
 
-QUIET = Console(file=io.StringIO())
 SMALL = ["data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=2", "steps_per_epoch=6"]
 
 
@@ -27,16 +26,15 @@ def surroundings(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPa
     before, folder = Path.cwd(), tmp_path_factory.mktemp("work")
     os.chdir(folder)
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_server.uri
+    mlflow.set_tracking_uri(mlflow_server.uri)
     yield folder
     os.chdir(before)
     del os.environ["MLFLOW_TRACKING_URI"]
 
 
-EXACT = ["precision=float64", "method=[iaa,sgar,namr]"]
-
-
-def train(*assignments: str, recipe: str = "glyphs") -> jobs.Outcome:
-    return jobs.train(load(recipe, [*SMALL, *assignments]), QUIET)
+def train(*assignments: str) -> jobs.Outcome:
+    """Alone in this process, or on several workers."""
+    return jobs.train(load("glyphs", [*SMALL, *assignments]), QUIET, here="workers=1" in assignments)
 
 
 def step_losses(outcome: jobs.Outcome) -> np.ndarray:
@@ -46,17 +44,10 @@ def step_losses(outcome: jobs.Outcome) -> np.ndarray:
     return np.array([value for _, value in steps])
 
 
-@pytest.fixture(scope="module")
-def exact() -> dict[int, jobs.Outcome]:
-    """The same float64 run with 1, 2 and 4 workers, all methods at once."""
-    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
-    return {n: train(*EXACT, f"workers={n}", f"name=exact{n}") for n in (1, 2, 4)}
-
-
 @pytest.mark.parametrize("workers", [2, 4])
 def test_worker_count_changes_no_loss_and_no_metric(exact: dict[int, jobs.Outcome], workers: int) -> None:
     alone, shared = step_losses(exact[1]), step_losses(exact[workers])
-    assert len(alone) == 12 and alone[0] != alone[-1]
+    assert len(alone) == 48 and alone[0] != alone[-1]
     np.testing.assert_allclose(shared, alone, rtol=1e-9, atol=0)
     for key, value in exact[1].metrics.items():
         if "seconds" not in key and "images_per_second" not in key:
@@ -64,14 +55,14 @@ def test_worker_count_changes_no_loss_and_no_metric(exact: dict[int, jobs.Outcom
 
 
 def test_run_is_whole_in_mlflow(exact: dict[int, jobs.Outcome]) -> None:
-    outcome, client = exact[1], mlflow.MlflowClient()
+    outcome, client = exact[2], mlflow.MlflowClient()
     run = client.get_run(outcome.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["sgar.intensity"] == "0.1" and run.data.params["precision"] == "float64"
     assert {"method", "base_loss", "backbone", "data", "seed", "git_commit", "workers", "group"} <= set(run.data.tags)
     for key in (*(f"train/{term}" for term in Terms._fields), "train/lr", "train/gradient_norm"):
         values = {m.step: m.value for m in client.get_metric_history(outcome.run_id, key)}
-        assert [*values] == [1, 2] and values[1] != 0, key
+        assert [*values] == [1, 2, 3, 4, 5, 6] and values[1] != 0, key
     for key in ("val/map_at_r", "test/recall_at_1", "test/map_at_r", "untrained/map_at_r", "features/map_at_r"):
         assert key in run.data.metrics
     for way in ("test", "test_rerank", "test_exact"):
@@ -111,9 +102,11 @@ def test_run_model_and_folder_are_the_same_checkpoint(exact: dict[int, jobs.Outc
 
 
 def test_the_same_name_again_repeats_the_outcome_or_refuses(exact: dict[int, jobs.Outcome]) -> None:
-    assert train(*EXACT, "workers=1", "name=exact1") == exact[1]
+    storage = Path(exact[1].checkpoint).parents[1]
+    again = [*EXACT[1:], "workers=1", "name=exact1", f"storage={storage}"]
+    assert jobs.train(load("glyphs", again), QUIET) == exact[1]
     with pytest.raises(ValueError, match=r"name=exact1 was begun with another config .*seed=1 \(was 0\)"):
-        train(*EXACT, "workers=1", "name=exact1", "seed=1")
+        jobs.train(load("glyphs", [*again, "seed=1"]), QUIET)
 
 
 @pytest.fixture(scope="module")

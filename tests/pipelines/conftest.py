@@ -1,0 +1,34 @@
+"""The same training by one, two and four workers, which several tests look at."""
+
+import io
+import os
+from pathlib import Path
+
+import mlflow
+import pytest
+from rich.console import Console
+
+from pipelines import jobs
+from pipelines.recipe import load
+
+QUIET = Console(file=io.StringIO())
+# Validation, with a checkpoint, after epochs 2, 4 and 6; the variation is estimated before epochs 2, 4 and 6.
+EXACT = ["glyphs", "data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=6", "steps_per_epoch=8"]
+EXACT += ["evaluate_every=2", "precision=float64", "method=[iaa,sgar,namr]", "iaa.start_epoch=1", "iaa.update_every=2"]
+
+
+@pytest.fixture(scope="session")
+def exact(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> dict[int, jobs.Outcome]:
+    """Number of workers -> outcome, in float64 and with all methods; one worker is this process itself."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("exact")
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow_server.uri
+    os.chdir(folder)
+    mlflow.set_tracking_uri(mlflow_server.uri)
+    try:
+        return {
+            n: jobs.train(load(EXACT[0], [*EXACT[1:], f"workers={n}", f"name=exact{n}"]), QUIET, here=n == 1)
+            for n in (1, 2, 4)
+        }
+    finally:
+        os.chdir(before)
+        del os.environ["MLFLOW_TRACKING_URI"]
