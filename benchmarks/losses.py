@@ -23,8 +23,8 @@ from torch.nn.functional import normalize, relu
 
 from dml_core import base_losses
 from dml_core.ranking.clusters import cluster_ranking_loss
-from dml_core.ranking.intensity import intensity_ranking_loss
-from dml_core.synthesis import gaussian, radial
+from dml_core.ranking.intensity import IntensityRanking
+from dml_core.synthesis import gaussian
 from dml_core.variation import ClassVariation, neighbor_correction
 
 DIM, IMAGES, DRAWS, INTENSITIES = 512, 4, 3, 5
@@ -161,10 +161,11 @@ def terms(batch: int) -> dict[str, tuple[Step, Step | None, Step | None]]:
         drawn, _ = gaussian.synthesize(z, labels, variance, 0.7, DRAWS, generator)
         return multi(z, labels, drawn)
 
+    intensity = IntensityRanking(DIM, 0.2, INTENSITIES, 0.11, None, 32.0, -1.0, 32.0, 0.1, False)
+
     def sgar() -> Tensor:
-        drawn = radial.synthesize(z, 0.2, INTENSITIES, generator)
-        similarity = torch.einsum("nbd, bd -> nb", project(drawn, projection), project(z, projection))
-        return intensity_ranking_loss(similarity, 0.11, 32.0)
+        rank, anchor, _ = intensity(z, labels, None, generator)
+        return rank + anchor
 
     return {
         "boosted multi-similarity": (
@@ -188,7 +189,7 @@ def terms(batch: int) -> dict[str, tuple[Step, Step | None, Step | None]]:
             lambda: proxies(torch.cat([z, synthetic]), everyone),
         ),
         "IAA: synthesis + multi-similarity": (iaa, None, None),
-        "SGAR: synthesis + ranking": (sgar, lambda: loop_intensity(z, projection), None),
+        "SGAR: synthesis + both terms": (sgar, lambda: loop_intensity(z, projection), None),
         "NAMR: 2 clusters": (lambda: cluster_ranking_loss(z, s), lambda: loop_clusters(z, s), None),
         "NAMR: 3 clusters": (lambda: cluster_ranking_loss(z, s, 3), None, None),
     }

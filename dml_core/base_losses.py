@@ -10,8 +10,8 @@ But:
 - A loss with proxies, and one that the library computes within a single batch only (`WITHIN_BATCH`), takes the
   synthetic embeddings as further samples.
 - A sum over pairs (`SumReducer`) is divided by B, so that its scale does not depend on the batch.
-- The conditions of two of its miners are applied here to the matrix of pairs. The library lists all pairs and sorts
-  (MultiSimilarityMiner: half of a step), or makes a B x R x R mask (TripletMarginMiner). Tests hold them equal to it.
+- The conditions of two of its miners, and the sums of multi-similarity, are applied in candidates.py to the matrix of
+  pairs. Tests hold them equal to the library.
 - Proxy-NCA has the scale 9 of its authors (embeddings and proxies of length 3); the library's default is 1.
 """
 
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from pytorch_metric_learning import distances, losses, miners, reducers
 from torch import Tensor, nn
+
+from dml_core import candidates
 
 # Short names, their class, and where the papers' settings differ from the library's defaults.
 SHORT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -167,58 +169,6 @@ def construct(part: str, name: str | None, given: dict[str, Any]) -> Any:
     return cls(**given)
 
 
-def own_copies(matrix: Tensor) -> Tensor:
-    """(B, R) mask: candidate m*B + i is sample i itself (m = 0) or one of its synthetic copies."""
-    anchors, candidates = (torch.arange(size, device=matrix.device) for size in matrix.shape)
-    return candidates % len(anchors) == anchors[:, None]
-
-
-def hide_copies(distance: Any, inputs: tuple[Tensor, Tensor], matrix: Tensor) -> Tensor:
-    """Forward hook of a miner's distance: own copies become as near as can be, hence never a hard positive."""
-    nearest = torch.finfo(matrix.dtype).max * (1 if distance.is_inverted else -1)
-    return matrix.masked_fill(own_copies(matrix), nearest)
-
-
-def all_pairs(positive: Tensor, negative: Tensor) -> tuple[Tensor, ...]:
-    """Masks (B, R) -> (anchors, positives, anchors, negatives)."""
-    return *torch.where(positive), *torch.where(negative)
-
-
-def all_triplets(positive: Tensor, negative: Tensor) -> tuple[Tensor, ...]:
-    """Masks (B, R) -> (anchors, positives, negatives)."""
-    anchor, near = torch.where(positive)
-    pair, far = torch.where(negative[anchor])
-    return anchor[pair], near[pair], far
-
-
-def without_copies(indices: tuple[Tensor, ...], anchors: int) -> tuple[Tensor, ...]:
-    """Leave out mined pairs and triplets whose positive is a copy of the anchor (one that had no other positive)."""
-    anchor, positive, *negatives = indices
-    keep = positive % anchors != anchor
-    return anchor[keep], positive[keep], *((n[keep] for n in negatives) if len(negatives) == 1 else negatives)
-
-
-def informative_pairs(similarity: Tensor, positive: Tensor, negative: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """MultiSimilarityMiner: positives less similar than the nearest negative, negatives more so than the farthest
-    positive, both give or take epsilon. All (B, R)."""
-    nearest = similarity.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
-    farthest = similarity.masked_fill(~positive, torch.inf).amin(1, keepdim=True)
-    return positive & (similarity - epsilon < nearest), negative & (similarity + epsilon > farthest)
-
-
-def violating_triplets(distance: Tensor, positive: Tensor, negative: Tensor, miner: Any) -> tuple[Tensor, ...]:
-    """TripletMarginMiner: (B, R) distance and masks -> (anchors, positives, negatives). Memory: pairs x R."""
-    anchor, near = torch.where(positive)
-    gap = distance[anchor] - distance[anchor, near][:, None]
-    chosen = negative[anchor] & ((gap > miner.margin) if miner.type_of_triplets == "easy" else (gap <= miner.margin))
-    if miner.type_of_triplets == "hard":
-        chosen &= gap <= 0
-    if miner.type_of_triplets == "semihard":
-        chosen &= gap > 0
-    pair, far = torch.where(chosen)
-    return anchor[pair], near[pair], far
-
-
 class BaseLoss(nn.Module):
     """A library loss and its miner over one global batch.
 
@@ -242,7 +192,7 @@ class BaseLoss(nn.Module):
             and (miner is None or isinstance(miner, miners.MultiSimilarityMiner))
         )
         if miner is not None:
-            miner.distance.register_forward_hook(hide_copies)
+            miner.distance.register_forward_hook(candidates.hide_copies)
 
     @property
     def proxies(self) -> Tensor | None:
@@ -272,17 +222,26 @@ class BaseLoss(nn.Module):
 
     def boosted(self, anchors: Tensor, labels: Tensor, pool: Tensor, pool_labels: Tensor) -> Tensor:
         same = labels[:, None] == pool_labels
-        positive, negative = same & ~own_copies(same), ~same
+        positive, negative = same & ~candidates.own_copies(same), ~same
         if self.by_matrix:
-            similarity = self.loss.distance(anchors, pool)
+            similarity = candidates.cosine(anchors, pool)
             if self.miner is not None:
-                positive, negative = informative_pairs(similarity.detach(), positive, negative, self.miner.epsilon)
-            return self.loss.reducer(self.loss._compute_loss(similarity, positive, negative), anchors, labels)
+                positive, negative = candidates.informative_pairs(
+                    similarity.detach(), positive, negative, self.miner.epsilon
+                )
+            settings = self.loss.alpha, self.loss.beta, self.loss.base
+            losses = candidates.MultiSimilarity.apply(similarity, positive, negative, *settings)
+            per_anchor = {"losses": losses, "indices": torch.arange(len(losses)), "reduction_type": "element"}
+            return self.loss.reducer({"loss": per_anchor}, anchors, labels)
         if self.miner is None:
-            indices = (all_triplets if self.kind in FROM_TRIPLETS else all_pairs)(positive, negative)
+            indices = (candidates.all_triplets if self.kind in FROM_TRIPLETS else candidates.all_pairs)(
+                positive, negative
+            )
         elif isinstance(self.miner, miners.TripletMarginMiner):
             with torch.no_grad():
-                indices = violating_triplets(self.miner.distance(anchors, pool), positive, negative, self.miner)
+                indices = candidates.violating_triplets(
+                    self.miner.distance(anchors, pool), positive, negative, self.miner
+                )
         else:
-            indices = without_copies(self.miner(anchors, labels, pool, pool_labels), len(anchors))
+            indices = candidates.without_copies(self.miner(anchors, labels, pool, pool_labels), len(anchors))
         return self.loss(anchors, labels, indices, pool, pool_labels)

@@ -85,12 +85,13 @@ class IntensityRanking(nn.Module):
         zh = normalize(z, dim=1)
         anchors = batch_class_means(zh, labels) if proxies is None else proxies[labels]
         gate = (zh * normalize(anchors, dim=1)).sum(1).detach() >= self.gate
-        sources = z @ self.projection.T
+        projected = torch.cat([z, anchors]) @ self.projection.T
+        sources, (to_z, to_p) = projected[: len(z)], relu(normalize(projected, dim=1)).chunk(2)
         directions = radial.directions(z, self.count, generator, self.shared_directions) @ self.projection.T
         synthetics = sources + radial.steps(z, self.intensity, self.count) * directions
-        ends = relu(normalize(torch.stack([sources, anchors @ self.projection.T]), dim=-1))
-        products = torch.einsum("nbd,kbd->knb", relu(synthetics), ends)
-        to_source, to_class = products / synthetics.norm(dim=-1).clamp_min(torch.finfo(z.dtype).tiny)
+        length = synthetics.norm(dim=2).clamp_min(torch.finfo(z.dtype).tiny)
+        synthetics = relu(synthetics)
+        to_source, to_class = ((synthetics * end).sum(2) / length for end in (to_z, to_p))
         rank = intensity_ranking_loss(to_source, self.margin, self.scale, self.max_gap, gate)
         anchor = gated_mean(soft_hinge(self.anchor_margin - to_class, self.anchor_scale), gate)
         return rank, anchor, gate.to(z.dtype).mean()

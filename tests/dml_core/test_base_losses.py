@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from dml_core import base_losses
 from dml_core.base_losses import arguments, build
+from dml_core.candidates import informative_pairs, own_copies, violating_triplets, without_copies
 
 PAIR = ["triplet", "contrastive", "multi_similarity", "margin"]
 PROXY = ["proxy_anchor", "proxy_nca", "ArcFaceLoss"]
@@ -114,10 +115,10 @@ def test_violating_triplets_are_those_of_the_librarys_miner(which, boosted):
     pool = torch.cat([z, synthetic]) if boosted else z
     miner = miners.TripletMarginMiner(margin=0.2, type_of_triplets=which)
     expected = miner(z, labels, pool, labels.repeat(3)) if boosted else miner(z, labels)
-    expected = base_losses.without_copies(expected, len(z))
+    expected = without_copies(expected, len(z))
     same = labels[:, None] == labels.repeat(len(pool) // len(z))
-    positive = same & ~base_losses.own_copies(same)
-    got = base_losses.violating_triplets(miner.distance(z, pool), positive, ~same, miner)
+    positive = same & ~own_copies(same)
+    got = violating_triplets(miner.distance(z, pool), positive, ~same, miner)
     assert len(got[0]) > 0 and torch.equal(torch.stack(got), torch.stack(expected))
 
 
@@ -127,9 +128,7 @@ def test_informative_pairs_are_those_of_the_librarys_miner(epsilon):
     miner = miners.MultiSimilarityMiner(epsilon)
     a, p, b, n = miner(z, labels)
     same = labels[:, None] == labels
-    positive, negative = base_losses.informative_pairs(
-        miner.distance(z), same & ~base_losses.own_copies(same), ~same, epsilon
-    )
+    positive, negative = informative_pairs(miner.distance(z), same & ~own_copies(same), ~same, epsilon)
     assert positive.sum() == len(a) > 0 and positive[a, p].all()
     assert negative.sum() == len(b) > 0 and negative[b, n].all()
 
