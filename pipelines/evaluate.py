@@ -34,21 +34,22 @@ class Sources:
         spare = max(0, int(cpus) - 1) if config.data.name != "glyphs" else 0
         asked = config.data.loader_processes
         self.processes = min(8, spare) if asked is None else asked
-        self.cache: dict[int, Views | features.Features] = {}
+        self.files: dict[int, Path] = {}  # features of a whole set, whose parts are asked for
 
     def of(self, images: LabelledImages) -> Views | features.Features:
         if not self.config.backbone.frozen:
             return build.views(self.config, images)
-        if id(images) not in self.cache:
-            views = build.views(self.config, images)
+        whole = images.whole or images
+        if id(whole) not in self.files:
+            views = build.views(self.config, whole)
 
             def note(done: int, of: int) -> None:
                 self.progress.note("features", done, of)
 
-            self.cache[id(images)] = features.cached(
+            self.files[id(whole)] = features.cached(
                 self.config, self.learner, views, build.cache_folder(), self.device, self.writes, self.processes, note
             )
-        return self.cache[id(images)]
+        return features.Features(self.files[id(whole)], images.places)
 
 
 def device(config: Config) -> torch.device:

@@ -19,14 +19,18 @@ BATCH = {"cpu": 16, "cuda": 256}  # pictures at a time; the same at any worker c
 
 
 class Features:
-    """(N, F) rows in a file, asked for like Views: by (sample, seed), where the seed changes nothing."""
+    """(N, F) rows in a file, asked for like Views: by (sample, seed), where the seed changes nothing.
 
-    def __init__(self, path: Path):
-        self.rows = np.load(path, mmap_mode="r")
+    places: where in the file the samples of a part of the set are; None: the whole set.
+    """
+
+    def __init__(self, path: Path, places: np.ndarray | None):
+        self.rows, self.places = np.load(path, mmap_mode="r"), places
 
     def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
         for batch in rows:
-            yield torch.from_numpy(self.rows[[sample for sample, _ in batch]])
+            samples = np.array([sample for sample, _ in batch])
+            yield torch.from_numpy(self.rows[samples if self.places is None else self.places[samples]])
 
 
 def cached(
@@ -38,8 +42,8 @@ def cached(
     writes: bool,
     processes: int,
     progress: Callable[[int, int], None],
-) -> Features:
-    """Features of the evaluation view of every picture, from the cache or computed now.
+) -> Path:
+    """A file with the features of the evaluation view of every picture, made before or now.
 
     folder: on this node's disk.  writes: true on one rank of each node.  progress: called with (done, of).
     """
@@ -48,7 +52,7 @@ def cached(
     if missing.item():
         _compute(learner, views, path, device, writes, processes, progress)
         all_sum(missing)  # wait until every node has its file
-    return Features(path)
+    return path
 
 
 def _compute(

@@ -68,7 +68,7 @@ def train(config: Config, console: Console, here: bool = False) -> Outcome:
         run_id = earlier["run_id"] if earlier else _start_run(uri, config, splits)
         folder.write("run.json", {"run_id": run_id, "config": config.model_dump(exclude_none=True)})
         assert config.name
-        job = {"run_id": run_id, "tracking_uri": uri}
+        job = {"run_id": run_id, "tracking_uri": uri, "test": True}
         status = "FAILED"
         try:
             if here:

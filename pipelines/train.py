@@ -23,7 +23,8 @@ from pipelines.tracking import Tracker
 def train_loop(job: dict[str, Any]) -> dict[str, float]:
     """Train, evaluate, and test at the end; the same on every rank. Returns the final metrics.
 
-    job: config (a dict), run_id and tracking_uri of MLflow, cpus (CPUs of this worker), board (progress; may be None).
+    job: config (a dict), run_id and tracking_uri of MLflow (None: not logged), cpus (CPUs of this worker), board
+    (progress; may be None), test (False: not even at the end, as a sweep chooses by validation classes alone).
     ArithmeticError when the loss is no longer finite.
     """
     cfg = parse(job["config"])
@@ -122,12 +123,13 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     # Test: once, with the best epoch's weights, beside the same network untrained and its raw features.
     best = agreed(checkpoint.folder_name(state.best_epoch))  # when rank 0 has stored it
     metrics = history[-1]["metrics"] | {"best_epoch": float(state.best_epoch), "val/best_map_at_r": state.best_score}
-    with checkpoint.fetched(files, f"{folder}/{best}") as local:
-        checkpoint.load_weights(local, learner)
-    learner.eval()
-    metrics |= evaluate.learned(learner, splits.test, sources, "test", "test")
-    untrained = build.learner(cfg, len(classes)).to(device, next(learner.parameters()).dtype).eval()
-    metrics |= evaluate.run(splits.test, sources, "baselines", lambda x: _baselines(untrained, x))
+    if job["test"]:
+        with checkpoint.fetched(files, f"{folder}/{best}") as local:
+            checkpoint.load_weights(local, learner)
+        learner.eval()
+        metrics |= evaluate.learned(learner, splits.test, sources, "test", "test")
+        untrained = build.learner(cfg, len(classes)).to(device, next(learner.parameters()).dtype).eval()
+        metrics |= evaluate.run(splits.test, sources, "baselines", lambda x: _baselines(untrained, x))
     unsent = 0
     if tracker:
         tracker.log({"time": _now(), "step": cfg.epochs, "metrics": _final(metrics)})

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,13 +21,15 @@ class LabelledImages:
     """Pictures with class labels.
 
     images: N files, or a uint8 array (N, H, W) of gray pictures.  labels: (N,) int64 in 0..C-1.  class_names: C names.
-    root: the folder that file names are told from.
+    root: the folder that file names are told from.  whole, places: the set of which these are `places` (N,), if any.
     """
 
     images: Sequence[Path] | np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
     root: Path | None = None
+    whole: "LabelledImages | None" = None
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,7 +48,8 @@ class LabelledImages:
         """Some of the samples (a mask or indices), the classes as they are."""
         index = np.flatnonzero(keep) if keep.dtype == bool else keep
         images = self.images[index] if isinstance(self.images, np.ndarray) else [self.images[int(i)] for i in index]
-        return LabelledImages(images, self.labels[index], self.class_names, self.root)
+        places = index if self.places is None else self.places[index]
+        return LabelledImages(images, self.labels[index], self.class_names, self.root, self.whole or self, places)
 
     def of_classes(self, classes: np.ndarray) -> "LabelledImages":
         """The samples of some classes, which are numbered anew in the order given."""
@@ -54,7 +57,7 @@ class LabelledImages:
         number[classes] = np.arange(len(classes))
         kept = self.rows(number[self.labels] >= 0)
         names = tuple(self.class_names[c] for c in classes)
-        return LabelledImages(kept.images, number[kept.labels], names, self.root)
+        return replace(kept, labels=number[kept.labels], class_names=names)
 
     def names(self) -> list[str]:
         """One name a sample: its path below the root, or its place in the array."""
@@ -102,7 +105,7 @@ def split(
     test_classes: ids of the classes to test on; of the others, `validation_fraction` (at least one) are drawn by `seed`
     for validation, none for 0.  queries: (N,) mask of the samples that are queries in validation and test, the rest
     being the gallery; None: query set = gallery.  limit_classes: at most so many classes to test on, and so many to
-    train and validate on.
+    train and validate on. The `whole` of the splits is then what is left; else it does not depend on the seed.
     ValueError where fewer than two training classes or no test class are left.
     """
     rng = np.random.default_rng(seed)
@@ -115,6 +118,11 @@ def split(
             f"{len(images.class_names)} classes give {len(train)} to train, {len(validation)} to validate and "
             f"{len(test)} to test on; at least 2 to train and 1 to test on are needed"
         )
+
+    if limit_classes:
+        used = np.isin(images.labels, [*train, *validation, *test])
+        queries = None if queries is None else queries[used]
+        images = replace(images.rows(used), whole=None, places=None)
 
     def retrieval(classes: np.ndarray) -> Retrieval:
         chosen = images.of_classes(classes)

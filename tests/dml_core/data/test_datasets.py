@@ -50,6 +50,22 @@ def test_query_mask_divides_validation_and_test_only(folder: Path) -> None:
         assert not any(path.name == "0 ü.png" for path in task.gallery.images)
 
 
+def test_parts_know_their_places_in_a_whole_that_no_seed_changes(folder: Path) -> None:
+    images = load_folder(folder)
+    queries = np.arange(len(images)) % 2 == 0
+    digests = set()
+    for seed, limit in ((0, None), (1, None), (0, 5)):
+        parts = split(images, np.array([0, 2]), 0.5, seed, queries, limit)
+        wholes = {id(part.whole) for part in (parts.train, *parts.validation, *parts.test)}
+        assert len(wholes) == 1
+        for part in (parts.train, *parts.validation, *parts.test):
+            assert [part.whole.images[i] for i in part.places] == part.images
+            names = [part.whole.class_names[c] for c in part.whole.labels[part.places]]
+            assert names == [part.class_names[c] for c in part.labels]
+        digests.add(parts.train.whole.digest())
+    assert len(digests) == 2 and images.digest() in digests
+
+
 def test_limit_and_too_few_classes(folder: Path) -> None:
     images = load_folder(folder)
     made = split(images, np.arange(5), 0.34, 0, limit_classes=3)
