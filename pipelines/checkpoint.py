@@ -83,7 +83,11 @@ def keep(files: pyarrow.fs.FileSystem, run: str, folder: Path, state: State) -> 
     """Add a saved checkpoint to a run's folder; of those before it keep the best, and the last should this one tear."""
     path = f"{run}/{folder_name(state.epoch)}"
     files.create_dir(path, recursive=True)
-    pyarrow.fs.copy_files(str(folder), path, destination_filesystem=files)
+    try:
+        pyarrow.fs.copy_files(str(folder), path, destination_filesystem=files)
+    except OSError:
+        files.delete_dir(path)  # a full disk: nothing half-written
+        raise
     names = _names(files, run)
     for name in {*names[:-2]} - {folder_name(state.best_epoch)}:
         files.delete_dir(f"{run}/{name}")

@@ -62,7 +62,8 @@ def cluster(config: Config, logs: Path | None) -> Iterator[None]:
     finally:
         ray.shutdown()
         if logs is not None and not address and (session / "logs").is_dir():
-            shutil.copytree(session / "logs", logs, dirs_exist_ok=True, ignore=_unreadable)
+            with contextlib.suppress(OSError):  # a full disk is told of by what failed on it, not by its logs
+                shutil.copytree(session / "logs", logs, dirs_exist_ok=True, ignore=_unreadable)
 
 
 def resolve_devices(config: Config, here: bool = False) -> Config:

@@ -1,4 +1,6 @@
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pyarrow.fs
@@ -72,6 +74,19 @@ def test_the_best_and_the_last_two_are_kept(tmp_path: Path) -> None:
         kept = {int(path.name[-1]) for path in run.iterdir()}
         assert kept == {best, epoch, *({epoch - 1} if epoch > 1 else ())}
         assert all(checkpoint.whole(path) for path in run.iterdir())
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path: Path) -> None:
+    files, run, made = pyarrow.fs.LocalFileSystem(), tmp_path / "run", save(tmp_path / "made", Parts(0), 1)
+    ignored, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # no file above 100 bytes
+    try:
+        with pytest.raises(OSError, match="Error writing"):
+            checkpoint.keep(files, str(run), made, checkpoint.State(1, 1, 0.5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(run.iterdir()) == []
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
