@@ -64,6 +64,22 @@ def _config(arguments: list[str] | None) -> Any:
     return load(named[0] if named else "glyphs", [a for a in arguments if "=" in a])
 
 
+def _retrieval(title: str, metrics: dict[str, float]) -> Table:
+    """A line for each way of retrieving that there is, in percent."""
+    ways = {"features": "raw features", "untrained": "untrained", "test": "trained"}
+    ways |= {"test_rerank": "trained, re-ranked", "test_exact": "trained, exact"}
+    columns = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8"}
+    columns |= {"map_at_r": "MAP@R", "r_precision": "R-Precision"}
+    table = Table(title=title)
+    table.add_column("")
+    for column in columns.values():
+        table.add_column(column, justify="right")
+    for prefix, way in ways.items():
+        if f"{prefix}/map_at_r" in metrics:
+            table.add_row(way, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in columns))
+    return table
+
+
 @app.command()
 def train(arguments: Assignments = None, as_json: Json = False) -> None:
     """Train, validate on held-out classes, test once at the end, and log it all to MLflow.
@@ -80,16 +96,8 @@ def train(arguments: Assignments = None, as_json: Json = False) -> None:
         from pipelines import jobs
 
         outcome = jobs.train(config, messages)
-    table = Table(title=f"Retrieval on unseen classes: {outcome.experiment}")
-    columns = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8"}
-    columns |= {"map_at_r": "MAP@R", "r_precision": "R-Precision"}
-    table.add_column("")
-    for title in columns.values():
-        table.add_column(title, justify="right")
-    for prefix, title in (("features", "raw features"), ("untrained", "untrained"), ("test", "trained")):
-        table.add_row(title, *(f"{100 * outcome.metrics[f'{prefix}/{key}']:.1f}" for key in columns))
     output = messages if as_json else Console()
-    output.print(table)
+    output.print(_retrieval(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics))
     output.print(
         f"run {outcome.run_id} ({outcome.name}), best epoch {outcome.metrics['best_epoch']:.0f}, "
         f"{outcome.seconds:.0f} s, {outcome.images_per_second:,.0f} images/s\n"
@@ -120,10 +128,10 @@ def evaluate(
         from pipelines.recipe import assigned
 
         found = jobs.evaluate(run, assigned(assignments or []), messages)
-    table = Table("metric", "value", title=found["checkpoint"])
-    for key, value in found["metrics"].items():
-        table.add_row(key, f"{value:.4f}" if value < 1 or value != int(value) else f"{value:.0f}")
-    (messages if as_json else Console()).print(table)
+    output = messages if as_json else Console()
+    output.print(_retrieval(found["checkpoint"], found["metrics"]))
+    if unmatched := found["metrics"]["test/queries_without_match"]:
+        output.print(f"{unmatched:.0f} queries have no other image of their class and are left out")
     if as_json:
         print(json.dumps(found))
 
