@@ -4,6 +4,7 @@ Every function is the identity when there is one process, so that the same code 
 Works with gloo (CPU) and NCCL (GPU).
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -21,39 +22,43 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-class _Gather(torch.autograd.Function):
-    """All-gather along dim 0. Backward is its adjoint: the sum over ranks of the gradient of this rank's rows."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.rows = len(x)
-        rows = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
-
-
 def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, differentiable.
-
-    x: (b, ...), the same shape on every rank. Returns (world * b, ...).
-
-    When every rank computes the same loss L of the gathered rows, the backward hands each rank world * dL/dx. The mean
-    over ranks that DistributedDataParallel takes cancels that factor for what lies before the gather, and changes
-    nothing for what lies behind it (proxies, projections): every parameter gets dL/dp exactly once.
-    """
+    """Rows of all ranks in rank order: (b, ...), the same shape on every rank -> (world * b, ...). Not differentiable:
+    learner.py hands the gradient of the rows that a rank gave back to it."""
     if world_size() == 1:
         return x
-    return _Gather.apply(x)
+    rows = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(rows, x.contiguous())
+    return torch.cat(rows)
+
+
+def own_rows(x: Tensor) -> Tensor:
+    """The rows of a gathered x that this rank gave."""
+    return x.chunk(world_size())[rank()]
+
+
+def tree_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Sum over the parts of all ranks, in the order of a binary tree: ((1 + 2) + (3 + 4)) + ((5 + 6) + (7 + 8)).
+
+    Where both numbers are powers of two, the same parts give the same bits however many ranks they lie on: each pair is
+    added on one rank or, by a + b = b + a, alike on two. parts: as many, of the same shape, on every rank.
+    """
+    while len(parts) > 1:
+        parts = [sum(parts[i : i + 2][1:], parts[i]) for i in range(0, len(parts), 2)]
+    total, world = parts[0], world_size()
+    if world & (world - 1):
+        return all_sum(total.clone())
+    for level in range(world.bit_length() - 1):
+        other, partner = torch.empty_like(total), rank() ^ (1 << level)
+        exchange = [dist.P2POp(dist.isend, total, partner), dist.P2POp(dist.irecv, other, partner)]
+        for waiting in dist.batch_isend_irecv(exchange):
+            waiting.wait()
+        total = total + other
+    return total
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum over ranks, in place. Not differentiable."""
+    """Sum over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x

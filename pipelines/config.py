@@ -5,6 +5,7 @@ cannot act: settings of a method that is not in `method`, a momentum for Adam, a
 """
 
 import difflib
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -70,6 +71,9 @@ class Batch(Section):
     """P: classes in a global batch."""
     images: Positive = 4
     """K: images of each class in a global batch."""
+    slices: Positive | None = None
+    """Equal parts that gradients are computed in. Worker counts that divide it give the same bits, if both are powers
+    of two. none: 4, or as many of 2 and 1 as divide the batch."""
 
 
 class Backbone(Section):
@@ -264,6 +268,8 @@ class Config(Section):
         size = self.batch.classes * self.batch.images
         if low > high:
             raise ValueError(f"workers={self.workers}: the first number must not be the larger")
+        if size % self.slices:
+            raise ValueError(f"batch.slices={self.slices} does not divide the global batch of {size}")
         for count in range(low, high + 1):
             if size % count:
                 raise ValueError(
@@ -271,6 +277,10 @@ class Config(Section):
                     f"(batch.classes={self.batch.classes} x batch.images={self.batch.images})"
                 )
         return self
+
+    @property
+    def slices(self) -> int:
+        return self.batch.slices or math.gcd(4, self.batch.classes * self.batch.images)
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """Retrieval metrics of a learner on a retrieval task, sharded over the workers."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from dml_core.data.datasets import LabelledImages, Retrieval
 from dml_core.data.loading import Views
-from dml_core.data.sampling import blocks
+from dml_core.data.sampling import Rows, blocks
 from dml_core.gather import rank, world_size
 from dml_core.learner import Learner
 from dml_core.retrieval.metrics import sharded_retrieval_metrics
@@ -35,6 +37,13 @@ class Sources:
         asked = config.data.loader_processes
         self.processes = min(8, spare) if asked is None else asked
         self.files: dict[int, Path] = {}  # features of a whole set, whose parts are asked for
+        self.cpus = max(1, int(cpus))
+        self.threads = ThreadPoolExecutor(self.cpus) if self.cpus > 1 and device.type == "cpu" else None
+
+    def each(self, function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
+        """map in the run's precision, on as many CPUs as this worker has."""
+        amp = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return (self.threads.map if self.threads else map)(amp(function), *arguments)
 
     def of(self, images: LabelledImages) -> Views | features.Features:
         if not self.config.backbone.frozen:
@@ -46,9 +55,11 @@ class Sources:
             def note(done: int, of: int) -> None:
                 self.progress.note("features", done, of)
 
+            torch.set_num_threads(self.cpus)
             self.files[id(whole)] = features.cached(
                 self.config, self.learner, views, build.cache_folder(), self.device, self.writes, self.processes, note
             )
+            torch.set_num_threads(1)
         return features.Features(self.files[id(whole)], images.places)
 
 
@@ -108,12 +119,16 @@ def stream(images: LabelledImages, sources: Sources, stage: str, outputs: Output
     """This rank's blocks of a set, batch after batch; `outputs` of each, and "sample" (b,), the places in the set."""
     size = block_rows(len(images))
     rows = list(blocks(len(images), size, rank(), world_size(), features.BATCH[sources.device.type]))
-    done = 0
-    for batch, samples in zip(sources.of(images).batches(rows, sources.processes), rows, strict=True):
-        done += len(batch) * world_size()
-        with torch.autocast(sources.device.type, torch.bfloat16, enabled=sources.config.precision == "bf16"):
-            found = outputs(batch.to(sources.device))
-        yield found | {"sample": torch.tensor([sample for sample, _ in samples])}
+    batches, done = zip(sources.of(images).batches(rows, sources.processes), rows, strict=True), 0
+
+    @torch.inference_mode()
+    def found(batch: Tensor, samples: Rows) -> dict[str, Tensor]:
+        return outputs(batch.to(sources.device)) | {"sample": torch.tensor([sample for sample, _ in samples])}
+
+    while some := list(itertools.islice(batches, sources.cpus)):
+        for part in sources.each(found, *zip(*some, strict=True)):
+            done += len(part["sample"]) * world_size()
+            yield part
         sources.progress.note(stage, min(len(images), done), len(images))
 
 
@@ -134,7 +149,7 @@ def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
     """
     config, folder = parse(job["config"]), Path(job["checkpoint"])
     context = ray.train.get_context()
-    torch.set_num_threads(max(1, int(job["cpus"])))
+    torch.set_num_threads(1)
     learner = build.learner(config, len(checkpoint.read_class_names(folder)), read_weights=False)
     checkpoint.load_weights(folder, learner)
     learner.to(device(config), torch.float64 if config.precision == "float64" else torch.float32).eval()

@@ -82,7 +82,8 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
 
 def run_here(loop: Callable[[dict[str, Any]], Any], config: Config, job: dict[str, Any]) -> dict[str, float]:
     """Run a loop in this process, as Ray Train's only worker: without the seconds that processes take to start."""
-    settings = {"config": config.model_dump(exclude_none=True), "cpus": torch.get_num_threads(), "board": None}
+    threads = torch.get_num_threads()
+    settings = {"config": config.model_dump(exclude_none=True), "cpus": threads, "board": None}
     trainer = TorchTrainer(
         loop, train_loop_config=job | settings, scaling_config=ray.train.ScalingConfig(num_workers=0)
     )
@@ -91,6 +92,8 @@ def run_here(loop: Callable[[dict[str, Any]], Any], config: Config, job: dict[st
         return trainer.fit().return_value  # type: ignore[attr-defined]
     except Exception as error:
         raise RunFailed(_reason(error)) from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run(

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from dml_core.data.sampling import STEP, BatchPlan, derive_seed
-from dml_core.gather import agreed, rank, world_size
+from dml_core.gather import agreed, broadcast, rank, world_size
 from dml_core.learner import Learner, Terms
 from pipelines import build, checkpoint, evaluate
 from pipelines.progress import Reporter
@@ -29,7 +28,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     """
     cfg = parse(job["config"])
     device, world, main = evaluate.device(cfg), world_size(), rank() == 0
-    torch.set_num_threads(max(1, int(job["cpus"])))
+    torch.set_num_threads(1)  # the order of a sum depends on it; CPUs share slices and batches instead (sources.each)
     progress = Reporter(job["board"] if main else None)
     writes = ray.train.get_context().get_local_rank() == 0
 
@@ -54,7 +53,9 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             state, history, _ = checkpoint.load(local, learner, optimizer, schedule)
     tracker = Tracker(job["tracking_uri"], job["run_id"], history) if main and job["tracking_uri"] else None
 
-    model = DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
+    for tensor in learner.state_dict().values():
+        broadcast(tensor, 0)
+    parts = cfg.slices // world if cfg.slices % world == 0 else 1
     generator = torch.Generator(device)
     parameters = [p for p in learner.parameters() if p.requires_grad]
 
@@ -73,10 +74,9 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             seed = derive_seed(cfg.seed, STEP, epoch, step)
             torch.manual_seed(seed)  # miners of the library draw from the global state
             generator.manual_seed(seed)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                terms = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True), epoch, generator)
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             optimizer.zero_grad()
-            terms.loss.backward()
+            terms = learner.backward(x, y, epoch, generator, parts, sources.each)
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, cfg.optimizer.clip_norm or math.inf))
             optimizer.step()
             schedule.step()
