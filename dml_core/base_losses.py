@@ -231,7 +231,8 @@ class BaseLoss(nn.Module):
                 )
             settings = self.loss.alpha, self.loss.beta, self.loss.base
             losses = candidates.MultiSimilarity.apply(similarity, positive, negative, *settings)
-            per_anchor = {"losses": losses, "indices": torch.arange(len(losses)), "reduction_type": "element"}
+            places = torch.arange(len(losses), device=losses.device)
+            per_anchor = {"losses": losses, "indices": places, "reduction_type": "element"}
             return self.loss.reducer({"loss": per_anchor}, anchors, labels)
         if self.miner is None:
             indices = (candidates.all_triplets if self.kind in FROM_TRIPLETS else candidates.all_pairs)(

@@ -102,7 +102,8 @@ class Learner(nn.Module):
         What lies behind the backbone sees the global batch on every rank; rank 0's gradient of it holds.
         """
         backbone = [p for p in self.backbone.parameters() if p.requires_grad]
-        others = [p for p in self.parameters() if p.requires_grad and all(p is not q for q in backbone)]
+        before = set(backbone)
+        others = [p for p in self.parameters() if p.requires_grad and p not in before]
         seen = list(each(self.features, x.chunk(parts)))
         features = gather(torch.cat([full(part.detach()) for part in seen])).requires_grad_(bool(backbone))
         terms = self(features, gather(labels), epoch, generator)
