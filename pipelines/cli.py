@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C. Heavy 
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,8 +174,10 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
         prepare(uri)
     messages.print(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C ends it)")
     command = ["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # Without the five processes that wait for jobs of language models.
+    lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with _in_words():
-        code = subprocess.run([sys.executable, "-m", "mlflow", *command]).returncode
+        code = subprocess.run([sys.executable, "-m", "mlflow", *command], env=lean).returncode
         if code:
             _stop(1, f"failed: MLflow's server ended with {code}; is port {port} taken? --port chooses another")
 

@@ -248,7 +248,7 @@ class Config(Section):
     @classmethod
     def _each_once(cls, method: list[str]) -> list[str]:
         if len(set(method)) < len(method):
-            raise ValueError("each method once")
+            raise ValueError(f"[{', '.join(method)}] names a method twice")
         return sorted(method, key=METHODS.index)
 
     @model_validator(mode="before")

@@ -16,7 +16,6 @@ from dml_core.learner import Learner, Terms
 from pipelines import build, checkpoint, evaluate
 from pipelines.progress import Reporter
 from pipelines.recipe import parse
-from pipelines.tracking import Tracker
 
 
 def train_loop(job: dict[str, Any]) -> dict[str, float]:
@@ -51,7 +50,11 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     if (newest := agreed(checkpoint.newest(files, folder) if main else None)) is not None:
         with checkpoint.fetched(files, f"{folder}/{newest}") as local:
             state, history, _ = checkpoint.load(local, learner, optimizer, schedule)
-    tracker = Tracker(job["tracking_uri"], job["run_id"], history) if main and job["tracking_uri"] else None
+    tracker = None
+    if main and job["tracking_uri"]:
+        from pipelines.tracking import Tracker  # MLflow takes seconds to import, and one rank alone speaks to it
+
+        tracker = Tracker(job["tracking_uri"], job["run_id"], history)
 
     for tensor in learner.state_dict().values():
         broadcast(tensor, 0)

@@ -45,10 +45,10 @@ class Server:
         where = ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
         where += ["--artifacts-destination", str(self.folder / "artifacts")]
         where += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *where], stdout=log, stderr=log, start_new_session=True
-            )
+            command = [sys.executable, "-m", "mlflow", "server", *where]
+            self.process = subprocess.Popen(command, env=lean, stdout=log, stderr=log, start_new_session=True)
         for _ in range(240):
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1)

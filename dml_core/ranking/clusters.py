@@ -69,9 +69,14 @@ def cluster_ranking_loss(
         return 0 * (z.sum() + s.sum())
     with torch.no_grad():
         eta = cluster_centers(plain_distance(z), centers, t, spacing)
-    gap = (adaptive_distance(z, s) - eta[:, None, None]).abs()
+    return distance_to_centers(adaptive_distance(z, s), eta, alpha)
+
+
+def distance_to_centers(distance: Tensor, eta: Tensor, alpha: float) -> Tensor:
+    """Mean over the off-diagonal pairs of sum_m c_m |d - eta_m|: distance (B, B), eta (M,) -> scalar."""
+    gap = (distance - eta[:, None, None]).abs()
     loss = (torch.softmax(-alpha * gap, 0) * gap).sum(0)
-    return (loss.sum() - loss.diagonal().sum()) / pairs
+    return (loss.sum() - loss.diagonal().sum()) / (loss.numel() - len(loss))
 
 
 class ClusterRanking(nn.Module):
@@ -89,6 +94,11 @@ class ClusterRanking(nn.Module):
     def forward(self, z: Tensor, features: Tensor) -> Tensor:
         s = self.structure(features)
         pairs = len(z) * (len(z) - 1)
-        scale = plain_distance(z).sum() / max(1, pairs)
-        unit = z / torch.where(scale > 0, scale, 1)
-        return cluster_ranking_loss(unit, s, self.centers, self.t, self.alpha, self.spacing)
+        if pairs == 0:
+            return 0 * (z.sum() + s.sum())
+        plain = plain_distance(z)
+        scale = plain.sum() / pairs
+        scale = torch.where(scale > 0, scale, 1)
+        with torch.no_grad():
+            eta = cluster_centers(plain / scale, self.centers, self.t, self.spacing)
+        return distance_to_centers(adaptive_distance(z / scale, s), eta, self.alpha)

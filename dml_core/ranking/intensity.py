@@ -6,8 +6,8 @@ But:
 - Two-sided on request (`max_gap`): the order is kept without tearing the class apart.
 - With a pair loss, which has no proxies, the mean of the class's unit embeddings in the batch stands in for its proxy.
 - Every sum of exponentials is a logsumexp: no overflow at any scale.
-- F is applied to the directions, not to the synthetics: F r_j = F z + j r ||z|| F u_j, which is the same and has a
-  cheaper gradient. So is <relu(x / ||x||), y> = <relu(x), y> / ||x||.
+- F is applied to the directions, not to the synthetics, and of z to its direction, as h knows no length:
+  F r_j / ||z|| = F zh + j r F u_j, which is the same and has a cheaper gradient.
 """
 
 import torch
@@ -51,6 +51,28 @@ def batch_class_means(zh: Tensor, labels: Tensor) -> Tensor:
     return same @ zh / same.sum(1, keepdim=True)
 
 
+class RectifiedCosine(torch.autograd.Function):
+    """<relu(x / ||x||), e>: x (N, B, D), ends e (E, B, D) -> (E, N, B). Its gradient in half of autograd's passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ends: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        length = x.norm(dim=2).clamp_min(torch.finfo(x.dtype).tiny)
+        positive = relu(x)
+        cosine = torch.stack([(positive * end).sum(2) for end in ends]) / length
+        ctx.save_for_backward(x, positive, ends, length, cosine)
+        return cosine
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def, override]
+        x, positive, ends, length, cosine = ctx.saved_tensors
+        share = gradient / length
+        to_x = torch.zeros_like(x)
+        for part, end in zip(share, ends, strict=True):
+            to_x.addcmul_(part[..., None], end)
+        to_x.mul_(positive.sign()).addcmul_(x, ((share * cosine).sum(0) / length)[..., None], value=-1)
+        return to_x, torch.stack([(part[..., None] * positive).sum(0) for part in share])
+
+
 class IntensityRanking(nn.Module):
     """Synthesis and both of SGAR's terms, with the projection F.
 
@@ -81,17 +103,14 @@ class IntensityRanking(nn.Module):
     def forward(
         self, z: Tensor, labels: Tensor, proxies: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        zh = normalize(z, dim=1)
+        zh = normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
         anchors = batch_class_means(zh, labels) if proxies is None else proxies[labels]
         gate = (zh * normalize(anchors, dim=1)).sum(1).detach() >= self.gate
-        projected = torch.cat([z, anchors]) @ self.projection.T
-        sources, (to_z, to_p) = projected[: len(z)], relu(normalize(projected, dim=1)).chunk(2)
-        directions = radial.directions(z, self.count, generator, self.shared_directions) @ self.projection.T
-        synthetics = sources + radial.steps(z, self.intensity, self.count) * directions
-        length = synthetics.norm(dim=2).clamp_min(torch.finfo(z.dtype).tiny)
-        synthetics = relu(synthetics)
-        to_source, to_class = ((synthetics * end).sum(2) / length for end in (to_z, to_p))
+        sources, classes = (torch.cat([zh, anchors]) @ self.projection.T).chunk(2)
+        offsets = radial.offsets(zh, self.intensity, self.count, generator, self.shared_directions)
+        synthetics = sources + offsets @ self.projection.T
+        ends = torch.stack([relu(normalize(x, dim=1)) for x in (sources, classes)])
+        to_source, to_class = RectifiedCosine.apply(synthetics, ends)
         rank = intensity_ranking_loss(to_source, self.margin, self.scale, self.max_gap, gate)
         anchor = gated_mean(soft_hinge(self.anchor_margin - to_class, self.anchor_scale), gate)
-        return rank, anchor, gate.to(z.dtype).mean()
+        return rank, anchor, gate.to(zh.dtype).mean()

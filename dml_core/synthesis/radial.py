@@ -9,24 +9,20 @@ But:
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 
-def directions(z: Tensor, count: int, generator: torch.Generator, shared: bool = False) -> Tensor:
-    """u_j, uniform on the unit sphere: (N, B, D), or (N, 1, D) where all sources share them (as published)."""
+def offsets(z: Tensor, intensity: float, count: int, generator: torch.Generator, shared: bool = False) -> Tensor:
+    """j r u_j for j = 1..N, u_j uniform on the unit sphere: (N, B, D), or (N, 1, D) where all sources share them (as
+    published). Weakest first."""
     shape = (count, 1 if shared else len(z), z.shape[1])
-    return normalize(torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype), dim=-1)
-
-
-def steps(z: Tensor, intensity: float, count: int) -> Tensor:
-    """j r ||z|| for j = 1..N: (N, B, 1), weakest first."""
-    multiples = intensity * torch.arange(1, count + 1, device=z.device, dtype=z.dtype)
-    return multiples[:, None, None] * z.norm(dim=1, keepdim=True)
+    directions = torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype)
+    steps = intensity * torch.arange(1, count + 1, device=z.device, dtype=z.dtype)[:, None, None]
+    return directions.mul_(steps / directions.norm(dim=2, keepdim=True))
 
 
 def synthesize(z: Tensor, intensity: float, count: int, generator: torch.Generator, shared: bool = False) -> Tensor:
-    """r_j = z + j r ||z|| u_j for j = 1..N, with u_j uniform on the unit sphere. Weakest first.
+    """r_j = z + j r ||z|| u_j for j = 1..N. Weakest first.
 
     z (B, D) -> (N, B, D); intensity r; count N. Gradient flows through z.
     """
-    return z + steps(z, intensity, count) * directions(z, count, generator, shared)
+    return z + z.norm(dim=1, keepdim=True) * offsets(z, intensity, count, generator, shared)

@@ -41,6 +41,12 @@ def test_default_recipe_is_glyphs_with_sgar() -> None:
         (["name=a/b"], r"name=a/b: "),
         (["epochs"], r"'epochs' is not key=value"),
         (["batch=3", "batch.images=2"], r"batch has a value of its own"),
+        (["batch.slices=3"], r"batch\.slices=3 does not divide the global batch of 128"),
+        (["method=[iaa]", "iaa.start_epoch=6"], r"iaa\.start_epoch=6 cannot act: there are only epochs=6"),
+        (["method=[iaa]", "iaa.covariance=half"], r"iaa\.covariance=half: .*'diag' or 'full'"),
+        (["method=[namr]", "namr.centers=9"], r"namr\.centers=9: .*less than or equal to 8"),
+        (["method=[namr]", "namr.centres=3"], r"unknown key namr\.centres; did you mean namr\.centers\?"),
+        (["method=[sgar,sgar]"], r"method: \[sgar, sgar\] names a method twice"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_key(assignments: list[str], message: str) -> None:

@@ -1,0 +1,53 @@
+"""Sums and rows over a number of processes that is no power of two."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dml_core.gather import agreed, gather, own_rows, tree_sum
+
+WORLD = 3
+
+
+def parts_of(rank: int, count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def run_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    everyone = gather(torch.arange(2) + 10 * rank)
+    found = {"sum": {count: tree_sum(parts_of(rank, count)) for count in (1, 3, 4)}}
+    torch.save(found | {"all": everyone, "own": own_rows(everyone), "agreed": agreed(rank)}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder: Path = tmp_path_factory.mktemp("gather")
+    mp.spawn(run_rank, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def test_three_processes_sum_all_parts_and_agree_to_the_bit(found: list[dict]) -> None:
+    for count in (1, 3, 4):
+        expected = torch.stack([part for rank in range(WORLD) for part in parts_of(rank, count)]).sum(0)
+        for of_rank in found:
+            torch.testing.assert_close(of_rank["sum"][count], expected, rtol=1e-12, atol=1e-12)
+            assert torch.equal(of_rank["sum"][count], found[0]["sum"][count])
+
+
+def test_rows_come_in_rank_order_and_go_back(found: list[dict]) -> None:
+    for rank, of_rank in enumerate(found):
+        assert of_rank["all"].tolist() == [0, 1, 10, 11, 20, 21]
+        assert of_rank["own"].tolist() == [10 * rank, 10 * rank + 1]
+        assert of_rank["agreed"] == 0
+
+
+def test_alone_the_tree_is_that_of_the_parts() -> None:
+    a, b, c, d = parts_of(0, 4)
+    assert torch.equal(tree_sum([a, b, c, d]), (a + b) + (c + d))
+    assert torch.equal(tree_sum([a, b, c]), (a + b) + c)
