@@ -49,7 +49,7 @@ def run(assignments: list[str], test: bool) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as storage:
         config = load(assignments[0], [*assignments[1:], "workers=1", "name=run", f"storage={storage}"])
-        job = {"run_id": None, "tracking_uri": None, "test": test}
+        job = {"run_id": None, "tracking_uri": None, "unreadable": [], "test": test}
         try:
             metrics = launch.run_here(train_loop, launch.resolve_devices(config, here=True), job)
         except launch.RunFailed as error:

@@ -69,7 +69,9 @@ def main(path: str) -> None:
         config = launch.resolve_devices(load("glyphs", [*RUN, f"storage={storage}"]), here=True)
         learner = build.learner(config, len(build.splits(config).train.class_names))
         draw(axes[0], learner, config, "before training")
-        metrics = launch.run_here(train_loop, config, {"run_id": None, "tracking_uri": None, "test": False})
+        metrics = launch.run_here(
+            train_loop, config, {"run_id": None, "tracking_uri": None, "unreadable": [], "test": False}
+        )
         folder = Path(checkpoint.run_folder(config)[1])
         checkpoint.load_weights(folder / checkpoint.folder_name(int(metrics["best_epoch"])), learner)
         draw(axes[1], learner, config, "after training")

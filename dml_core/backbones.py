@@ -68,7 +68,7 @@ def build(name: str, weights: str, read: bool = True) -> Backbone:
     elif name.startswith("timm:"):
         network, dim, mean, std = _timm(name.removeprefix("timm:"), pretrained)
     else:
-        network = _torchvision(name, pretrained)
+        network = _torchvision(name, weights == "imagenet", read)
         dim = _drop_classifier(network)
     if weights == "none":
         network = _group_norm(network)
@@ -105,13 +105,16 @@ class _Residual(nn.Module):
         return self.short_cut(active) + self.conv2(torch.relu(self.norm2(self.conv1(active))))
 
 
-def _torchvision(name: str, pretrained: bool) -> nn.Module:
+def _torchvision(name: str, imagenet: bool, read: bool) -> nn.Module:
     from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:
         raise ValueError(f"backbone.name={name}: not small, efficientnet_lite0, timm:NAME or one of torchvision's")
-    return models.get_model(name, weights="DEFAULT" if pretrained else None)
+    options = {}
+    if name in ("googlenet", "inception_v3"):  # weights from another library, which saw pictures scaled in its own way
+        options = {"aux_logits": False, "transform_input": imagenet, "init_weights": False}
+    return models.get_model(name, weights="DEFAULT" if imagenet and read else None, **options)
 
 
 def _timm(name: str, pretrained: bool) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,15 @@ import torch
 from torch import nn
 
 from dml_core import backbones, base_losses, heads
-from dml_core.data import datasets, transforms
-from dml_core.data.datasets import LabelledImages, Splits
+from dml_core.data import benchmarks, datasets, glyphs, own, transforms
+from dml_core.data.datasets import Collection, LabelledImages, Splits, names_array
 from dml_core.data.loading import Views
 from dml_core.learner import Learner, Weights
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
 from pipelines.config import Config
+from pipelines.sections import Data
 
 
 def cache_folder() -> Path:
@@ -26,20 +29,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dml-ray"
 
 
-def splits(config: Config) -> Splits:
-    """ValueError where the set is missing or too small for what is asked of it."""
-    data, queries = config.data, None
-    root = Path(data.root) if data.root else cache_folder()
-    if data.name == "glyphs":
-        images = datasets.load_glyphs(root)
-        test = _share(len(images.class_names), 0.5, data.split_seed)
-    elif data.name == "grocery":
-        images, queries = datasets.load_grocery(root)
-        test = np.arange(1, len(images.class_names), 2)
-    else:
-        images = datasets.load_folder(root)
-        test = _folder_test_classes(config, images)
-    made = datasets.split(images, test, data.validation_fraction, data.split_seed, queries, data.limit_classes)
+def collection(config: Data) -> Collection:
+    """The set as it is, before any split. ValueError where it is missing or wrong."""
+    if config.name == "glyphs":
+        images, labels, names = glyphs.load(cache_folder())
+        return Collection(LabelledImages(images, labels, tuple(names)))
+    if config.name == "table":
+        assert config.table
+        return own.load_table(config.table, config.root, config.links)
+    assert config.root
+    if config.name == "folder":
+        return _with_test_classes(config, own.load_folder(config.root, config.links))
+    benchmark = benchmarks.BENCHMARKS[config.name]
+    if config.download:
+        assert benchmark.fetch
+        benchmark.fetch(config.root)
+    return benchmark.load(Path(config.root))
+
+
+def splits(config: Config, unreadable: Sequence[str] = ()) -> Splits:
+    """ValueError where the set is missing or too small for what is asked of it. unreadable: names to leave out."""
+    data = config.data
+    whole = collection(data)
+    if unreadable:
+        whole = whole.without(np.isin(whole.images.images, names_array([*unreadable])))
+    fold = None if data.fold is None else (data.fold, data.folds)
+    fractions = data.test_fraction or 0.5, data.validation_fraction
+    made = datasets.split(whole, *fractions, data.split_seed, fold, data.limit_classes)
     classes = len(made.train.class_names)
     if config.batch.classes > classes:
         raise ValueError(f"batch.classes={config.batch.classes}: the training set has only {classes} classes")
@@ -86,8 +102,8 @@ def learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
 
 
 def views(config: Config, images: LabelledImages) -> Views:
-    size = config.data.image_size
-    return Views(images, size, transforms.evaluation(size), transforms.training(config.data.augment, size))
+    size, augment = config.data.image_size, config.data.augment
+    return Views(images, transforms.evaluation(size), transforms.training(augment, size))
 
 
 def optimizer(config: Config, module: Learner) -> torch.optim.Optimizer:
@@ -131,14 +147,10 @@ def schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> to
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _share(classes: int, fraction: float, seed: int) -> np.ndarray:
-    return np.sort(np.random.default_rng(seed).permutation(classes)[: round(classes * fraction)])
-
-
-def _folder_test_classes(config: Config, images: LabelledImages) -> np.ndarray:
-    wanted, names = config.data.test_classes, images.class_names
+def _with_test_classes(config: Data, whole: Collection) -> Collection:
+    wanted, names = config.test_classes, whole.images.class_names
     if not wanted:
-        return _share(len(names), config.data.test_fraction or 0.5, config.data.split_seed)
+        return whole
     if unknown := sorted(set(wanted) - set(names)):
         raise ValueError(f"data.test_classes: no class folder is called {', '.join(unknown)}")
-    return np.array(sorted(names.index(name) for name in set(wanted)))
+    return replace(whole, test=np.flatnonzero(np.isin(names, wanted)))

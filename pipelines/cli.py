@@ -148,7 +148,7 @@ def recipes(as_json: Json = False) -> None:
         print(json.dumps(lines))
     else:
         for name, line in lines.items():
-            print(f"{name:<12} {line}")
+            print(f"{name:<16} {line}")
 
 
 @app.command()
@@ -185,16 +185,50 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
 @data_app.command("list")
 def data_list(as_json: Json = False) -> None:
     """List the data sets and where they come from. Example: dml data list"""
+    from dml_core.data.benchmarks import BENCHMARKS
+
     known = {
         "glyphs": "embedded: characters in the fonts of matplotlib, rendered at the first use",
-        "folder": "your pictures, one folder a class: data.root=FOLDER",
-        "grocery": "Grocery Store Dataset (github.com/marcusklasson/GroceryStoreDataset): data.root=FOLDER",
+        "folder": "your pictures, one folder a class: data.root=FOLDER, or a URL (s3://, gs://, abfs://)",
+        "table": "your pictures, a CSV or Parquet file with path, label [, split] [, role]: data.table=FILE",
     }
+    known |= {name: f"{b.title}: data.root=FOLDER; from {b.source}" for name, b in BENCHMARKS.items()}
     if as_json:
         print(json.dumps(known))
     else:
         for name, line in known.items():
             print(f"{name:<10} {line}")
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="A data set, see dml data list")],
+    assignments: Annotated[
+        list[str] | None, typer.Argument(metavar="root=DIR [KEY=VALUE]...", show_default=False)
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="Also read every picture.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Count a set's classes and images, and read every picture. Ends with 1 if something is wrong.
+
+    Example: dml data check cub root=data/CUB
+    """
+    with _in_words():
+        from pipelines.check import check
+        from pipelines.recipe import data_section
+
+        report = check(data_section(name, assignments or []), pictures, messages)
+    output = messages if as_json else Console()
+    for key, count in report["counts"].items():
+        output.print(f"{key:<20} {count:>9,}", highlight=False)
+    for line in report["problems"]:
+        output.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+    if not report["problems"]:
+        output.print("nothing wrong" if pictures else "the counts are right; the pictures were not read")
+    if as_json:
+        print(json.dumps(report))
+    if report["problems"]:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """A checkpoint folder as an embedding model: pictures in, unit vectors out. Also MLflow's way to load it."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dml_core.data import transforms
-from dml_core.data.datasets import decode
+from dml_core.data.pictures import decode
 from pipelines import build, checkpoint
 
 
@@ -23,13 +22,13 @@ class Embedder:
         classes = len(checkpoint.read_class_names(folder))
         self.learner = build.learner(self.config, classes, read_weights=False).eval()
         checkpoint.load_weights(folder, self.learner)
-        self.transform = transforms.evaluation(self.config.data.image_size)
+        self.view = transforms.evaluation(self.config.data.image_size)
 
     @torch.inference_mode()
     def embed(self, pictures: list[bytes]) -> Tensor:
         """Encoded pictures (JPEG, PNG, ...) to (N, D) unit vectors."""
-        size = self.config.data.image_size
-        views = torch.stack([self.transform(decode(io.BytesIO(p), size, "the input")) for p in pictures])
+        view = self.view
+        views = torch.stack([view.transform(decode(picture, view.side, "the input")) for picture in pictures])
         return torch.nn.functional.normalize(self.learner.embed(views), dim=1)
 
     def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> np.ndarray:

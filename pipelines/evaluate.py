@@ -11,9 +11,9 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from dml_core.data.datasets import LabelledImages, Retrieval
+from dml_core.data.datasets import LabelledImages, Retrieval, Splits
 from dml_core.data.loading import Views
-from dml_core.data.sampling import Rows, blocks
+from dml_core.data.sampling import Rows, blocks, one_of_each_class
 from dml_core.gather import rank, world_size
 from dml_core.learner import Learner
 from dml_core.retrieval.metrics import sharded_retrieval_metrics
@@ -22,7 +22,9 @@ from pipelines import build, checkpoint, features
 from pipelines.config import Config
 from pipelines.progress import Reporter
 from pipelines.recipe import parse
+from pipelines.streaming import StreamedViews
 
+Source = Views | StreamedViews | features.Features
 Outputs = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -45,12 +47,12 @@ class Sources:
         amp = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         return (self.threads.map if self.threads else map)(amp(function), *arguments)
 
-    def of(self, images: LabelledImages) -> Views | features.Features:
+    def of(self, images: LabelledImages) -> Source:
         if not self.config.backbone.frozen:
-            return build.views(self.config, images)
+            return self.views(images)
         whole = images.whole or images
         if id(whole) not in self.files:
-            views = build.views(self.config, whole)
+            views = self.views(whole)
 
             def note(done: int, of: int) -> None:
                 self.progress.note("features", done, of)
@@ -61,6 +63,10 @@ class Sources:
             )
             torch.set_num_threads(1)
         return features.Features(self.files[id(whole)], images.places)
+
+    def views(self, images: LabelledImages) -> Views | StreamedViews:
+        views = build.views(self.config, images)
+        return StreamedViews(views) if self.config.data.loader == "ray" and images.files else views
 
 
 def device(config: Config) -> torch.device:
@@ -85,6 +91,14 @@ def learned(learner: Learner, task: Retrieval, sources: Sources, stage: str, pre
     return found | _prefixed(f"{prefix}_exact", _metrics(task, z, gallery.get("embedding"), s))
 
 
+def tested(learner: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
+    """Metrics of all tests."""
+    metrics: dict[str, float] = {}
+    for prefix, task in splits.tests.items():
+        metrics |= learned(learner, task, sources, "test", prefix)
+    return metrics
+
+
 def run(task: Retrieval, sources: Sources, stage: str, outputs: Outputs) -> dict[str, float]:
     """{"PREFIX/recall_at_1": ...} for each prefix that `outputs` gives embeddings (b, D) for."""
     query, gallery = _both(task, sources, stage, outputs)
@@ -107,7 +121,16 @@ def _metrics(
 ) -> dict[str, float]:
     labels = torch.from_numpy(task.query.labels).to(query.device)
     targets = torch.from_numpy(task.gallery.labels).to(query.device) if task.gallery else None
-    return sharded_retrieval_metrics(query, labels, gallery, targets, structure_shard=structure, rerank=rerank)
+
+    def found(in_gallery: Tensor | None = None) -> dict[str, float]:
+        return sharded_retrieval_metrics(
+            query, labels, gallery, targets, structure_shard=structure, rerank=rerank, in_gallery=in_gallery
+        )
+
+    if not task.draws:
+        return found()
+    draws = [found(torch.from_numpy(one_of_each_class(task.query.labels, seed))) for seed in range(task.draws)]
+    return {name: sum(metrics[name] for metrics in draws) / task.draws for name in draws[0]}
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -145,7 +168,7 @@ def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Output
 def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
     """Test metrics of a checkpoint, as one worker of several.
 
-    job: config (a dict), checkpoint (a folder that every worker sees), cpus, board.
+    job: config (a dict), checkpoint (a folder that every worker sees), unreadable (pictures to leave out), cpus, board.
     """
     config, folder = parse(job["config"]), Path(job["checkpoint"])
     context = ray.train.get_context()
@@ -155,5 +178,4 @@ def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
     learner.to(device(config), torch.float64 if config.precision == "float64" else torch.float32).eval()
     progress = Reporter(job["board"] if rank() == 0 else None)
     sources = Sources(config, learner, device(config), job["cpus"], context.get_local_rank() == 0, progress)
-    splits = build.splits(config)
-    return learned(learner, splits.test, sources, "test", "test")
+    return tested(learner, build.splits(config, job["unreadable"]), sources)

@@ -14,6 +14,7 @@ from dml_core.data.sampling import Rows, blocks
 from dml_core.gather import all_sum, gather, rank, world_size
 from dml_core.learner import Learner
 from pipelines.config import Config
+from pipelines.streaming import StreamedViews
 
 BATCH = {"cpu": 16, "cuda": 256}  # pictures at a time; the same at any worker count, hence the same bits
 
@@ -36,7 +37,7 @@ class Features:
 def cached(
     config: Config,
     learner: Learner,
-    views: Views,
+    views: Views | StreamedViews,
     folder: Path,
     device: torch.device,
     writes: bool,
@@ -57,7 +58,7 @@ def cached(
 
 def _compute(
     learner: Learner,
-    views: Views,
+    views: Views | StreamedViews,
     path: Path,
     device: torch.device,
     writes: bool,
@@ -91,10 +92,12 @@ def _compute(
         partial.unlink(missing_ok=True)
 
 
-def _key(config: Config, learner: Learner, views: Views) -> str:
+def _key(config: Config, learner: Learner, views: Views | StreamedViews) -> str:
     """Of what features depend on: pictures, backbone with its weights, transform, precision."""
-    h = hashlib.sha256(views.images.digest().encode())
-    h.update(f"{config.backbone.name}|{config.data.image_size}|{views.evaluation}|{config.precision}".encode())
+    h = hashlib.sha256(views.images.digest(stamps=True).encode())
+    h.update(
+        f"{config.backbone.name}|{config.data.image_size}|{views.evaluation.transform}|{config.precision}".encode()
+    )
     for name, tensor in learner.backbone.state_dict().items():
         h.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:24]

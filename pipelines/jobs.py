@@ -16,14 +16,17 @@ from rich.console import Console
 from torchvision.transforms.functional import to_pil_image
 
 from dml_core.data.datasets import Splits
-from pipelines import build, checkpoint, launch, tracking
+from pipelines import build, check, checkpoint, launch, tracking
 from pipelines.config import Config, flatten
 from pipelines.evaluate import evaluate_loop
 from pipelines.recipe import parse, to_yaml
 from pipelines.train import train_loop
 
 # What may differ when a run is continued: results do not depend on it.
-FREE = ("workers", "use_gpu", "name", "storage", "max_failures", "model_name", "data.root", "data.loader_processes")
+FREE = (
+    *("workers", "use_gpu", "name", "storage", "max_failures", "model_name"),
+    *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
+)
 
 
 class Outcome(NamedTuple):
@@ -47,13 +50,14 @@ def train(config: Config, console: Console, here: bool = False) -> Outcome:
     """
     started = time.monotonic()
     config = _absolute(config)
+    folder = RunFolder(config)
+    earlier = folder.read("run.json")
+    unreadable = earlier["unreadable"] if earlier else check.unreadable(config.data, console)
     with console.status("reading the data"):
-        splits = build.splits(config)
+        splits = build.splits(config, unreadable)
         _check_model(config, len(splits.train.class_names))
     uri = tracking.default_uri(Path.cwd())
     tracking.prepare(uri)
-    folder = RunFolder(config)
-    earlier = folder.read("run.json")
     with contextlib.nullcontext() if here else launch.cluster(config, folder.logs):
         config = launch.resolve_devices(config, here)
         if earlier:
@@ -65,10 +69,11 @@ def train(config: Config, console: Console, here: bool = False) -> Outcome:
             tracking.resume_run(uri, earlier["run_id"], {"workers": str(config.workers)})
         else:
             console.print(f"{folder.path}  (if interrupted, name={config.name} continues it)", highlight=False)
-        run_id = earlier["run_id"] if earlier else _start_run(uri, config, splits)
-        folder.write("run.json", {"run_id": run_id, "config": config.model_dump(exclude_none=True)})
+        run_id = earlier["run_id"] if earlier else _start_run(uri, config, splits, unreadable)
+        begun = {"run_id": run_id, "config": config.model_dump(exclude_none=True), "unreadable": unreadable}
+        folder.write("run.json", begun)
         assert config.name
-        job = {"run_id": run_id, "tracking_uri": uri, "test": True}
+        job = {"run_id": run_id, "tracking_uri": uri, "unreadable": unreadable, "test": True}
         status = "FAILED"
         try:
             if here:
@@ -123,9 +128,10 @@ def evaluate(run: str, assignments: dict[str, Any], console: Console) -> dict[st
         section, _, last = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[last] = value
     config = _absolute(parse(tree))
+    unreadable = check.unreadable(config.data, console)
     with console.status("reading the data"):
-        build.splits(config)
-    job = {"checkpoint": str(found.resolve())}
+        build.splits(config, unreadable)
+    job = {"checkpoint": str(found.resolve()), "unreadable": unreadable}
     with launch.cluster(config, None), launch.scratch_storage() as scratch:
         config = launch.resolve_devices(config)
         metrics = launch.run(evaluate_loop, config, job, scratch, "evaluate", console)
@@ -164,9 +170,9 @@ def _absolute(config: Config) -> Config:
         parts = [config.data.name, *config.method, config.loss.name, f"s{config.seed}"]
         name = "-".join([*parts, datetime.now().strftime("%Y%m%d-%H%M%S")])
     storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().resolve())
-    data = config.data
-    if data.root:
-        data = data.model_copy(update={"root": str(Path(data.root).expanduser().resolve())})
+    places = {"root": config.data.root, "table": config.data.table}
+    local = {k: str(Path(v).expanduser().resolve()) for k, v in places.items() if v and "://" not in v}
+    data = config.data.model_copy(update=local)
     return config.model_copy(update={"name": name, "storage": storage, "data": data})
 
 
@@ -190,7 +196,7 @@ def _require_same(config: Config, earlier: dict[str, Any], path: str) -> None:
         raise ValueError(f"name={config.name} was begun with another config in {path}: {changes}; choose another name")
 
 
-def _start_run(uri: str, config: Config, splits: Splits) -> str:
+def _start_run(uri: str, config: Config, splits: Splits, unreadable: list[str]) -> str:
     assert config.name
     flat = config.flat()
     group = {k: v for k, v in flat.items() if k not in (*FREE, "seed")}
@@ -204,15 +210,18 @@ def _start_run(uri: str, config: Config, splits: Splits) -> str:
         "git_commit": _git_commit(),
         "group": hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12],
     }
-    digest = splits.train.digest()
-    run_id = tracking.start_run(uri, config.data.name, config.name, flat, tags, digest, config.data.root or "embedded")
+    source = config.data.table or config.data.root or "embedded"
+    whole = splits.train.whole or splits.train
+    run_id = tracking.start_run(uri, config.data.name, config.name, flat, tags, whole.digest(), source)
     tracking.log_text(uri, run_id, to_yaml(config), "config.yaml")
+    if unreadable:
+        tracking.log_text(uri, run_id, "\n".join(unreadable), "left_out.txt")
     return run_id
 
 
 def _log_model(uri: str, run_id: str, config: Config, folder: RunFolder, best: str, splits: Splits) -> str:
     example = io.BytesIO()
-    to_pil_image(splits.test.query.picture(0, config.data.image_size)).save(example, "PNG")
+    to_pil_image(splits.tests["test"].query.picture(0, config.data.image_size)).save(example, "PNG")
     name = config.model_name or f"dml-{config.data.name}"
     with checkpoint.fetched(folder.filesystem, best) as local:
         return tracking.log_model(uri, run_id, local, name, example.getvalue(), config.embedding_dim, _version())

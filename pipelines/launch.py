@@ -1,6 +1,7 @@
 """From a config to workers and back: Ray, progress, failures in words. Used by training and evaluation."""
 
 import contextlib
+import importlib
 import logging
 import os
 import shutil
@@ -45,15 +46,12 @@ def cluster(config: Config, logs: Path | None) -> Iterator[None]:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            # At least one CPU a worker in Ray's books, so that any number of workers fits on any machine.
+            # At least one CPU a worker in Ray's books, so that any number of workers fits on any machine; and as many
+            # as there are for Ray Data, which would wait for those of the workers for ever.
             cpus = max(os.cpu_count() or 1, config.worker_range[1])
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            if config.data.loader == "ray":
+                cpus += os.cpu_count() or 1
+            start_local(cpus)
     except ConnectionError as error:
         raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
     session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[attr-defined]
@@ -64,6 +62,26 @@ def cluster(config: Config, logs: Path | None) -> Iterator[None]:
         if logs is not None and not address and (session / "logs").is_dir():
             with contextlib.suppress(OSError):  # a full disk is told of by what failed on it, not by its logs
                 shutil.copytree(session / "logs", logs, dirs_exist_ok=True, ignore=_unreadable)
+
+
+def start_local(cpus: int) -> None:
+    """A Ray of this process's own."""
+    # Ray Train's PlacementGroupCleaner asks the newest Ray on the machine whether the controller lives, takes another
+    # Ray's "unknown" for its death, and ends the training. An address where nothing answers makes it wait instead.
+    key, before = "RAY_API_SERVER_ADDRESS", os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ[key] = "http://127.0.0.1:9"  # the processes that init starts inherit it
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    finally:
+        del os.environ[key]
+        if before is not None:
+            os.environ[key] = before
 
 
 def resolve_devices(config: Config, here: bool = False) -> Config:
@@ -77,7 +95,17 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
     if cpus < workers[0]:
         raise ValueError(f"workers={config.workers}: each needs a CPU, the cluster has {cpus:g}")
     precision = config.precision or ("bf16" if use_gpu else "float32")
-    return config.model_copy(update={"use_gpu": use_gpu, "precision": precision})
+    data = config.data
+    if data.loader == "auto":
+        spare = use_gpu and not here and any(_has_only_cpus(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        data = data.model_copy(update={"loader": "ray" if spare else "torch"})
+    elif data.loader == "ray" and not here and cpus <= workers[1]:
+        raise ValueError(f"data.loader=ray: the cluster's {cpus:g} CPUs are all taken by workers={config.workers}")
+    return config.model_copy(update={"use_gpu": use_gpu, "precision": precision, "data": data})
+
+
+def _has_only_cpus(resources: dict[str, float]) -> bool:
+    return "CPU" in resources and "GPU" not in resources
 
 
 def run_here(loop: Callable[[dict[str, Any]], Any], config: Config, job: dict[str, Any]) -> dict[str, float]:
@@ -111,9 +139,10 @@ def run(
     cpus = max(1, int(cores // high))
     per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {})
     board = Board.remote()  # type: ignore[attr-defined]
+    settings = {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": board}
     trainer = TorchTrainer(
-        loop,
-        train_loop_config=job | {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": board},
+        _enter,
+        train_loop_config={"loop": (loop.__module__, loop.__qualname__), "job": job | settings},
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=bool(config.use_gpu),
@@ -143,6 +172,12 @@ def run(
     if isinstance(outcome[0], BaseException):
         raise RunFailed(_reason(outcome[0])) from outcome[0]
     return outcome[0]
+
+
+def _enter(given: dict[str, Any]) -> Any:
+    """In a worker. Ray's controller unpacks what it hands on: by name, it need not import networks and losses first."""
+    module, name = given["loop"]
+    return getattr(importlib.import_module(module), name)(given["job"])
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipelines.config import METHODS, Config, nearest
+from pipelines.config import METHODS, Config
+from pipelines.sections import Data, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -18,11 +19,15 @@ def recipes() -> list[str]:
 
 def load(recipe: str, assignments: list[str]) -> Config:
     """A recipe's name or YAML file, with key=value on top. ValueError is one line that says what to change."""
-    tree = read_yaml(_recipe_file(recipe).read_text())
-    if not isinstance(tree, dict):
-        raise ValueError(f"recipe {recipe}: not a mapping of keys to values")
+    tree = _read(_recipe_file(recipe))
     overrides = assigned(assignments)
     return parse(_merge(_drop_what_overrides_silence(tree, overrides), overrides))
+
+
+def data_section(name: str, assignments: list[str]) -> Data:
+    """A data set with the keys of its section, which need no `data.` here."""
+    keys = [a if a.startswith("data.") else f"data.{a}" for a in assignments]
+    return parse(assigned([*keys, f"data.name={name}"])).data
 
 
 def assigned(assignments: list[str]) -> dict[str, Any]:
@@ -77,6 +82,19 @@ def _recipe_file(recipe: str) -> Path:
     if recipe not in recipes():
         raise ValueError(f"recipe {recipe!r} is not one of {', '.join(recipes())}{nearest(recipe, recipes())}")
     return RECIPES / f"{recipe}.yaml"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A recipe on top of those that it extends, recipes of ours, the later over the earlier."""
+    tree = read_yaml(file.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError(f"recipe {file}: not a mapping of keys to values")
+    below: dict[str, Any] = {}
+    for name in tree.pop("extends", []):
+        if not (RECIPES / f"{name}.yaml").is_file():
+            raise ValueError(f"recipe {file}: it extends {name}, which is not there")
+        below = _merge(below, _read(RECIPES / f"{name}.yaml"))
+    return _merge(below, tree)
 
 
 def _assign(tree: dict[str, Any], path: list[str], value: Any, assignment: str) -> None:

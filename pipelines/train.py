@@ -1,5 +1,6 @@
 """The training loop of one worker, in the data's order. Read after dml_core/learner.py."""
 
+import itertools
 import math
 import tempfile
 import time
@@ -22,7 +23,8 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     """Train, evaluate, and test at the end; the same on every rank. Returns the final metrics.
 
     job: config (a dict), run_id and tracking_uri of MLflow (None: not logged), cpus (CPUs of this worker), board
-    (progress; may be None), test (False: not even at the end, as a sweep chooses by validation classes alone).
+    (progress; may be None), unreadable (pictures to leave out), test (False: not even at the end, as a sweep chooses
+    by validation classes alone).
     ArithmeticError when the loss is no longer finite.
     """
     cfg = parse(job["config"])
@@ -32,7 +34,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     writes = ray.train.get_context().get_local_rank() == 0
 
     # Data: the plan of global batches, and where the rows come from.
-    splits = build.splits(cfg)
+    splits = build.splits(cfg, job["unreadable"])
     classes = splits.train.class_names
     learner = build.learner(cfg, len(classes)).to(device)
     if cfg.precision == "float64":
@@ -58,11 +60,15 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
 
     for tensor in learner.state_dict().values():
         broadcast(tensor, 0)
+    # One stream over all epochs: what decodes goes on while the loop validates.
+    epochs = range(state.epoch, cfg.epochs)
+    ahead = itertools.chain.from_iterable(plan.slices(epoch, rank(), world) for epoch in epochs)
+    batches = source.batches(ahead, sources.processes)
     parts = cfg.slices // world if cfg.slices % world == 0 else 1
     generator = torch.Generator(device)
     parameters = [p for p in learner.parameters() if p.requires_grad]
 
-    for epoch in range(state.epoch, cfg.epochs):
+    for epoch in epochs:
         # Epoch hook: how each class varies now, over the whole training set (IAA).
         if learner.iaa is not None and learner.iaa.due(epoch):
             learner.eval()
@@ -70,10 +76,11 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             learner.iaa.estimate((part["z"], labels[part["sample"]].to(device)) for part in seen)
             learner.train()
 
-        started, terms_of_steps, norms = time.perf_counter(), [], []
-        rows = list(plan.slices(epoch, rank(), world))
-        for step, x in enumerate(source.batches(rows, sources.processes)):
-            y = labels[[sample for sample, _ in rows[step]]]
+        started, waited, terms_of_steps, norms = time.perf_counter(), 0.0, [], []
+        for step, samples in enumerate(plan.slices(epoch, rank(), world).samples):
+            asked = time.perf_counter()
+            x, y = next(batches), labels[samples]
+            waited += time.perf_counter() - asked
             seed = derive_seed(cfg.seed, STEP, epoch, step)
             torch.manual_seed(seed)  # miners of the library draw from the global state
             generator.manual_seed(seed)
@@ -85,7 +92,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             schedule.step()
             terms_of_steps.append(torch.stack([t.detach().double() for t in terms]))
             if progress.due():
-                done, speed = epoch * plan.steps + step + 1, (step + 1) * len(rows[step]) * world
+                done, speed = epoch * plan.steps + step + 1, (step + 1) * len(x) * world
                 progress.note(
                     "training",
                     done,
@@ -99,7 +106,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
         _require_finite(losses, epoch)
 
         # Report: the epoch's means, validation when it is due, a checkpoint with all history, then MLflow.
-        metrics = _epoch_metrics(losses, norms, optimizer, seconds, plan)
+        metrics = _epoch_metrics(losses, norms, optimizer, seconds, plan) | {"train/data_wait": waited / seconds}
         due = (epoch + 1) % cfg.evaluate_every == 0 or epoch + 1 == cfg.epochs
         if due and splits.validation is not None:
             learner.eval()
@@ -126,13 +133,14 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     # Test: once, with the best epoch's weights, beside the same network untrained and its raw features.
     best = agreed(checkpoint.folder_name(state.best_epoch))  # when rank 0 has stored it
     metrics = history[-1]["metrics"] | {"best_epoch": float(state.best_epoch), "val/best_map_at_r": state.best_score}
+    metrics["data/left_out"] = float(len(job["unreadable"]))
     if job["test"]:
         with checkpoint.fetched(files, f"{folder}/{best}") as local:
             checkpoint.load_weights(local, learner)
         learner.eval()
-        metrics |= evaluate.learned(learner, splits.test, sources, "test", "test")
+        metrics |= evaluate.tested(learner, splits, sources)
         untrained = build.learner(cfg, len(classes)).to(device, next(learner.parameters()).dtype).eval()
-        metrics |= evaluate.run(splits.test, sources, "baselines", lambda x: _baselines(untrained, x))
+        metrics |= evaluate.run(splits.tests["test"], sources, "baselines", lambda x: _baselines(untrained, x))
     unsent = 0
     if tracker:
         tracker.log({"time": _now(), "step": cfg.epochs, "metrics": _final(metrics)})

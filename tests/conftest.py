@@ -21,13 +21,19 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ["DML_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where rendered glyphs and features are kept."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def local_ray(cache: Path) -> Iterator[None]:
+    os.environ["DML_CACHE"] = str(cache)
     import ray
 
-    import pipelines.launch  # sets Ray's environment  # noqa: F401
+    from pipelines.launch import start_local
 
-    ray.init(address="local", num_cpus=8, log_to_driver=False, logging_level="ERROR")
+    start_local(6)
     yield
     ray.shutdown()
 

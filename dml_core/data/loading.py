@@ -5,30 +5,43 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from dml_core.data.datasets import LabelledImages
+from dml_core.data.pictures import BadPicture
 from dml_core.data.sampling import Rows
-from dml_core.data.transforms import seeded
+from dml_core.data.transforms import View, seeded
 
 
 class Views(Dataset[Tensor]):
     """Views of labelled pictures, asked for by (sample, seed)."""
 
-    def __init__(
-        self, images: LabelledImages, size: int, evaluation: v2.Transform, training: v2.Transform | None = None
-    ):
-        self.images, self.size, self.evaluation, self.training = images, size, evaluation, training
+    def __init__(self, images: LabelledImages, evaluation: View, training: View | None = None):
+        self.images, self.evaluation, self.training = images, evaluation, training
 
     def __getitem__(self, key: tuple[int, int | None]) -> Tensor:
         sample, seed = key
-        picture = self.images.picture(sample, self.size)
         if seed is None:
-            return self.evaluation(picture)
+            return self.evaluation.transform(self.images.picture(sample, self.evaluation.side))
         assert self.training is not None
-        return seeded(self.training, picture, seed)
+        return seeded(self.training.transform, self.images.picture(sample, self.training.side), seed)
+
+    def __getitems__(self, rows: Rows) -> list[Tensor]:
+        """BadPicture names all of a batch that cannot be read."""
+        views, bad = [], []
+        for key in rows:
+            try:
+                views.append(self[key])
+            except BadPicture as error:
+                bad += error.bad
+        if bad:
+            raise BadPicture(bad)
+        return views
+
+    def batch(self, rows: Rows) -> Tensor:
+        """uint8 (b, 3, S, S)."""
+        return torch.stack(self.__getitems__(rows))
 
     def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
-        """uint8 (b, 3, S, S), one for each entry of `rows`, in that order; decoded here or in `processes` others."""
-        loader = DataLoader(self, batch_sampler=list(rows), num_workers=processes, collate_fn=torch.stack)  # type: ignore[arg-type]
+        """One for each entry of `rows`, in that order; decoded here or in `processes` others."""
+        loader = DataLoader(self, batch_sampler=rows, num_workers=processes, collate_fn=torch.stack)  # type: ignore[arg-type]
         yield from loader

@@ -55,18 +55,39 @@ class BatchPlan:
                 plan[step, place], deck[label] = deck[label][: self.images], deck[label][self.images :]
         return plan.reshape(self.steps, -1)
 
-    def slices(self, epoch: int, rank: int, world: int) -> Iterator[Rows]:
-        """This rank's rows of each batch: (sample, view seed) pairs.
+    def slices(self, epoch: int, rank: int, world: int) -> "Slices":
+        """This rank's rows of each batch, (sample, view seed) pairs, made when they are asked for.
 
         The seed is that of the place in the epoch, not of the sample, so that a sample which comes twice in an epoch is
         augmented in two ways. Ranks take consecutive rows: gathering in rank order restores the global batch.
         """
         plan = self.epoch(epoch)
-        seeds = derive_seed(self.seed, VIEW, epoch) + np.arange(plan.size).reshape(plan.shape)
         size = plan.shape[1] // world
         mine = slice(rank * size, (rank + 1) * size)
-        for samples, views in zip(plan[:, mine].tolist(), seeds[:, mine].tolist(), strict=True):
-            yield list(zip(samples, views, strict=True))
+        places = np.arange(plan.size).reshape(plan.shape)
+        return Slices(plan[:, mine], places[:, mine], derive_seed(self.seed, VIEW, epoch))
+
+
+class Slices:
+    """samples (steps, b), and the view seeds `seed + places`, as Rows of one step after the other."""
+
+    def __init__(self, samples: np.ndarray, places: np.ndarray, seed: int):
+        self.samples, self.places, self.seed = samples, places, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Rows]:
+        for samples, places in zip(self.samples, self.places, strict=True):
+            yield list(zip(samples.tolist(), (self.seed + places).tolist(), strict=True))
+
+
+def one_of_each_class(labels: np.ndarray, seed: int) -> np.ndarray:
+    """(N,) mask of one sample of each class, drawn by `seed`."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    mask = np.zeros(len(labels), bool)
+    mask[order[np.unique(labels[order], return_index=True)[1]]] = True
+    return mask
 
 
 def blocks(rows: int, size: int, rank: int, world: int, batch: int) -> Iterator[Rows]:

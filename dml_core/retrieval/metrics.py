@@ -95,6 +95,7 @@ def retrieval_metrics(
     seed: int = 0,
     structure: Tensor | None = None,
     rerank: int | None = None,
+    in_gallery: Tensor | None = None,
 ) -> dict[str, float]:
     """Metrics of whole sets in this process, alone even inside a process group.
 
@@ -103,6 +104,7 @@ def retrieval_metrics(
     last two cluster the queries, seeded by `seed`).
     structure: (N, D) structure embeddings of the queries: ranked by adaptive distance between unit embeddings
     (structure.py), the whole gallery, or with `rerank` only the first so many of the plain ranking.
+    in_gallery: (N,) bool, where no gallery is given: these samples are the gallery, and the others the queries.
     Returns recall_at_<k>, map_at_r, r_precision, queries_without_match (a count), and with extra also
     mean_average_precision, cmc_at_<CMC_RANKS>, nmi, ami. All but the count are 0 where no query has a match.
     Raises ValueError for sizes that do not fit, empty sets, embeddings that are not finite, and unknown names in extra.
@@ -110,7 +112,8 @@ def retrieval_metrics(
     if unknown := set(extra) - {*RANKING, *CLUSTERING}:
         raise ValueError(f"extra: {sorted(unknown)} unknown; allowed are {[*RANKING, *CLUSTERING]}")
     ranking = [name for name in extra if name in RANKING]
-    metrics = _metrics(query, query_labels, gallery, gallery_labels, ks, ranking, structure, rerank, rank=0, world=1)
+    given = query, query_labels, gallery, gallery_labels, ks, ranking, structure, rerank, in_gallery
+    metrics = _metrics(*given, rank=0, world=1)
     if set(extra) & set(CLUSTERING):
         metrics |= {k: v for k, v in clustering_metrics(query, query_labels, seed).items() if k in extra}
     return metrics
@@ -125,20 +128,19 @@ def sharded_retrieval_metrics(
     extra: Sequence[str] = (),
     structure_shard: Tensor | None = None,
     rerank: int | None = None,
+    in_gallery: Tensor | None = None,
 ) -> dict[str, float]:
     """retrieval_metrics of sets that the processes hold together; call on every rank, every rank gets the result.
 
     query_shard: (n, D), rows `owned_rows(N, rank, world)` of the queries, none on a rank that owns none; gallery_shard
-    likewise of the gallery, structure_shard as the queries. Labels: (N,) and (M,), of the whole sets. extra: any of
+    likewise of the gallery, structure_shard as the queries. Labels and in_gallery: of the whole sets. extra: any of
     map, cmc; clustering needs all embeddings in one process. Gallery blocks are broadcast one after the other (three
     times with map, twice with rerank).
     """
     if unknown := set(extra) - set(RANKING):
         raise ValueError(f"extra: {sorted(unknown)} unknown or not possible in shards; allowed are {list(RANKING)}")
-    rank, world = gather.rank(), gather.world_size()
-    return _metrics(
-        query_shard, query_labels, gallery_shard, gallery_labels, ks, extra, structure_shard, rerank, rank, world
-    )
+    given = query_shard, query_labels, gallery_shard, gallery_labels, ks, extra, structure_shard, rerank, in_gallery
+    return _metrics(*given, gather.rank(), gather.world_size())
 
 
 @torch.no_grad()
@@ -151,6 +153,7 @@ def _metrics(
     extra: Sequence[str],
     structure: Tensor | None,
     rerank: int | None,
+    in_gallery: Tensor | None,
     rank: int,
     world: int,
 ) -> dict[str, float]:
@@ -160,6 +163,8 @@ def _metrics(
         raise ValueError(f"ks: {list(ks)}; every k must be at least 1")
     if rerank and (structure is None or "map" in extra):
         raise ValueError(f"rerank={rerank} needs structure embeddings, and has no ranking of the full list (map)")
+    if in_gallery is not None and (gallery is not None or len(in_gallery) != len(query_labels)):
+        raise ValueError("in_gallery: one entry a query, and no gallery beside it")
     alone = gallery is None
     labels = torch.as_tensor(query_labels, device=query.device)
     targets = labels if gallery_labels is None else torch.as_tensor(gallery_labels, device=query.device)
@@ -179,7 +184,12 @@ def _metrics(
         query, shard = (query, shard) if rerank else adaptive
 
     rows, owned = block_rows(len(labels)), owned_rows(len(labels), rank, world).to(query.device)
-    all_counts = _match_counts(labels, targets, alone)
+    if in_gallery is None:
+        asked = torch.ones_like(labels, dtype=torch.bool)
+        all_counts = _match_counts(labels, targets) - int(alone)
+    else:
+        asked = ~in_gallery.to(query.device)
+        all_counts = _match_counts(labels, labels[~asked]) * asked
     # A rank may own no block at all: it still takes part in every broadcast.
     blocks, adaptive_blocks, own, block_labels, counts = (
         x.split(rows) if len(x) else () for x in (query, adaptive[0], owned, labels[owned], all_counts[owned])
@@ -187,7 +197,11 @@ def _metrics(
 
     def stream(blocks: Sequence[Tensor] = blocks, shard: Tensor = shard) -> Iterator[tuple[int, int, Tensor]]:
         gallery_blocks = neighbors.gallery_blocks(shard, len(targets), rank, world)
-        return neighbors.similarities(blocks, gallery_blocks, own if alone else None, rows)
+        for number, offset, similarity in neighbors.similarities(blocks, gallery_blocks, own if alone else None, rows):
+            if in_gallery is not None:
+                similarity[:, asked[offset : offset + similarity.shape[1]].nonzero().flatten()] = -torch.inf
+                similarity[(~asked[own[number]]).nonzero().flatten()] = -torch.inf
+            yield number, offset, similarity
 
     places = max([1, *ks, rerank or 0, *(CMC_RANKS if "cmc" in extra else ())])
     best = [
@@ -218,7 +232,7 @@ def _metrics(
     totals = (gather.all_sum(sums) if world > 1 else sums).sum(0).tolist()
     matched = int((all_counts > 0).sum())
     means = {name: total / max(matched, 1) for name, total in zip(names, totals, strict=True)}
-    return means | {"queries_without_match": len(labels) - matched}
+    return means | {"queries_without_match": int(asked.sum()) - matched}
 
 
 def _normalized(name: str, shard: Tensor, total: int, rank: int, world: int) -> Tensor:
@@ -236,11 +250,11 @@ def _normalized(name: str, shard: Tensor, total: int, rank: int, world: int) -> 
     return torch.cat([F.normalize(pad_rows(block, rows))[: len(block)] for block in shard.split(rows)])
 
 
-def _match_counts(labels: Tensor, targets: Tensor, alone: bool) -> Tensor:
-    """(N,) how many gallery items have each query's label, the query itself left out when it is alone its gallery."""
+def _match_counts(labels: Tensor, targets: Tensor) -> Tensor:
+    """(N,) how many gallery items have each query's label."""
     values, counts = targets.unique(return_counts=True)
     place = torch.searchsorted(values, labels).clamp(max=len(values) - 1)
-    return torch.where(values[place] == labels, counts[place], 0) - int(alone)
+    return torch.where(values[place] == labels, counts[place], 0)
 
 
 def _relevance(found: neighbors.Neighbors, labels: Tensor, targets: Tensor) -> Tensor:

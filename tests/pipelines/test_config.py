@@ -13,6 +13,28 @@ def test_recipe_builds_and_survives_a_round_trip(recipe: str, tmp_path) -> None:
     assert recipes.parse(config.model_dump(exclude_none=True)) == config
 
 
+@pytest.mark.parametrize("method", ["iaa", "sgar", "namr"])
+def test_paper_recipes_make_their_learners(method: str) -> None:
+    from pipelines import build
+
+    networks = {"iaa": "resnet50", "sgar": "googlenet", "namr": "resnet50"}
+    for data in ("cub", "cars", "sop", "inshop", "vehicleid"):
+        config = load(f"{data}-{method}", ["data.root=somewhere", "data.fold=1"])
+        assert config.method == [method] and config.data.name == data and config.backbone.name == networks[method]
+    learner = build.learner(config, 20, read_weights=False)
+    assert getattr(learner, method) is not None and learner.head[1].out_features == 512
+    assert len(build.optimizer(config, learner).param_groups) > 1
+
+
+def test_recipes_of_ones_own_extend_ours(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: [cub-iaa]\nepochs: 3\niaa: {draws: 5}\ndata: {root: x}\n")
+    config = load(str(tmp_path / "mine.yaml"), ["seed=4"])
+    assert (config.epochs, config.iaa.draws, config.iaa.neighbors, config.seed) == (3, 5, 25, 4)
+    (tmp_path / "bad.yaml").write_text("extends: [cubb]\n")
+    with pytest.raises(ValueError, match="it extends cubb, which is not there"):
+        load(str(tmp_path / "bad.yaml"), [])
+
+
 def test_default_recipe_is_glyphs_with_sgar() -> None:
     config = load("glyphs", [])
     assert config.data.name == "glyphs" and config.method == ["sgar"] and config.sgar is not None
@@ -34,6 +56,12 @@ def test_default_recipe_is_glyphs_with_sgar() -> None:
         (["optimizer.gamma=0.5"], r"gamma cannot act with optimizer\.schedule=cosine"),
         (["data.root=here"], r"root cannot act on data\.name=glyphs"),
         (["data.test_fraction=0.5"], r"cannot act on data\.name=glyphs"),
+        (["data.fold=4"], r"fold=4: the 4 folds are numbered from 0"),
+        (["data.download=true"], r"download cannot act on data\.name=glyphs"),
+        (["data.links=true"], r"links cannot act on data\.name=glyphs"),
+        (["data.table=t.csv"], r"table cannot act on data\.name=glyphs"),
+        (["data.name=cub", "data.root=s3://b/c"], r"root=s3://b/c: cub is read from a folder"),
+        (["data.loader=spark"], r"data\.loader=spark: .*'auto', 'torch' or 'ray'"),
         (["data.name=grocery"], r"root is needed for data\.name=grocery"),
         (["workers=3"], r"3 workers do not divide the global batch of 128"),
         (["workers=4:2"], r"workers=4:2: the first number"),

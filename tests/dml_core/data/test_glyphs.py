@@ -9,11 +9,6 @@ from dml_core.data.glyphs import Glyphs
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("glyphs") / "cache"
-
-
-@pytest.fixture(scope="module")
 def rendered(cache: Path) -> Glyphs:
     return glyphs.load(cache)
 

@@ -132,6 +132,19 @@ def test_structure_of_ones_is_the_plain_ranking() -> None:
         assert retrieval_metrics(query.double(), labels, structure=ones, rerank=rerank) == plain
 
 
+@pytest.mark.parametrize("rerank", [None, 7])
+@pytest.mark.parametrize("size", [40, 600])
+def test_a_gallery_among_the_queries_is_that_gallery_apart(size: int, rerank: int | None) -> None:
+    points, labels = clustered(size, 6)
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(1)) < 0.3
+    extra = () if rerank else ("map", "cmc")
+    structure = structures(points)
+    given = {"structure": structure[~mask], "rerank": rerank} if rerank else {}
+    apart = retrieval_metrics(points[~mask], labels[~mask], points[mask], labels[mask], extra=extra, **given)
+    given = {"structure": structure, "rerank": rerank} if rerank else {}
+    assert retrieval_metrics(points, labels, in_gallery=mask, extra=extra, **given) == pytest.approx(apart, rel=1e-9)
+
+
 def test_several_gallery_blocks() -> None:
     query, labels = corners(9, 40, 16, seed=0)
     gallery, targets = corners(2 * GALLERY_BLOCK + 1, 40, 16, seed=1)
@@ -237,6 +250,7 @@ def test_clustering_equals_accuracy_calculator() -> None:
         ({"query": torch.ones(5)}, "query: shape"),
         ({"structure": torch.ones(5, 3)}, "structure: shape"),
         ({"rerank": 10}, "rerank=10 needs structure embeddings"),
+        ({"in_gallery": torch.ones(3)}, "in_gallery: one entry a query"),
     ],
 )
 def test_bad_input(arguments: dict, message: str) -> None:
@@ -296,6 +310,9 @@ def evaluate_in_groups(rank: int, folder: str) -> None:
                 results[f"{name}, rerank={rerank}"] = sharded_retrieval_metrics(
                     shards[0], query[1], gallery, targets, structure_shard=s, rerank=rerank
                 )
+            if not other:
+                mask = torch.arange(len(query[0])) % 5 == 0
+                results[f"{name}, in_gallery"] = sharded_retrieval_metrics(shards[0], query[1], in_gallery=mask)
         results["alone"] = retrieval_metrics(*cases()["three blocks"][0], extra=("map", "cmc"))
         Path(folder, f"{world}-{rank}.json").write_text(json.dumps(results))
         torch.distributed.destroy_process_group()

@@ -1,0 +1,101 @@
+"""Pictures a second that reach a training loop, beside a plain torchvision ImageFolder and DataLoader.
+
+    python benchmarks/ingest.py [--processes 2] [--pictures 600] [--folder grocery=ROOT] [--repeat 3]
+
+The views are those of `data.augment=crop` at 224 pixels, the same transform for all, from JPEGs of 1,000 pixels that
+are made here, and from a folder of your own. One warm-up epoch; then the repeats in turn, median of each. Plain:
+decoded by the loader of ImageFolder, at full size. Batches of 64.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from dml_core.data import transforms
+from dml_core.data.loading import Views
+from dml_core.data.own import load_folder
+from pipelines.streaming import StreamedViews
+
+SIZE, BATCH, SIDE = 224, 64, 1000
+
+
+def make(root: Path, pictures: int) -> None:
+    """Photograph-like JPEGs: noise, blurred to the spectrum of pictures."""
+    rng = np.random.default_rng(0)
+    for number in range(pictures):
+        coarse = Image.fromarray(rng.integers(0, 255, (125, 125, 3), np.uint8)).resize((SIDE, SIDE))
+        fine = Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8)).filter(ImageFilter.GaussianBlur(1))
+        path = root / f"class {number % 10}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.blend(coarse, fine, 0.3).save(path, quality=90)
+
+
+def plain(root: Path, processes: int) -> Iterator[Tensor]:
+    view = v2.Compose([v2.PILToTensor(), transforms.training("crop", SIZE).transform])
+    loader = DataLoader(ImageFolder(root, view), BATCH, shuffle=True, num_workers=processes)
+    yield from (images for images, _ in loader)
+
+
+def ours(views: Views | StreamedViews, processes: int) -> Iterator[Tensor]:
+    order = torch.randperm(len(views.images)).tolist()
+    return views.batches([[(i, i) for i in order[s : s + BATCH]] for s in range(0, len(order), BATCH)], processes)
+
+
+def speed(epoch: Callable[[], Iterator[Tensor]]) -> float:
+    started, count = time.perf_counter(), 0
+    for batch in epoch():
+        count += len(batch)
+    return count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--pictures", type=int, default=600)
+    parser.add_argument("--folder", default=None, help="NAME=ROOT of a class-per-folder tree")
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ray.init(address="local", num_cpus=options.processes, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as made:
+        make(Path(made), options.pictures)
+        folders = {f"{SIDE} px JPEGs": made}
+        if options.folder:
+            name, _, root = options.folder.partition("=")
+            folders[name] = root
+        print("| pictures | plain | data.loader=torch | data.loader=ray | torch / plain | ray / plain |")
+        print("|---" * 6 + "|")
+        for name, root in folders.items():
+            views = Views(load_folder(root).images, transforms.evaluation(SIZE), transforms.training("crop", SIZE))
+            ways = {
+                "plain": partial(plain, root, options.processes),
+                "torch": partial(ours, views, options.processes),
+                "ray": partial(ours, StreamedViews(views), options.processes),
+            }
+            found: dict[str, list[float]] = {way: [] for way in ways}
+            for repeat in range(options.repeat + 1):
+                for way, epoch in ways.items():
+                    measured = speed(epoch)
+                    found[way] += [measured] if repeat else []
+            median = {way: statistics.median(values) for way, values in found.items()}
+            cells = [name, *(f"{value:.0f}/s" for value in median.values())]
+            cells += [f"{median[way] / median['plain']:.2f}" for way in ("torch", "ray")]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
