@@ -43,7 +43,10 @@ def collection(config: Data) -> Collection:
     benchmark = benchmarks.BENCHMARKS[config.name]
     if config.download:
         assert benchmark.fetch
-        benchmark.fetch(config.root)
+        try:
+            benchmark.fetch(config.root)
+        except OSError as error:
+            raise OSError(f"data.download=true: {benchmark.title} cannot be fetched ({error})") from None
     return benchmark.load(Path(config.root))
 
 

@@ -52,7 +52,7 @@ def train(config: Config, console: Console, here: bool = False) -> Outcome:
     config = _absolute(config)
     folder = RunFolder(config)
     earlier = folder.read("run.json")
-    unreadable = earlier["unreadable"] if earlier else check.unreadable(config.data, console)
+    unreadable = earlier.get("unreadable", []) if earlier else check.unreadable(config.data, console)
     with console.status("reading the data"):
         splits = build.splits(config, unreadable)
         _check_model(config, len(splits.train.class_names))

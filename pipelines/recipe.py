@@ -80,7 +80,7 @@ def _recipe_file(recipe: str) -> Path:
             raise ValueError(f"recipe file {recipe}: no such file")
         return Path(recipe)
     if recipe not in recipes():
-        raise ValueError(f"recipe {recipe!r} is not one of {', '.join(recipes())}{nearest(recipe, recipes())}")
+        raise ValueError(f"recipe {recipe!r}: there is none of that name{nearest(recipe, recipes())}")
     return RECIPES / f"{recipe}.yaml"
 
 

@@ -61,6 +61,7 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.25)
+        self.stop()
         raise RuntimeError((self.folder / "server.log").read_text()[-2000:])
 
     def stop(self) -> None:

@@ -267,7 +267,13 @@ BENCHMARKS = {
     "grocery": Benchmark(
         "the Grocery Store Dataset",
         load_grocery,
-        {"train_classes": 41, "test_classes": 40},
+        {
+            "train_classes": 41,
+            "train_images": 2781,
+            "test_classes": 40,
+            "test_queries": 1197,
+            "test_gallery": 1443,
+        },
         "github.com/marcusklasson/GroceryStoreDataset: clone it, and give its folder as data.root",
     ),
     "omniglot": Benchmark(

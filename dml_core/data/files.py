@@ -103,7 +103,7 @@ class RemoteFiles:
             except Exception as error:  # each system has exceptions of its own
                 if attempt + 1 == ATTEMPTS:
                     reason = f"{self.root}/{name}: {ATTEMPTS} attempts failed ({type(error).__name__}: {error})"
-                    raise ConnectionError(reason) from error
+                    raise ConnectionError(reason) from None
                 time.sleep(FIRST_WAIT * 2**attempt)
         raise AssertionError
 
