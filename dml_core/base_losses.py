@@ -10,8 +10,8 @@ But:
 - A loss with proxies, and one that the library computes within a single batch only (`WITHIN_BATCH`), takes the
   synthetic embeddings as further samples.
 - A sum over pairs (`SumReducer`) is divided by B, so that its scale does not depend on the batch.
-- The conditions of two of its miners, and the sums of multi-similarity, are applied in candidates.py to the matrix of
-  pairs. Tests hold them equal to the library.
+- The conditions of two of its miners, and the sums of multi-similarity and contrastive, are applied in candidates.py to
+  the matrix of pairs. Tests hold them equal to the library.
 - Proxy-NCA has the scale 9 of its authors (embeddings and proxies of length 3); the library's default is 1.
 """
 
@@ -186,11 +186,10 @@ class BaseLoss(nn.Module):
         self.kind = type(loss).__name__
         self.weights = next((key for key in WEIGHTS if hasattr(loss, key)), None)
         self.needs_positives = self.weights is None
-        self.by_matrix = (
-            isinstance(loss, losses.MultiSimilarityLoss)
-            and isinstance(loss.distance, distances.CosineSimilarity)
-            and (miner is None or isinstance(miner, miners.MultiSimilarityMiner))
-        )
+        cosine = isinstance(loss.distance, distances.CosineSimilarity)
+        mined = miner is None or isinstance(miner, miners.MultiSimilarityMiner)
+        self.multi_similarity = isinstance(loss, losses.MultiSimilarityLoss) and cosine and mined
+        self.contrastive = isinstance(loss, losses.ContrastiveLoss) and cosine and miner is None and per_image
         if miner is not None:
             miner.distance.register_forward_hook(candidates.hide_copies)
 
@@ -223,7 +222,10 @@ class BaseLoss(nn.Module):
     def boosted(self, anchors: Tensor, labels: Tensor, pool: Tensor, pool_labels: Tensor) -> Tensor:
         same = labels[:, None] == pool_labels
         positive, negative = same & ~candidates.own_copies(same), ~same
-        if self.by_matrix:
+        if self.contrastive:
+            margins = self.loss.pos_margin, self.loss.neg_margin
+            return candidates.contrastive(candidates.cosine(anchors, pool), positive, negative, *margins)
+        if self.multi_similarity:
             similarity = candidates.cosine(anchors, pool)
             if self.miner is not None:
                 positive, negative = candidates.informative_pairs(

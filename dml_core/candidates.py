@@ -5,6 +5,7 @@ itself (m = 0) or its copy. Sources: pytorch-metric-learning's miners and losses
 But:
 - MultiSimilarityMiner lists all pairs and sorts them, which takes half of a step; TripletMarginMiner makes a B x R x R
   mask. Here both are conditions on (B, R).
+- ContrastiveLoss lists its pairs as well, which a device has to be waited for.
 - MultiSimilarityLoss fills what it leaves out with the least float, whose exponential is an order of magnitude slower
   than another on a CPU.
 """
@@ -72,6 +73,13 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     """(B, D), (R, D) -> (B, R). The long side is scaled after the product: R numbers a row instead of R*D in all."""
     length = y.norm(dim=1).clamp_min(torch.finfo(y.dtype).eps ** 1.5)
     return normalize(x, dim=1) @ y.T / length
+
+
+def contrastive(similarity: Tensor, positive: Tensor, negative: Tensor, near: float, far: float) -> Tensor:
+    """Sum over positives of relu(near - s) and over negatives of relu(s - far). All (B, R) -> scalar."""
+    pull = (near - similarity).relu() * positive.to(similarity.dtype)
+    push = (similarity - far).relu() * negative.to(similarity.dtype)
+    return pull.sum() + push.sum()
 
 
 class MultiSimilarity(torch.autograd.Function):

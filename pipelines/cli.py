@@ -138,6 +138,58 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="MLflow run ids and experiments", metavar="RUN|EXPERIMENT...")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Part of a config's label, or a run of it. Default: the one without methods.")
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Default: test/recall_at_1 and test/map_at_r.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with every run as a point.")] = None,
+    log: Annotated[bool, typer.Option(help="Keep the page and the numbers in MLflow.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Whether a gain is real: mean, interval and paired difference over seeds, by config.
+
+    Example: dml compare glyphs --baseline method=[] --html gain.html
+    """
+    from pipelines import compare as c
+
+    with _in_words():
+        from pipelines.tracking import default_uri, keep_page, prepare, read_runs
+
+        uri = default_uri(Path.cwd())
+        prepare(uri)
+        found = read_runs(uri, runs)
+        groups, warnings = c.grouped(found)
+        if not groups:
+            raise ValueError(f"{' '.join(runs)}: no finished runs of dml train among {len(found)}")
+        chosen = c.chosen_baseline(groups, baseline)
+        lines = c.compare(groups, chosen, metric or c.METRICS)
+        if not lines:
+            raise ValueError(f"--metric {' '.join(metric or c.METRICS)}: no run has it")
+        warnings += c.doubts(groups, chosen)
+        page = c.page(" ".join(runs), lines, chosen.label, warnings)
+        report = {"baseline": chosen.label, "warnings": warnings, "lines": [line._asdict() for line in lines]}
+        if html:
+            html.write_text(page)
+        if log:
+            experiment = next(iter(chosen.runs.values())).experiment
+            texts = {"comparison.html": page, "comparison.json": json.dumps(report, indent=1)}
+            report["run_id"] = keep_page(uri, experiment, "comparison", texts)
+    output = messages if as_json else Console()
+    table = Table(title=f"baseline: {chosen.label}")
+    for head in c.HEADS:
+        table.add_column(head, overflow="fold")
+    for line in lines:
+        table.add_row(*c.cells(line))
+    output.print(table)
+    for warning in warnings:
+        output.print(warning, style="yellow", highlight=False, markup=False)
+    if as_json:
+        print(json.dumps(report))
+
+
+@app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes. Example: dml recipes"""
     from pipelines.recipe import RECIPES

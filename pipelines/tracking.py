@@ -11,9 +11,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default waits for minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -124,6 +124,59 @@ def find_checkpoint(uri: str, run: str) -> Path:
     except MlflowException as error:
         raise ValueError(f"{run}: not a checkpoint folder, and unknown to MLflow at {uri} ({error.message})") from None
     return next(path.parent for path in local.rglob("manifest.json"))
+
+
+class LoggedRun(NamedTuple):
+    """group: the same for runs that differ by seed alone. started: ms. metrics: the last values."""
+
+    run_id: str
+    name: str
+    experiment: str
+    group: str
+    seed: str
+    status: str
+    started: int
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
+    """The runs of run ids and experiments, each once. ValueError for a name that is neither."""
+    client, found = _client(uri), dict[str, LoggedRun]()
+    for name in names:
+        experiment = client.get_experiment_by_name(name)
+        try:
+            runs = _all_runs(client, experiment.experiment_id) if experiment else [client.get_run(name)]
+        except MlflowException:
+            raise ValueError(f"{name}: neither a run nor an experiment of MLflow at {uri}") from None
+        for run in runs:
+            tags = run.data.tags
+            if "group" in tags:
+                found[run.info.run_id] = LoggedRun(
+                    *(run.info.run_id, run.info.run_name, name if experiment else run.info.experiment_id),
+                    *(tags["group"], tags.get("seed", "0"), run.info.status, run.info.start_time),
+                    *(run.data.params, run.data.metrics),
+                )
+    return [*found.values()]
+
+
+def _all_runs(client: mlflow.MlflowClient, experiment: str) -> list[mlflow.entities.Run]:
+    runs, token = list[mlflow.entities.Run](), None
+    while True:
+        part = client.search_runs([experiment], max_results=1000, page_token=token)
+        runs += part
+        if not (token := part.token):
+            return runs
+
+
+def keep_page(uri: str, experiment: str, name: str, files: dict[str, str]) -> str:
+    """A run that holds texts as artifacts, a comparison for one. Returns its id."""
+    client = _client(uri)
+    run = client.create_run(_experiment(client, uri, experiment), run_name=name, tags={"kind": "comparison"})
+    for file, text in files.items():
+        client.log_text(run.info.run_id, text, file)
+    client.set_terminated(run.info.run_id, "FINISHED")
+    return run.info.run_id
 
 
 class Tracker:

@@ -1,0 +1,233 @@
+"""Whether a gain is real: runs grouped by config, seeds paired, intervals and p-values instead of one number each."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipelines.tracking import LoggedRun
+
+METRICS = ("test/recall_at_1", "test/map_at_r")
+RESAMPLES = 10_000
+ENOUGH = 5  # seeds, below which an interval says little
+SAME = {"seed", "name", "storage", "workers", "use_gpu", "max_failures", "model_name", "data.root", "data.loader"}
+SAME |= {"data.loader_processes", "data.download", "data.links"}  # what results do not depend on
+BUDGET = ("epochs", "steps_per_epoch", "batch.classes", "batch.images")
+Interval = tuple[float, float]
+
+
+class Group(NamedTuple):
+    """Runs of one config, seeds apart. label: what sets it apart from the other groups.  runs: seed -> run."""
+
+    label: str
+    key: str
+    params: dict[str, str]
+    runs: dict[str, LoggedRun]
+
+
+class Line(NamedTuple):
+    """One group in one metric. sd: of the sample.  gain: the mean over the seeds shared with the baseline of what the
+    group has more; its 95 % interval, and p, adjusted for the number of comparisons. None where there is none."""
+
+    group: str
+    metric: str
+    values: dict[str, float]
+    mean: float
+    sd: float | None
+    interval: Interval | None
+    shared: int = 0
+    gain: float | None = None
+    gain_interval: Interval | None = None
+    p: float | None = None
+
+
+def grouped(runs: Sequence[LoggedRun]) -> tuple[list[Group], list[str]]:
+    """Groups, in the order of their first runs, and warnings. Runs that did not finish are left out."""
+    warnings = []
+    if unfinished := [run.name for run in runs if run.status != "FINISHED"]:
+        warnings.append(f"{len(unfinished)} runs did not finish and are left out: {', '.join(unfinished[:3])}")
+    found: dict[str, dict[str, LoggedRun]] = {}
+    for run in sorted((run for run in runs if run.status == "FINISHED"), key=lambda run: run.started):
+        seeds = found.setdefault(run.group, {})
+        if run.seed in seeds:
+            warnings.append(f"seed {run.seed} comes twice in one config; {run.name} counts, {seeds[run.seed].name} not")
+        seeds[run.seed] = run
+    params = {key: next(iter(seeds.values())).params for key, seeds in found.items()}
+    labels = _labels(params)
+    return [Group(labels[key], key, params[key], seeds) for key, seeds in found.items()], warnings
+
+
+def _labels(params: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Of each config the settings that not all of them share."""
+    keys = sorted({key for flat in params.values() for key in flat} - SAME)
+    different = [key for key in keys if len({flat.get(key) for flat in params.values()}) > 1]
+    labels = {}
+    for group, flat in params.items():
+        own = [f"{key}={flat[key]}" for key in different if key in flat]
+        labels[group] = " ".join(own) or ("the rest as in all" if different else "all runs")
+    return labels
+
+
+def compare(groups: Sequence[Group], baseline: Group, metrics: Sequence[str] = METRICS) -> list[Line]:
+    """A line for each group and metric; p-values adjusted together (Holm) over the comparisons of a metric."""
+    lines = []
+    for metric in metrics:
+        values = {g.key: {s: r.metrics[metric] for s, r in g.runs.items() if metric in r.metrics} for g in groups}
+        base, some = values[baseline.key], []
+        for group in groups:
+            own = values[group.key]
+            if not own:
+                continue
+            numbers = np.array([*own.values()])
+            line = Line(
+                group.label,
+                metric,
+                own,
+                float(numbers.mean()),
+                float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
+                interval(numbers),
+            )
+            shared = [seed for seed in own if seed in base]
+            if group.key != baseline.key and shared:
+                gains = np.array([own[seed] - base[seed] for seed in shared])
+                line = line._replace(
+                    shared=len(shared), gain=float(gains.mean()), gain_interval=interval(gains), p=p_value(gains)
+                )
+            some.append(line)
+        lines += adjusted(some)
+    return lines
+
+
+def interval(values: np.ndarray) -> Interval | None:
+    """95 % interval of the mean, by the bootstrap (bias-corrected and accelerated); None for fewer than two values."""
+    from scipy.stats import bootstrap
+
+    if len(values) < 2:
+        return None
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    rng = np.random.default_rng(0)
+    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng).confidence_interval
+    if math.isnan(found.low):  # two values: no acceleration to be had
+        rng = np.random.default_rng(0)
+        found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="basic", rng=rng).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def p_value(gains: np.ndarray) -> float | None:
+    """Two-sided p of "no difference", by flipping the signs of paired differences: all of them where there are few.
+    None for a single pair."""
+    from scipy.stats import permutation_test
+
+    if len(gains) < 2:
+        return None
+    rng = np.random.default_rng(0)
+    kind: Any = {"permutation_type": "samples", "n_resamples": RESAMPLES, "vectorized": True, "rng": rng}
+    return float(permutation_test((gains,), lambda x, axis: x.mean(axis), **kind).pvalue)
+
+
+def adjusted(lines: Sequence[Line]) -> list[Line]:
+    """Holm's step-down adjustment of the lines' p-values."""
+    tested = sorted((i for i, line in enumerate(lines) if line.p is not None), key=lambda i: lines[i].p or 0.0)
+    made, highest = list(lines), 0.0
+    for place, i in enumerate(tested):
+        highest = max(highest, min(1.0, (lines[i].p or 0.0) * (len(tested) - place)))
+        made[i] = lines[i]._replace(p=highest)
+    return made
+
+
+def doubts(groups: Sequence[Group], baseline: Group) -> list[str]:
+    """What makes a comparison weaker than its numbers look."""
+    found = []
+    for group in groups:
+        if len(group.runs) < ENOUGH:
+            found.append(f"{group.label}: {len(group.runs)} seeds; an interval needs at least {ENOUGH} to hold")
+        if group.key == baseline.key:
+            continue
+        if group.runs.keys() != baseline.runs.keys():
+            shared = len(group.runs.keys() & baseline.runs.keys())
+            found.append(f"{group.label}: its seeds differ from the baseline's; {shared} are shared and paired")
+        if different := [key for key in BUDGET if group.params.get(key) != baseline.params.get(key)]:
+            told = ", ".join(f"{k}={group.params.get(k)} against {baseline.params.get(k)}" for k in different)
+            found.append(f"{group.label}: another budget than the baseline: {told}")
+    least = 2 / 2 ** min((len(g.runs.keys() & baseline.runs.keys()) for g in groups), default=0)
+    if len(groups) > 1 and least * (len(groups) - 1) > 0.05:
+        found.append(f"with so few seeds no difference can reach p = 0.05: the least possible is {least:.2g} each")
+    return found
+
+
+def chosen_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
+    """By a part of its label or the name or id of one of its runs; else a config without methods, else the first."""
+    if wanted is None:
+        return next((g for g in groups if g.params.get("method") == "[]"), groups[0])
+    found = [g for g in groups if wanted in g.label or any(wanted in (r.name, r.run_id) for r in g.runs.values())]
+    if len(found) != 1:
+        labels = "; ".join(g.label for g in found or groups)
+        raise ValueError(f"--baseline {wanted}: {len(found)} configs are meant by it, one is needed: {labels}")
+    return found[0]
+
+
+def page(title: str, lines: Sequence[Line], baseline: str, warnings: Sequence[str]) -> str:
+    """One HTML page without anything from elsewhere: the table, and every run as a point."""
+    import base64
+    import html
+    import io
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.use("Agg")
+    metrics = [*dict.fromkeys(line.metric for line in lines)]
+    groups = [*dict.fromkeys(line.group for line in lines)]
+    figure = Figure(figsize=(5 * len(metrics), 1 + 0.45 * len(groups)), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        for line in (line for line in lines if line.metric == metric):
+            height = len(groups) - groups.index(line.group)
+            axis.plot([100 * v for v in line.values.values()], [height] * len(line.values), "o", alpha=0.5, ms=5)
+            if line.interval:
+                axis.plot([100 * end for end in line.interval], [height - 0.2] * 2, "-", color="black", lw=1)
+            axis.plot([100 * line.mean], [height - 0.2], "|", color="black", ms=10)
+        axis.set(title=metric, xlabel="%", yticks=[len(groups) - i for i in range(len(groups))], ylim=(0.4, None))
+        axis.set_yticklabels(groups if axis is figure.axes[0] else [])
+        axis.grid(axis="x", alpha=0.3)
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    picture = base64.b64encode(drawn.getvalue().encode()).decode()
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(line)) + "</tr>" for line in lines
+    )
+    heads = "".join(f"<th scope='col'>{html.escape(head)}</th>" for head in HEADS)
+    told = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
+    style = (
+        "body{font:16px/1.5 system-ui;margin:2em auto;max-width:75em;padding:0 1em}"
+        "table{border-collapse:collapse;display:block;overflow-x:auto}"
+        "td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #8888}"
+        "img{max-width:100%;background:white}:root{color-scheme:light dark}"
+    )
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1>"
+        f"<p>Baseline: {html.escape(baseline)}. Means over seeds in percent with 95 % bootstrap intervals; gains are "
+        f"paired by seed; p by permutation of signs, Holm-adjusted.</p><ul>{told}</ul>"
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        f"<img alt='Every run as a point, mean and interval below' src='data:image/svg+xml;base64,{picture}'></html>"
+    )
+
+
+HEADS = ("config", "metric", "seeds", "mean", "sd", "95 % interval", "gain", "95 % interval of the gain", "p")
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    """A line as text, in percent."""
+
+    def number(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{100 * value:{sign}.1f}"
+
+    def both(ends: Interval | None, sign: str = "") -> str:
+        return "" if ends is None else f"{number(ends[0], sign)} ... {number(ends[1], sign)}"
+
+    return (
+        *(line.group, line.metric, str(len(line.values)), number(line.mean), number(line.sd), both(line.interval)),
+        *(number(line.gain, "+"), both(line.gain_interval, "+"), "" if line.p is None else f"{line.p:.3f}"),
+    )
