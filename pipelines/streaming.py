@@ -24,7 +24,7 @@ class StreamedViews:
 
     def __init__(self, views: Views):
         self.images, self.evaluation = views.images, views.evaluation
-        self.held = ray.put(Views(replace(views.images, whole=None, places=None), views.evaluation, views.training))
+        self.held = ray.put(Views(replace(views.images, whole=None), views.evaluation, views.training))
 
     def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
         """uint8 (b, 3, S, S), one for each entry of `rows`, in that order. processes: not used; see Views."""

@@ -26,8 +26,9 @@ def names_array(names: list[str]) -> np.ndarray:
 class LabelledImages:
     """Pictures with class labels.
 
-    images: names (N,) of `files`, or a uint8 array (N, H, W) of gray pictures.  labels: (N,) int64 in 0..C-1.
-    class_names: C names.  whole, places: the set of which these are `places` (N,), if any.
+    labels: (N,) int64 in 0..C-1.  class_names: C names.  images: names of `files`, or a uint8 array (., H, W) of gray
+    pictures.  places: (N,) where in `images` the samples are; None: they are all of them, in order.  whole: the set of
+    which these are a part, with which they share `images`, if any.
     """
 
     images: np.ndarray
@@ -46,26 +47,36 @@ class LabelledImages:
         BadPicture names a file that cannot be read.
         """
         if self.files is None:
-            return torch.from_numpy(np.asarray(self.images[index])).expand(3, -1, -1).contiguous()
-        name = self.images[index]
-        return decode(self.content(index), size, name)
+            place = index if self.places is None else self.places[index]
+            return torch.from_numpy(np.asarray(self.images[place])).expand(3, -1, -1).contiguous()
+        return decode(self.content(index), size, self.name(index))
+
+    def name(self, index: int) -> str:
+        return self.images[index if self.places is None else self.places[index]]
+
+    @property
+    def names(self) -> np.ndarray:
+        """(N,) strings."""
+        return self.images if self.places is None else self.images[self.places]
 
     def content(self, index: int) -> bytes:
         """The file of one picture. BadPicture where there is none or a link leads out of the root."""
         assert self.files is not None
         try:
-            return self.files.read(self.images[index])
+            return self.files.read(self.name(index))
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             reason = error.strerror or str(error)
-            raise BadPicture([(self.images[index], reason)]) from None
+            raise BadPicture([(self.name(index), reason)]) from None
 
     def rows(self, keep: np.ndarray) -> "LabelledImages":
         """Some of the samples (a mask or indices), the classes as they are."""
         index = np.flatnonzero(keep) if keep.dtype == bool else keep
         places = index if self.places is None else self.places[index]
-        return replace(
-            self, images=self.images[index], labels=self.labels[index], whole=self.whole or self, places=places
-        )
+        return replace(self, labels=self.labels[index], whole=self.whole or self, places=places)
+
+    def apart(self) -> "LabelledImages":
+        """As a set of its own."""
+        return replace(self, images=self.names, whole=None, places=None)
 
     def of_classes(self, classes: np.ndarray) -> "LabelledImages":
         """The samples of some classes, which are numbered anew in the order given."""
@@ -82,10 +93,11 @@ class LabelledImages:
         """
         h = hashlib.sha256(repr(self.class_names).encode() + self.labels.tobytes())
         if self.files is None:
-            h.update(self.images.tobytes())
+            h.update(self.names.tobytes())
         else:
             for start in range(0, len(self), CHUNK):
-                names = self.images[start : start + CHUNK].tolist()
+                part = slice(start, start + CHUNK)
+                names = self.images[part if self.places is None else self.places[part]].tolist()
                 h.update("\0".join(names).encode())
                 if stamps:
                     h.update("\0".join(map(self.files.stamp, names)).encode())
@@ -125,7 +137,7 @@ class Collection:
             return None if classes is None else number[classes][number[classes] >= 0]
 
         names = tuple(self.images.class_names[c] for c in left)
-        images = replace(kept, labels=number[kept.labels], class_names=names, whole=None, places=None)
+        images = replace(kept.apart(), labels=number[kept.labels], class_names=names)
         role = None if self.role is None else self.role[~bad]
         lists = {name: number[classes][number[classes] >= 0] for name, classes in self.lists.items()}
         return Collection(images, of(self.test), of(self.validation), role, lists, self.draws)
@@ -187,7 +199,7 @@ def split(
     if limit_classes:
         used = np.isin(images.labels, [*train, *validation, *test])
         role = None if role is None else role[used]
-        images = replace(images.rows(used), whole=None, places=None)
+        images = images.rows(used).apart()
 
     def retrieval(wanted: np.ndarray, draws: int = 0) -> Retrieval:
         chosen = images.of_classes(wanted)

@@ -185,7 +185,9 @@ def _codes(column: Any, codes: dict[str, int], name: str, table: str) -> np.ndar
 
 def _refuse_duplicates(names: np.ndarray, hashes: np.ndarray, table: str) -> None:
     ordered = np.sort(hashes)
-    suspects = names[np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])].tolist()
+    if not (twice := ordered[1:] == ordered[:-1]).any():
+        return
+    suspects = names[np.isin(hashes, ordered[1:][twice])].tolist()
     seen = set[str]()
     for name in suspects:
         if name in seen:

@@ -179,8 +179,8 @@ def test_grocery_for_real(shared: Path) -> None:
     made = split(collection)
     test = made.tests["test"]
     assert [len(s.class_names) for s in (made.train, made.validation.query, test.query)] == [33, 8, 40]
-    assert all(name.startswith("test/") for name in test.query.images)
-    assert not any(name.startswith("test/") for name in test.gallery.images)
+    assert all(name.startswith("test/") for name in test.query.names)
+    assert not any(name.startswith("test/") for name in test.gallery.names)
     assert test.query.picture(0, 144).shape[0] == 3
     assert {QUERY, GALLERY} == set(collection.role.tolist())
     found = counts(split(collection, validation_fraction=0.0))

@@ -49,7 +49,7 @@ def test_splits_share_no_class_and_lose_none(whole: Collection, seed: int) -> No
     assert parts[2] == set("adfhj")
     for part in (made.train, made.validation.query, test):
         for index in range(len(part)):  # labels still mean the folder that a picture lies in
-            assert part.images[index].split("/")[0] == part.class_names[part.labels[index]]
+            assert part.name(index).split("/")[0] == part.class_names[part.labels[index]]
 
 
 def test_a_share_is_drawn_by_seed(whole: Collection) -> None:
@@ -75,8 +75,8 @@ def test_roles_divide_validation_and_test_only(whole: Collection) -> None:
     assert len(made.train) == 12
     for task in (made.validation, made.tests["test"]):
         assert task.gallery.class_names == task.query.class_names
-        assert all(name.endswith("/0 ü.png") for name in task.query.images)
-        assert not any(name.endswith("/0 ü.png") for name in task.gallery.images)
+        assert all(name.endswith("/0 ü.png") for name in task.query.names)
+        assert not any(name.endswith("/0 ü.png") for name in task.gallery.names)
 
 
 def test_classes_without_queries_are_retrieved_among_themselves(whole: Collection) -> None:
@@ -117,7 +117,7 @@ def test_parts_know_their_places_in_a_whole_that_no_seed_changes(whole: Collecti
         everyone = [parts.train, *parts.validation[:2], *parts.tests["test"][:2]]
         assert len({id(part.whole) for part in everyone}) == 1
         for part in everyone:
-            assert (part.whole.images[part.places] == part.images).all()
+            assert (part.whole.images[part.places] == part.names).all() and part.images is part.whole.images
             names = [part.whole.class_names[c] for c in part.whole.labels[part.places]]
             assert names == [part.class_names[c] for c in part.labels]
         digests.add(parts.train.whole.digest())
