@@ -43,5 +43,5 @@ class Views(Dataset[Tensor]):
 
     def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
         """One for each entry of `rows`, in that order; decoded here or in `processes` others."""
-        loader = DataLoader(self, batch_sampler=rows, num_workers=processes, collate_fn=torch.stack)  # type: ignore[arg-type]
+        loader = DataLoader(self, batch_sampler=rows, num_workers=processes)  # type: ignore[arg-type]
         yield from loader

@@ -93,29 +93,27 @@ def load_table(table: str, root: str | None, links: bool = False) -> Collection:
     ValueError names the first row at fault: a missing column or value, an unknown split or role, a path that leads out
     of the root, a path that comes twice, a label in two splits.
     """
-    chunks, numbers = list[Any](), dict[str, int]()
+    numbers = dict[str, int]()
     labels, splits, roles = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
-    for batch in _batches(table):
+    for batch in _batches(table, "label", "split", "role"):
         first = sum(map(len, labels))
-        columns = {name: _text(batch, name, table, first) for name in ("path", "label", "split", "role")}
-        chunks.append(columns["path"])
+        columns = {name: _text(batch, name, table, first) for name in ("label", "split", "role")}
         coded = columns["label"].dictionary_encode()
         ids = [numbers.setdefault(name, len(numbers)) for name in coded.dictionary.to_pylist()]
         labels.append(np.array(ids, np.int64)[coded.indices.to_numpy(zero_copy_only=False)])
         splits.append(_codes(columns["split"], SPLITS, "split", table))
         roles.append(_codes(columns["role"], ROLES, "role", table))
-    if not chunks or not sum(map(len, chunks)):
+    if not sum(map(len, labels)):
         raise ValueError(f"data.table={table}: it has no rows")
     label, split, role = (np.concatenate(parts) for parts in (labels, splits, roles))
 
-    names = np.empty(len(label), StringDType())
-    if root is None:
-        first_path = chunks[0][0].as_py()
-        root = "/".join(first_path.split("/")[:3]) if "://" in first_path else table.rpartition("/")[0] or "."
-    hashes, start = np.empty(len(label), np.int64), 0
-    chunks.reverse()
-    while chunks:
-        paths = [path.removeprefix(f"{root}/") for path in chunks.pop().to_pylist()]
+    # Read a second time, so that paths are in memory once.
+    names, hashes, start = np.empty(len(label), StringDType()), np.empty(len(label), np.int64), 0
+    for batch in _batches(table, "path"):
+        paths = _text(batch, "path", table, start).to_pylist()
+        if root is None:
+            root = "/".join(paths[0].split("/")[:3]) if "://" in paths[0] else table.rpartition("/")[0] or "."
+        paths = [path.removeprefix(f"{root}/") for path in paths]
         end = start + len(paths)
         names[start:end], hashes[start:end] = paths, np.fromiter(map(hash, paths), np.int64, len(paths))
         files.check_names(names[start:end], f"data.table={table}")
@@ -127,6 +125,7 @@ def load_table(table: str, root: str | None, links: bool = False) -> Collection:
     rank[[numbers[name] for name in order]] = np.arange(len(order))
     label = rank[label]
     part = _split_of_classes(label, split, order, table)
+    assert root is not None
     images = LabelledImages(names, label, tuple(order), files.below(root, links))
     test, validation = np.flatnonzero(part == SPLITS["test"]), np.flatnonzero(part == SPLITS["validation"])
     return Collection(
@@ -134,8 +133,8 @@ def load_table(table: str, root: str | None, links: bool = False) -> Collection:
     )
 
 
-def _batches(table: str) -> Iterator[Any]:
-    """pyarrow record batches of a file."""
+def _batches(table: str, *columns: str) -> Iterator[Any]:
+    """pyarrow record batches of a file, with these columns where it has them."""
     import fsspec
     import pyarrow as pa
     from pyarrow import csv, parquet
@@ -147,10 +146,11 @@ def _batches(table: str) -> Iterator[Any]:
         with fsspec.open(table, "rb") as file:
             if suffix == ".parquet":
                 opened = parquet.ParquetFile(file)
-                wanted = [c for c in ("path", "label", "split", "role") if c in opened.schema_arrow.names]
-                yield from opened.iter_batches(CHUNK, columns=wanted)
+                there = opened.schema_arrow.names
+                wanted = [column for column in columns if column in there]
+                yield from opened.iter_batches(CHUNK, columns=wanted or there)
             else:
-                types = {name: pa.string() for name in ("path", "label", "split", "role")}
+                types = {name: pa.string() for name in columns}
                 options = csv.ConvertOptions(column_types=types, strings_can_be_null=False)
                 yield from csv.open_csv(file, csv.ReadOptions(block_size=2**23), convert_options=options)
     except (OSError, ValueError, ImportError) as error:

@@ -25,7 +25,7 @@ class BadPicture(ValueError):
 
 
 def decode(content: bytes, size: int, name: str) -> Tensor:
-    """uint8 (3, H, W), upright. BadPicture if it cannot be read.
+    """uint8 (3, H, W), upright, channels last in memory, as resizes like it. BadPicture if it cannot be read.
 
     size: what is needed; a JPEG may come reduced by 2, 4 or 8, never below that on its short side.
     Of an animation the first frame; transparent parts become white; 16 bits a channel are scaled to 8.
@@ -38,7 +38,7 @@ def decode(content: bytes, size: int, name: str) -> Tensor:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             image.draft("RGB", (size, size))  # a JPEG decoder can leave out detail that a resize would throw away
-            return torch.from_numpy(_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1).contiguous()
+            return torch.from_numpy(_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1)
     except UnidentifiedImageError:
         raise BadPicture([(name, "not a picture" if content else "empty file")]) from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError, struct.error) as error:

@@ -48,6 +48,10 @@ def training(name: str, size: int) -> View:
 def seeded(transform: nn.Module, picture: Tensor, seed: int) -> Tensor:
     """The view of a picture (3, H, W) that belongs to a seed, whatever was drawn before; the caller's random state is
     left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    generator = torch.default_generator  # what the transforms draw from; torch.manual_seed would seek devices, too
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
         return transform(picture)
+    finally:
+        generator.set_state(before)
