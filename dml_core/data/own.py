@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from csv import reader as csv_rows
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -147,12 +148,14 @@ def _batches(table: str, *columns: str) -> Iterator[Any]:
             if suffix == ".parquet":
                 opened = parquet.ParquetFile(file)
                 there = opened.schema_arrow.names
-                wanted = [column for column in columns if column in there]
-                yield from opened.iter_batches(CHUNK, columns=wanted or there)
-            else:
-                types = {name: pa.string() for name in columns}
-                options = csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-                yield from csv.open_csv(file, csv.ReadOptions(block_size=2**23), convert_options=options)
+                yield from opened.iter_batches(CHUNK, columns=[c for c in columns if c in there] or there)
+                return
+            line = file.readline().decode("utf-8-sig")
+        there = next(csv_rows([line]), [])
+        types = {name: pa.string() for name in there}  # else guessed from the first rows, and wrong for later ones
+        wanted = csv.ConvertOptions(column_types=types, include_columns=[c for c in columns if c in there] or there)
+        with fsspec.open(table, "rb") as file:
+            yield from csv.open_csv(file, csv.ReadOptions(block_size=2**23), convert_options=wanted)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"data.table={table}: cannot be read ({str(error).splitlines()[0]})") from None
 

@@ -95,6 +95,14 @@ def test_columns_split_and_role(tree: Path) -> None:
     assert made.tests["test"].gallery.class_names == ("d",) and len(made.tests["test"].query) == 1
 
 
+def test_columns_that_change_their_kind_and_others(tmp_path: Path) -> None:
+    """Labels that are numbers for a while, and columns that are none of ours."""
+    rows = 400_000
+    lines = (f"{i:06d}.jpg,{i % 7 if i < rows - 1 else 'seven'},{i if i < rows - 1 else '1.5 kg'}" for i in range(rows))
+    (tmp_path / "t.csv").write_text("path,label,weight\n" + "\n".join(lines))
+    assert load_table(str(tmp_path / "t.csv"), None).images.class_names == ("seven", *"0123456")
+
+
 def test_numbers_as_labels_are_in_their_order(tree: Path) -> None:
     table = table_of(tree, label=[10, 10, 9, 9, 100, 100, 2, 2])
     table.to_parquet(tree / "t.parquet")
