@@ -1,12 +1,15 @@
-"""One local Ray and one MLflow server (sqlite behind HTTP) for the whole session."""
+"""One local Ray and one MLflow server (sqlite behind HTTP) for the whole session, and web servers that fail."""
 
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,41 @@ class Server:
             os.killpg(self.process.pid, 9)
             self.process.wait()
             self.process = None
+
+
+class Web(SimpleHTTPRequestHandler):
+    """A web server over a folder: answers so many requests, then fails so many, and then answers again."""
+
+    answers, failures = 0, 0
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        if kind.answers:
+            kind.answers -= 1
+        elif kind.failures:
+            kind.failures -= 1
+            self.send_error(503)
+            return
+        super().do_GET()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[Callable[[Path], tuple[str, type[Web]]]]:
+    """Function of a folder -> (URL, the handler whose `answers` and `failures` count)."""
+    started = []
+
+    def serve(folder: Path) -> tuple[str, type[Web]]:
+        handler = type("OfOneTest", (Web,), {})
+        started.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))))
+        threading.Thread(target=started[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{started[-1].server_port}", handler
+
+    yield serve
+    for server in started:
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

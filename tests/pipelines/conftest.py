@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -15,6 +16,18 @@ QUIET = Console(file=io.StringIO())
 # Validation, with a checkpoint, after each of four epochs; the variation is estimated before the first and the last.
 EXACT = ["glyphs", "data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=4", "steps_per_epoch=6"]
 EXACT += ["precision=float64", "method=[iaa,sgar,namr]", "iaa.start_epoch=0", "iaa.update_every=3"]
+
+
+@pytest.fixture(scope="module")
+def tracked_folder(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder of the module's own, whose runs go to the server."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("work")
+    os.chdir(folder)
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow_server.uri
+    mlflow.set_tracking_uri(mlflow_server.uri)
+    yield folder
+    os.chdir(before)
+    del os.environ["MLFLOW_TRACKING_URI"]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -17,20 +15,10 @@ from pipelines import jobs
 from pipelines.cli import app
 from pipelines.recipe import load
 
+pytestmark = pytest.mark.usefixtures("tracked_folder")
 QUIET = Console(file=io.StringIO())
 SMALL = ["data.name=folder", "data.image_size=32", "data.augment=crop", "epochs=1", "steps_per_epoch=2", "workers=1"]
 SMALL += ["batch.classes=3", "batch.images=4", "backbone.name=small", "backbone.weights=none"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def surroundings(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("checked")
-    os.chdir(folder)
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow_server.uri
-    mlflow.set_tracking_uri(mlflow_server.uri)
-    yield
-    os.chdir(before)
-    del os.environ["MLFLOW_TRACKING_URI"]
 
 
 @pytest.fixture

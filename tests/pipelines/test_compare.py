@@ -108,7 +108,8 @@ def test_baseline_by_label_name_or_default() -> None:
 def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
-    client = mlflow.MlflowClient(mlflow_server.uri)
+    mlflow.set_tracking_uri(mlflow_server.uri)
+    client = mlflow.MlflowClient()
     for method, bonus in (("[]", 0.0), ("['namr']", 0.02)):
         for seed in range(6):
             params, tags = {"method": method, "seed": seed}, {"group": method, "seed": str(seed)}

@@ -1,10 +1,6 @@
 """A training whose pictures are on the web, and a server that goes away in the middle of an epoch."""
 
 import io
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -39,45 +35,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Server(SimpleHTTPRequestHandler):
-    """Answers so many requests, and then none."""
-
-    left = 10**9
-
-    def do_GET(self) -> None:
-        type(self).left -= 1
-        if type(self).left < 0:
-            self.send_error(503)
-        else:
-            super().do_GET()
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-@pytest.fixture
-def web(root: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(root)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
 def test_a_bucket_that_goes_away_fails_the_run_which_then_goes_on(
-    local_ray: None, mlflow_server, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None, mlflow_server, root: Path, web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     monkeypatch.setattr(files, "FIRST_WAIT", 0.01)
-    given = ["data.name=table", f"data.table={web}/table.csv", "data.image_size=32", "data.augment=crop", "epochs=3"]
+    url, server = web(root)
+    given = ["data.name=table", f"data.table={url}/table.csv", "data.image_size=32", "data.augment=crop", "epochs=3"]
     given += ["data.validation_fraction=0", "data.loader_processes=0", "batch.classes=3", "batch.images=4", "workers=1"]
     given += ["backbone.name=small", "backbone.weights=none", "steps_per_epoch=3", "precision=float64"]
     undisturbed = jobs.train(load("glyphs", [*given, "name=undisturbed"]), QUIET, here=True)
     disturbed = load("glyphs", [*given, "name=disturbed"])
-    Server.left = 50  # of 36 an epoch
+    server.answers, server.failures = 50, 10**9  # 36 pictures an epoch
     with pytest.raises(RunFailed, match=r"ConnectionError: http://.*jpg: 5 attempts failed"):
         jobs.train(disturbed, QUIET, here=True)
-    Server.left = 10**9
+    server.failures = 0
     outcome = jobs.train(disturbed, QUIET, here=True)
     client, curves = mlflow.MlflowClient(mlflow_server.uri), []
     for run in (undisturbed, outcome):

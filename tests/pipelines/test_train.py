@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -18,18 +17,8 @@ from pipelines.cli import app
 from pipelines.recipe import load
 from tests.pipelines.conftest import EXACT, QUIET
 
+pytestmark = pytest.mark.usefixtures("tracked_folder")
 SMALL = ["data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=2", "steps_per_epoch=6"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def surroundings(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("work")
-    os.chdir(folder)
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow_server.uri
-    mlflow.set_tracking_uri(mlflow_server.uri)
-    yield folder
-    os.chdir(before)
-    del os.environ["MLFLOW_TRACKING_URI"]
 
 
 def train(*assignments: str) -> jobs.Outcome:

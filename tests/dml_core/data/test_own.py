@@ -2,10 +2,6 @@
 
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
@@ -174,54 +170,31 @@ def test_a_million_rows_take_seconds(tmp_path: Path) -> None:
     assert seconds < 20 and megabytes < 400
 
 
-class Flaky(SimpleHTTPRequestHandler):
-    """A web server that answers some requests with an error."""
-
-    failures = 0
-
-    def do_GET(self) -> None:
-        if type(self).failures:
-            type(self).failures -= 1
-            self.send_error(503)
-        else:
-            super().do_GET()
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-@pytest.fixture
-def web(tree: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Flaky, directory=str(tree)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def test_pictures_over_http(tree: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_over_http(tree: Path, web, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, server = web(tree)
     monkeypatch.setattr(files, "FIRST_WAIT", 0.01)
     picture(tree / "plain" / "0.png", (7, 0, 0))
     pd.DataFrame({"path": ["plain/0.png", "plain/1.png"], "label": ["x", "y"]}).to_csv(tree / "t.csv", index=False)
-    images = load_table(f"{web}/t.csv", None).images
-    assert images.files.root == web and images.picture(0, 8)[0, 0, 0] == 7
+    images = load_table(f"{url}/t.csv", None).images
+    assert images.files.root == url and images.picture(0, 8)[0, 0, 0] == 7
     with pytest.raises(BadPicture, match=r"plain/1\.png"):
         images.picture(1, 8)
-    Flaky.failures = files.ATTEMPTS - 1
-    assert images.picture(0, 8).shape == (3, 20, 20) and Flaky.failures == 0
-    Flaky.failures = files.ATTEMPTS
+    server.failures = files.ATTEMPTS - 1
+    assert images.picture(0, 8).shape == (3, 20, 20) and server.failures == 0
+    server.failures = files.ATTEMPTS
     with pytest.raises(ConnectionError, match=r"plain/0.png: 5 attempts failed"):
         images.picture(0, 8)
-    assert Flaky.failures == 0
+    assert server.failures == 0
 
 
-def test_reading_goes_on_in_a_forked_process(tree: Path, web: str) -> None:
+def test_reading_goes_on_in_a_forked_process(tree: Path, web) -> None:
     """As DataLoader's workers do; an event loop would not survive it."""
     from dml_core.data import transforms
     from dml_core.data.loading import Views
 
     picture(tree / "plain" / "0.png", (7, 0, 0))
     pd.DataFrame({"path": ["plain/0.png"], "label": ["x"]}).to_csv(tree / "t.csv", index=False)
-    images = load_table(f"{web}/t.csv", None).images
+    images = load_table(f"{web(tree)[0]}/t.csv", None).images
     views = Views(images, transforms.evaluation(8))
     assert views[0, None][0, 0, 0] == 7
     (batch,) = views.batches([[(0, None)] * 3], processes=1)
