@@ -36,7 +36,7 @@ def step_losses(outcome: jobs.Outcome) -> np.ndarray:
 @pytest.mark.parametrize("workers", [2, 4])
 def test_worker_count_changes_no_loss_and_no_metric(exact: dict[int, jobs.Outcome], workers: int) -> None:
     alone, shared = step_losses(exact[1]), step_losses(exact[workers])
-    assert len(alone) == 24 and alone[0] != alone[-1]
+    assert len(alone) == 48 and alone[0] != alone[-1]
     np.testing.assert_allclose(shared, alone, rtol=1e-9, atol=0)
     for key, value in exact[1].metrics.items():
         if "images_per_second" not in key and "data_wait" not in key:
@@ -51,7 +51,7 @@ def test_run_is_whole_in_mlflow(exact: dict[int, jobs.Outcome]) -> None:
     assert {"method", "base_loss", "backbone", "data", "seed", "git_commit", "workers", "group"} <= set(run.data.tags)
     for key in (*(f"train/{term}" for term in Terms._fields), "train/lr", "train/gradient_norm"):
         values = {m.step: m.value for m in client.get_metric_history(outcome.run_id, key)}
-        assert [*values] == [1, 2, 3, 4] and values[1] != 0, key
+        assert [*values] == [1, 2, 3, 4, 5, 6] and values[1] != 0, key
     for key in ("val/map_at_r", "test/recall_at_1", "test/map_at_r", "untrained/map_at_r", "features/map_at_r"):
         assert key in run.data.metrics
     for way in ("test", "test_rerank", "test_exact"):
