@@ -55,7 +55,7 @@ def splits(config: Config, unreadable: Sequence[str] = ()) -> Splits:
     data = config.data
     whole = collection(data)
     if unreadable:
-        whole = whole.without(np.isin(whole.images.images, names_array([*unreadable])))
+        whole = whole.without(np.isin(whole.images.names, names_array([*unreadable])))
     fold = None if data.fold is None else (data.fold, data.folds)
     fractions = data.test_fraction or 0.5, data.validation_fraction
     made = datasets.split(whole, *fractions, data.split_seed, fold, data.limit_classes)

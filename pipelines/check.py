@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,29 +21,30 @@ AT_ONCE = 512
 
 
 class Seen(NamedTuple):
-    """Of each picture: bad, the reason why it cannot be read, or None; content, a hash of the file."""
+    """bad: name -> why it cannot be read.  content: of each picture a hash of its file; empty for a bad one."""
 
-    bad: list[str | None]
+    bad: dict[str, str]
     content: list[bytes]
 
 
-def look(images: LabelledImages, note: Callable[[int], object] = lambda done: None) -> Seen:
+def look(images: LabelledImages, console: Console) -> Seen:
     """Decode every picture, in as many threads as there are CPUs."""
+    seen = Seen({}, [])
 
-    def one(index: int) -> tuple[str | None, bytes]:
+    def one(index: int) -> bytes:
         try:
             content = images.content(index)
-            decode(content, 8, images.images[index])
+            decode(content, 8, images.image(index))
         except BadPicture as error:
-            return error.bad[0][1], b""
-        return None, hashlib.sha256(content).digest()
+            seen.bad.update(error.bad)
+            return b""
+        return hashlib.sha256(content).digest()
 
-    seen: list[tuple[str | None, bytes]] = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with console.status("") as status, ThreadPoolExecutor(os.cpu_count()) as threads:
         for start in range(0, len(images), AT_ONCE):
-            seen += threads.map(one, range(start, min(start + AT_ONCE, len(images))))
-            note(len(seen))
-    return Seen([bad for bad, _ in seen], [content for _, content in seen])
+            seen.content.extend(threads.map(one, range(start, min(start + AT_ONCE, len(images)))))
+            status.update(f"reading {len(seen.content):,} of {len(images):,} pictures")
+    return seen._replace(bad={name: seen.bad[name] for name in images.names.tolist() if name in seen.bad})
 
 
 def unreadable(config: Data, console: Console) -> list[str]:
@@ -56,9 +57,7 @@ def unreadable(config: Data, console: Console) -> list[str]:
     if kept.is_file():
         found = json.loads(kept.read_text())
     else:
-        with console.status("") as status:
-            seen = look(images, lambda done: status.update(f"looking at {done:,} of {len(images):,} pictures"))
-        found = [name for name, bad in zip(images.images.tolist(), seen.bad, strict=True) if bad]
+        found = [*look(images, console).bad]
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(found))
@@ -82,17 +81,14 @@ def check(config: Data, pictures: bool, console: Console) -> dict[str, Any]:
         problems.append(f"{alone.sum()} classes have one image alone, {first} first: it can be no query's match")
     report: dict[str, Any] = {"data": config.name, "digest": images.digest(), "counts": found, "expected": expected}
     if pictures and images.files is not None:
-        with console.status("") as status:
-            seen = look(images, lambda done: status.update(f"reading {done:,} of {len(images):,} pictures"))
-        names = images.images.tolist()
-        bad = {name: reason for name, reason in zip(names, seen.bad, strict=True) if reason}
-        problems += [f"unreadable: {name}: {reason}" for name, reason in bad.items()]
+        seen = look(images, console)
+        problems += [f"unreadable: {name}: {reason}" for name, reason in seen.bad.items()]
         tested = np.zeros(len(images), bool)
         for part in (part for task in splits.tests.values() for part in (task.query, task.gallery) if part):
             tested[part.places] = True
-        twins = _on_both_sides(names, seen.content, tested.tolist())
+        twins = _on_both_sides(images.names.tolist(), seen.content, tested.tolist())
         problems += [f"the same picture in train and test: {one} and {other}" for one, other in twins]
-        report |= {"unreadable": bad, "in_train_and_test": twins}
+        report |= {"unreadable": seen.bad, "in_train_and_test": twins}
     return report | {"problems": problems}
 
 

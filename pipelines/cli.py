@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C. Heavy 
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,31 +158,22 @@ def compare(
 
         uri = default_uri(Path.cwd())
         prepare(uri)
-        found = read_runs(uri, runs)
-        groups, warnings = c.grouped(found)
-        if not groups:
-            raise ValueError(f"{' '.join(runs)}: no finished runs of dml train among {len(found)}")
-        chosen = c.chosen_baseline(groups, baseline)
-        lines = c.compare(groups, chosen, metric or c.METRICS)
-        if not lines:
-            raise ValueError(f"--metric {' '.join(metric or c.METRICS)}: no run has it")
-        warnings += c.doubts(groups, chosen)
-        page = c.page(" ".join(runs), lines, chosen.label, warnings)
-        report = {"baseline": chosen.label, "warnings": warnings, "lines": [line._asdict() for line in lines]}
+        found = c.comparison(read_runs(uri, runs), " ".join(runs), baseline, metric or c.METRICS)
+        lines = [line._asdict() for line in found.lines]
+        report: dict[str, Any] = {"baseline": found.baseline, "warnings": found.warnings, "lines": lines}
         if html:
-            html.write_text(page)
+            html.write_text(found.page)
         if log:
-            experiment = next(iter(chosen.runs.values())).experiment
-            texts = {"comparison.html": page, "comparison.json": json.dumps(report, indent=1)}
-            report["run_id"] = keep_page(uri, experiment, "comparison", texts)
+            texts = {"comparison.html": found.page, "comparison.json": json.dumps(report, indent=1)}
+            report["run_id"] = keep_page(uri, found.experiment, "comparison", texts)
     output = messages if as_json else Console()
-    table = Table(title=f"baseline: {chosen.label}")
+    table = Table(title=f"baseline: {found.baseline}")
     for head in c.HEADS:
         table.add_column(head, overflow="fold")
-    for line in lines:
+    for line in found.lines:
         table.add_row(*c.cells(line))
     output.print(table)
-    for warning in warnings:
+    for warning in found.warnings:
         output.print(warning, style="yellow", highlight=False, markup=False)
     if as_json:
         print(json.dumps(report))
@@ -226,10 +216,8 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
         prepare(uri)
     messages.print(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C ends it)")
     command = ["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    # Without the five processes that wait for jobs of language models.
-    lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with _in_words():
-        code = subprocess.run([sys.executable, "-m", "mlflow", *command], env=lean).returncode
+        code = subprocess.run([sys.executable, "-m", "mlflow", *command]).returncode
         if code:
             _stop(1, f"failed: MLflow's server ended with {code}; is port {port} taken? --port chooses another")
 

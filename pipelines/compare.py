@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.config import FREE
 from pipelines.tracking import LoggedRun
 
 METRICS = ("test/recall_at_1", "test/map_at_r")
 RESAMPLES = 10_000
 ENOUGH = 5  # seeds, below which an interval says little
-SAME = {"seed", "name", "storage", "workers", "use_gpu", "max_failures", "model_name", "data.root", "data.loader"}
-SAME |= {"data.loader_processes", "data.download", "data.links"}  # what results do not depend on
 BUDGET = ("epochs", "steps_per_epoch", "batch.classes", "batch.images")
 Interval = tuple[float, float]
 
@@ -42,6 +41,30 @@ class Line(NamedTuple):
     p: float | None = None
 
 
+class Comparison(NamedTuple):
+    """experiment: the id of the baseline's, in MLflow.  page: HTML, see `page`."""
+
+    baseline: str
+    experiment: str
+    warnings: list[str]
+    lines: list[Line]
+    page: str
+
+
+def comparison(runs: Sequence[LoggedRun], title: str, baseline: str | None, metrics: Sequence[str]) -> Comparison:
+    """The whole of `dml compare`. ValueError where there is nothing to compare, or no such baseline."""
+    groups, warnings = grouped(runs)
+    if not groups:
+        raise ValueError(f"{title}: no finished runs of dml train among {len(runs)}")
+    chosen = chosen_baseline(groups, baseline)
+    lines = compare(groups, chosen, metrics)
+    if not lines:
+        raise ValueError(f"--metric {' '.join(metrics)}: no run has it")
+    warnings += doubts(groups, chosen)
+    experiment = next(iter(chosen.runs.values())).experiment
+    return Comparison(chosen.label, experiment, warnings, lines, page(title, lines, chosen.label, warnings))
+
+
 def grouped(runs: Sequence[LoggedRun]) -> tuple[list[Group], list[str]]:
     """Groups, in the order of their first runs, and warnings. Runs that did not finish are left out."""
     warnings = []
@@ -60,7 +83,7 @@ def grouped(runs: Sequence[LoggedRun]) -> tuple[list[Group], list[str]]:
 
 def _labels(params: dict[str, dict[str, str]]) -> dict[str, str]:
     """Of each config the settings that not all of them share."""
-    keys = sorted({key for flat in params.values() for key in flat} - SAME)
+    keys = sorted({key for flat in params.values() for key in flat} - {*FREE, "seed"})
     different = [key for key in keys if len({flat.get(key) for flat in params.values()}) > 1]
     labels = {}
     for group, flat in params.items():
@@ -174,10 +197,8 @@ def page(title: str, lines: Sequence[Line], baseline: str, warnings: Sequence[st
     import html
     import io
 
-    import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
     metrics = [*dict.fromkeys(line.metric for line in lines)]
     groups = [*dict.fromkeys(line.group for line in lines)]
     figure = Figure(figsize=(5 * len(metrics), 1 + 0.45 * len(groups)), layout="constrained")

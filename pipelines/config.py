@@ -12,6 +12,11 @@ from pydantic import Field, field_validator, model_validator
 from pipelines.sections import Backbone, Batch, Data, Iaa, Loss, Namr, Optimizer, Positive, Section, Sgar
 
 METHODS = ("iaa", "sgar", "namr")
+# What results do not depend on: it may differ when a run is continued, and sets no two runs apart.
+FREE = (
+    *("workers", "use_gpu", "name", "storage", "max_failures", "model_name"),
+    *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
+)
 
 
 class Config(Section):

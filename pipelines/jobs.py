@@ -17,16 +17,10 @@ from torchvision.transforms.functional import to_pil_image
 
 from dml_core.data.datasets import Splits
 from pipelines import build, check, checkpoint, launch, tracking
-from pipelines.config import Config, flatten
+from pipelines.config import FREE, Config, flatten
 from pipelines.evaluate import evaluate_loop
 from pipelines.recipe import parse, to_yaml
 from pipelines.train import train_loop
-
-# What may differ when a run is continued: results do not depend on it.
-FREE = (
-    *("workers", "use_gpu", "name", "storage", "max_failures", "model_name"),
-    *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
-)
 
 
 class Outcome(NamedTuple):

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FETCHED = ("cub", "cars", "sop", "omniglot")  # benchmarks that can be had without an account
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -71,8 +70,12 @@ class Data(Section):
             raise ValueError(f"table {needed} data.name={name}: data.table=FILE.csv or FILE.parquet goes with table")
         if self.root and "://" in self.root and name not in ("folder", "table"):
             raise ValueError(f"root={self.root}: {name} is read from a folder; URLs go with folder and table")
-        if self.download and name not in FETCHED:
-            raise ValueError(f"download cannot act on data.name={name}; it fetches {', '.join(FETCHED)}")
+        if self.download:
+            from dml_core.data.benchmarks import BENCHMARKS
+
+            fetched = [key for key, benchmark in BENCHMARKS.items() if benchmark.fetch]
+            if name not in fetched:
+                raise ValueError(f"download cannot act on data.name={name}; it fetches {', '.join(fetched)}")
         if self.links and name not in ("folder", "table"):
             raise ValueError(f"links cannot act on data.name={name}")
         if (self.test_fraction and name not in ("folder", "table")) or (self.test_classes and name != "folder"):

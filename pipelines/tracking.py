@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default waits for minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # five processes for language models, in `dml ui`
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 import mlflow
@@ -127,7 +128,7 @@ def find_checkpoint(uri: str, run: str) -> Path:
 
 
 class LoggedRun(NamedTuple):
-    """group: the same for runs that differ by seed alone. started: ms. metrics: the last values."""
+    """experiment: its id. group: the same for runs that differ by seed alone. started: ms. metrics: the last values."""
 
     run_id: str
     name: str
@@ -153,7 +154,7 @@ def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
             tags = run.data.tags
             if "group" in tags:
                 found[run.info.run_id] = LoggedRun(
-                    *(run.info.run_id, run.info.run_name, name if experiment else run.info.experiment_id),
+                    *(run.info.run_id, run.info.run_name, run.info.experiment_id),
                     *(tags["group"], tags.get("seed", "0"), run.info.status, run.info.start_time),
                     *(run.data.params, run.data.metrics),
                 )
@@ -170,9 +171,9 @@ def _all_runs(client: mlflow.MlflowClient, experiment: str) -> list[mlflow.entit
 
 
 def keep_page(uri: str, experiment: str, name: str, files: dict[str, str]) -> str:
-    """A run that holds texts as artifacts, a comparison for one. Returns its id."""
+    """A run, in the experiment of this id, that holds texts as artifacts. Returns its id."""
     client = _client(uri)
-    run = client.create_run(_experiment(client, uri, experiment), run_name=name, tags={"kind": "comparison"})
+    run = client.create_run(experiment, run_name=name, tags={"kind": "comparison"})
     for file, text in files.items():
         client.log_text(run.info.run_id, text, file)
     client.set_terminated(run.info.run_id, "FINISHED")

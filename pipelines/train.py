@@ -62,13 +62,13 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
         broadcast(tensor, 0)
     # One stream over all epochs: what decodes goes on while the loop validates.
     epochs = range(state.epoch, cfg.epochs)
-    ahead = itertools.chain.from_iterable(plan.slices(epoch, rank(), world) for epoch in epochs)
-    batches = source.batches(ahead, sources.processes)
+    ahead, now = itertools.tee(plan.slices(epoch, rank(), world) for epoch in epochs)
+    batches = source.batches(itertools.chain.from_iterable(ahead), sources.processes)
     parts = cfg.slices // world if cfg.slices % world == 0 else 1
     generator = torch.Generator(device)
     parameters = [p for p in learner.parameters() if p.requires_grad]
 
-    for epoch in epochs:
+    for epoch, rows in zip(epochs, now, strict=True):
         # Epoch hook: how each class varies now, over the whole training set (IAA).
         if learner.iaa is not None and learner.iaa.due(epoch):
             learner.eval()
@@ -77,7 +77,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             learner.train()
 
         started, waited, terms_of_steps, norms = time.perf_counter(), 0.0, [], []
-        for step, samples in enumerate(plan.slices(epoch, rank(), world).samples):
+        for step, samples in enumerate(rows.samples):
             asked = time.perf_counter()
             x, y = next(batches), labels[samples]
             waited += time.perf_counter() - asked

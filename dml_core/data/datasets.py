@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,26 +47,26 @@ class LabelledImages:
         BadPicture names a file that cannot be read.
         """
         if self.files is None:
-            place = index if self.places is None else self.places[index]
-            return torch.from_numpy(np.asarray(self.images[place])).expand(3, -1, -1).contiguous()
-        return decode(self.content(index), size, self.name(index))
+            return torch.from_numpy(np.asarray(self.image(index))).expand(3, -1, -1).contiguous()
+        return decode(self.content(index), size, self.image(index))
 
-    def name(self, index: int) -> str:
+    def image(self, index: int | slice) -> Any:
+        """What `images` holds of a sample, or of some: names, or pictures."""
         return self.images[index if self.places is None else self.places[index]]
 
     @property
     def names(self) -> np.ndarray:
         """(N,) strings."""
-        return self.images if self.places is None else self.images[self.places]
+        return self.image(slice(None))
 
     def content(self, index: int) -> bytes:
         """The file of one picture. BadPicture where there is none or a link leads out of the root."""
         assert self.files is not None
         try:
-            return self.files.read(self.name(index))
+            return self.files.read(self.image(index))
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             reason = error.strerror or str(error)
-            raise BadPicture([(self.name(index), reason)]) from None
+            raise BadPicture([(self.image(index), reason)]) from None
 
     def rows(self, keep: np.ndarray) -> "LabelledImages":
         """Some of the samples (a mask or indices), the classes as they are."""
@@ -96,8 +96,7 @@ class LabelledImages:
             h.update(self.names.tobytes())
         else:
             for start in range(0, len(self), CHUNK):
-                part = slice(start, start + CHUNK)
-                names = self.images[part if self.places is None else self.places[part]].tolist()
+                names = self.image(slice(start, start + CHUNK)).tolist()
                 h.update("\0".join(names).encode())
                 if stamps:
                     h.update("\0".join(map(self.files.stamp, names)).encode())
@@ -127,20 +126,21 @@ class Collection:
         if not bad.any():
             return self
         kept = self.images.rows(~bad)
-        number = np.full(len(self.images.class_names), -1)
         left = np.unique(kept.labels)
         if len(left) == 0:
             raise ValueError("no picture of the set can be read")
-        number[left] = np.arange(len(left))
 
-        def of(classes: np.ndarray | None) -> np.ndarray | None:
-            return None if classes is None else number[classes][number[classes] >= 0]
+        def of(classes: np.ndarray) -> np.ndarray:
+            return np.searchsorted(left, np.intersect1d(classes, left))
 
-        names = tuple(self.images.class_names[c] for c in left)
-        images = replace(kept.apart(), labels=number[kept.labels], class_names=names)
-        role = None if self.role is None else self.role[~bad]
-        lists = {name: number[classes][number[classes] >= 0] for name, classes in self.lists.items()}
-        return Collection(images, of(self.test), of(self.validation), role, lists, self.draws)
+        return replace(
+            self,
+            images=kept.of_classes(left).apart(),
+            test=None if self.test is None else of(self.test),
+            validation=None if self.validation is None else of(self.validation),
+            role=None if self.role is None else self.role[~bad],
+            lists={name: of(classes) for name, classes in self.lists.items()},
+        )
 
 
 class Retrieval(NamedTuple):

@@ -34,17 +34,13 @@ def below(root: str, links: bool = False) -> Files:
 
 def check_names(names: np.ndarray, source: str) -> None:
     """ValueError for names that climb out of the root or that begin at another one. names: (N,) strings."""
-    suspicious = np.strings.find(names, "..") >= 0
+    elsewhere = np.strings.find(names, "://") >= 0
     for start in ("/", "\\", "~"):
-        suspicious |= np.strings.startswith(names, start)
-    suspicious |= np.strings.find(names, "://") >= 0
-    outside = [n for n in names[suspicious].tolist() if ".." in PurePosixPath(n).parts or not _harmless_start(n)]
-    if outside:
-        raise ValueError(f"{source}: {len(outside)} paths lead out of the root, {outside[0]!r} first")
-
-
-def _harmless_start(name: str) -> bool:
-    return not name.startswith(("/", "\\", "~")) and "://" not in name
+        elsewhere |= np.strings.startswith(names, start)
+    for place in np.flatnonzero(np.strings.find(names, "..") >= 0):
+        elsewhere[place] |= ".." in PurePosixPath(names[place]).parts
+    if elsewhere.any():
+        raise ValueError(f"{source}: {elsewhere.sum()} paths lead out of the root, {names[elsewhere][0]!r} first")
 
 
 class LocalFiles:

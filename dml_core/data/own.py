@@ -74,8 +74,6 @@ def _remote_tree(remote: files.RemoteFiles) -> dict[str, list[str]]:
     system, root = remote.system()
     try:
         paths = sorted(system.find(root))
-    except NotImplementedError:
-        paths = []
     except Exception as error:  # each system has exceptions of its own
         raise ValueError(f"data.root={remote.root}: cannot be listed ({type(error).__name__}: {error})") from None
     tree: dict[str, list[str]] = {}

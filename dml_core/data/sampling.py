@@ -74,9 +74,6 @@ class Slices:
     def __init__(self, samples: np.ndarray, places: np.ndarray, seed: int):
         self.samples, self.places, self.seed = samples, places, seed
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __iter__(self) -> Iterator[Rows]:
         for samples, places in zip(self.samples, self.places, strict=True):
             yield list(zip(samples.tolist(), (self.seed + places).tolist(), strict=True))

@@ -135,6 +135,10 @@ def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.Mo
     assert (
         again.exit_code == 0 and "baseline: method=[]" in again.stdout
     )  # the comparison's own run is no run to compare
+    some = [run.info.run_id for run in client.search_runs([client.get_experiment_by_name("compared").experiment_id])]
+    by_id = CliRunner().invoke(app, ["compare", *some, "--json"])
+    kept_in = client.get_run(json.loads(by_id.stdout.splitlines()[-1])["run_id"]).info.experiment_id
+    assert kept_in == client.get_run(made).info.experiment_id
     wrong = [["nothing"], ["compared", "--baseline", "sgar"], ["compared", "--metric", "test/none"]]
     for arguments in wrong:
         bad = CliRunner().invoke(app, ["compare", *arguments])

@@ -49,7 +49,7 @@ def test_splits_share_no_class_and_lose_none(whole: Collection, seed: int) -> No
     assert parts[2] == set("adfhj")
     for part in (made.train, made.validation.query, test):
         for index in range(len(part)):  # labels still mean the folder that a picture lies in
-            assert part.name(index).split("/")[0] == part.class_names[part.labels[index]]
+            assert part.image(index).split("/")[0] == part.class_names[part.labels[index]]
 
 
 def test_a_share_is_drawn_by_seed(whole: Collection) -> None:
