@@ -17,7 +17,7 @@ train: setup
 	$(BIN)/dml train $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

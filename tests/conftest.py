@@ -13,8 +13,21 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parents[1]
+
+
+class OneRay(LoadScopeScheduling):
+    """Of the processes of `make test` one takes all tests of the one Ray, first, the others the rest by files."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "pipelines" if nodeid.startswith("tests/pipelines/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneRay:
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from dml_core.gather import agreed, gather, own_rows, tree_sum
+from dml_core.gather import agreed, gather, own_rows, rank, tree_sum
+from tests import ranks
 
 WORLD = 3
 
@@ -17,18 +16,17 @@ def parts_of(rank: int, count: int) -> list[torch.Tensor]:
     return [torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    everyone = gather(torch.arange(2) + 10 * rank)
-    found = {"sum": {count: tree_sum(parts_of(rank, count)) for count in (1, 3, 4)}}
-    torch.save(found | {"all": everyone, "own": own_rows(everyone), "agreed": agreed(rank)}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def run_rank(folder: Path) -> None:
+    everyone = gather(torch.arange(2) + 10 * rank())
+    found = {"sum": {count: tree_sum(parts_of(rank(), count)) for count in (1, 3, 4)}}
+    found |= {"all": everyone, "own": own_rows(everyone), "agreed": agreed(rank())}
+    torch.save(found, folder / f"{rank()}.pt")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("gather")
-    mp.spawn(run_rank, (str(folder),), nprocs=WORLD)
+    ranks.run(run_rank, WORLD, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -41,9 +39,9 @@ def test_three_processes_sum_all_parts_and_agree_to_the_bit(found: list[dict]) -
 
 
 def test_rows_come_in_rank_order_and_go_back(found: list[dict]) -> None:
-    for rank, of_rank in enumerate(found):
+    for number, of_rank in enumerate(found):
         assert of_rank["all"].tolist() == [0, 1, 10, 11, 20, 21]
-        assert of_rank["own"].tolist() == [10 * rank, 10 * rank + 1]
+        assert of_rank["own"].tolist() == [10 * number, 10 * number + 1]
         assert of_rank["agreed"] == 0
 
 

@@ -2,11 +2,10 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from dml_core import backbones, base_losses, heads
@@ -15,6 +14,7 @@ from dml_core.learner import Learner, Terms, Weights
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
+from tests import ranks
 
 LOSSES = ("triplet", "contrastive", "multi_similarity", "margin", "proxy_anchor", "proxy_nca", "ArcFaceLoss")
 METHODS = ((), ("iaa",), ("sgar",), ("namr",), ("iaa", "sgar", "namr"))
@@ -120,11 +120,8 @@ def everything() -> dict[object, object]:
     return found | {"trained": trained()}
 
 
-def run_rank(number: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=number, world_size=world)
-    torch.save(everything(), f"{folder}/gradients{world}_{number}.pt")
-    dist.destroy_process_group()
+def run_rank(folder: Path) -> None:
+    torch.save(everything(), folder / f"{world_size()}_{rank()}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +133,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     found = {1: [everything()]}
     torch.set_num_threads(threads)
     for world in (2, 4):
-        mp.spawn(run_rank, (world, str(folder)), nprocs=world)
-        paths = [folder / f"gradients{world}_{number}.pt" for number in range(world)]
+        ranks.run(run_rank, world, folder)
+        paths = [folder / f"{world}_{number}.pt" for number in range(world)]
         found[world] = [torch.load(path, weights_only=False) for path in paths]
     return found
 

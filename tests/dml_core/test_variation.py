@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from dml_core import variation
+from dml_core.gather import rank
 from dml_core.variation import ClassVariation, neighbor_correction, neighbor_weight
+from tests import ranks
 
 SHARED = Path(os.environ.get("DML_SHARED", Path(__file__).parents[3] / "shared"))
 CLASSES, DIM = 6, 5
@@ -102,27 +102,24 @@ def test_low_precision_embeddings():
     assert torch.equal(low.variance, same.variance) and low.variance.dtype == torch.float32
 
 
-def run_rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+def run_rank(folder: Path) -> None:
     ours = ClassVariation(CLASSES, DIM).double()
     for seed in (0, 1):
         z, labels = a_set(seed)
-        mine = [[slice(20), slice(20, None)], [slice(None), slice(0)]][seed][rank]
+        mine = [[slice(20), slice(20, None)], [slice(None), slice(0)]][seed][rank()]
         ours.update(z[mine].double(), labels[mine])
-    torch.save(ours.state_dict(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(ours.state_dict(), folder / f"{rank()}.pt")
 
 
 def test_shards_give_the_whole(tmp_path):
     """Two ranks with shards of unequal size, one of them empty the second time."""
-    mp.spawn(run_rank, (2, str(tmp_path)), nprocs=2)
+    ranks.run(run_rank, 2, tmp_path)
     alone = ClassVariation(CLASSES, DIM).double()
     for seed in (0, 1):
         z, labels = a_set(seed)
         alone.update(z.double(), labels)
-    for rank in range(2):
-        for key, value in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+    for number in range(2):
+        for key, value in torch.load(tmp_path / f"{number}.pt", weights_only=True).items():
             torch.testing.assert_close(value, alone.state_dict()[key], rtol=1e-12, atol=1e-12)
 
 

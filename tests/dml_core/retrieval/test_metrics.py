@@ -13,6 +13,7 @@ from dml_core import gather
 from dml_core.retrieval import neighbors
 from dml_core.retrieval.metrics import CMC_RANKS, clustering_metrics, retrieval_metrics, sharded_retrieval_metrics
 from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, owned_rows
+from tests import ranks
 
 NAMES = {"precision_at_1": "recall_at_1", "mean_average_precision_at_r": "map_at_r", "r_precision": "r_precision"}
 
@@ -292,34 +293,28 @@ def cases() -> dict[str, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | No
     }
 
 
-def evaluate_in_groups(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    for world in (4, 2, 1):
-        if rank >= world:
-            return
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world
-        )
-        results = {}
-        for name, (query, other) in cases().items():
-            shards = [z[owned_rows(len(z), gather.rank(), world)] for z, _ in (query, *([other] if other else []))]
-            gallery, targets = (shards[1], other[1]) if other else (None, None)
-            results[name] = sharded_retrieval_metrics(shards[0], query[1], gallery, targets, extra=("map", "cmc"))
-            s = structures(query[0])[owned_rows(len(query[0]), gather.rank(), world)]
-            for rerank in (None, 20):
-                results[f"{name}, rerank={rerank}"] = sharded_retrieval_metrics(
-                    shards[0], query[1], gallery, targets, structure_shard=s, rerank=rerank
-                )
-            if not other:
-                mask = torch.arange(len(query[0])) % 5 == 0
-                results[f"{name}, in_gallery"] = sharded_retrieval_metrics(shards[0], query[1], in_gallery=mask)
-        results["alone"] = retrieval_metrics(*cases()["three blocks"][0], extra=("map", "cmc"))
-        Path(folder, f"{world}-{rank}.json").write_text(json.dumps(results))
-        torch.distributed.destroy_process_group()
+def evaluate_in_group(folder: Path) -> None:
+    rank, world = gather.rank(), gather.world_size()
+    results = {}
+    for name, (query, other) in cases().items():
+        shards = [z[owned_rows(len(z), rank, world)] for z, _ in (query, *([other] if other else []))]
+        gallery, targets = (shards[1], other[1]) if other else (None, None)
+        results[name] = sharded_retrieval_metrics(shards[0], query[1], gallery, targets, extra=("map", "cmc"))
+        s = structures(query[0])[owned_rows(len(query[0]), rank, world)]
+        for rerank in (None, 20):
+            results[f"{name}, rerank={rerank}"] = sharded_retrieval_metrics(
+                shards[0], query[1], gallery, targets, structure_shard=s, rerank=rerank
+            )
+        if not other:
+            mask = torch.arange(len(query[0])) % 5 == 0
+            results[f"{name}, in_gallery"] = sharded_retrieval_metrics(shards[0], query[1], in_gallery=mask)
+    results["alone"] = retrieval_metrics(*cases()["three blocks"][0], extra=("map", "cmc"))
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
 
 
 def test_any_number_of_processes_gives_the_same_bits(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(evaluate_in_groups, (str(tmp_path),), nprocs=4)
+    for world in (4, 2, 1):
+        ranks.run(evaluate_in_group, world, tmp_path)
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert len(results) == 4 + 2 + 1
     for found in results.values():
