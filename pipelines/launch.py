@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -68,8 +69,10 @@ def start_local(cpus: int) -> None:
     """A Ray of this process's own."""
     # Ray Train's PlacementGroupCleaner asks the newest Ray on the machine whether the controller lives, takes another
     # Ray's "unknown" for its death, and ends the training. An address where nothing answers makes it wait instead.
-    key, before = "RAY_API_SERVER_ADDRESS", os.environ.get("RAY_API_SERVER_ADDRESS")
-    os.environ[key] = "http://127.0.0.1:9"  # the processes that init starts inherit it
+    inherited = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}  # by the processes that init starts
+    inherited["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes a local node away
+    before = {key: os.environ.get(key) for key in inherited}
+    os.environ.update(inherited)
     try:
         ray.init(
             address="local",
@@ -79,9 +82,10 @@ def start_local(cpus: int) -> None:
             logging_level=logging.ERROR,
         )
     finally:
-        del os.environ[key]
-        if before is not None:
-            os.environ[key] = before
+        for key, value in before.items():
+            os.environ.pop(key)
+            if value is not None:
+                os.environ[key] = value
 
 
 def resolve_devices(config: Config, here: bool = False) -> Config:
@@ -155,22 +159,39 @@ def run(
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-    outcome: list[Any] = []
-
-    def fit() -> None:
-        try:
-            outcome.append(trainer.fit().return_value)  # type: ignore[attr-defined]
-        except BaseException as error:  # handed to the main thread, which knows what to say
-            outcome.append(error)
-
-    # In a thread of its own Ray Train leaves Ctrl-C to us.
-    thread = threading.Thread(target=fit, daemon=True)
     with Bar(board, console):
+        try:
+            return apart(trainer.fit).return_value
+        except Exception as error:
+            raise RunFailed(_reason(error)) from error
+
+
+def apart(function: Callable[[], Any]) -> Any:
+    """function() in a thread of its own, where Ray leaves Ctrl-C to us: it raises KeyboardInterrupt here, and is not
+    lost in a library's callback."""
+    outcome: list[Any] = []
+    asked = threading.Event()
+
+    def call() -> None:
+        try:
+            outcome.extend((function(), None))
+        except BaseException as error:  # handed to the caller's thread, which knows what to say
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: asked.set()) if main else None
+    try:
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
-    if isinstance(outcome[0], BaseException):
-        raise RunFailed(_reason(outcome[0])) from outcome[0]
+            if asked.is_set():
+                raise KeyboardInterrupt
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if outcome[1] is not None:
+        raise outcome[1]
     return outcome[0]
 
 

@@ -28,6 +28,7 @@ class Command:
         ours = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")
         environment = {key: value for key, value in os.environ.items() if key not in ours}
         self.log, self.run_folder = folder / "log", folder / "runs" / "touched"
+        self.before = {*self.run_folder.glob("epoch_*/manifest.json")}
         with open(self.log, "ab") as log:
             command = [sys.executable, "-m", "pipelines.cli", "train", *EXACT, *TOUCHED]
             self.process = subprocess.Popen(
@@ -37,10 +38,10 @@ class Command:
     def wait(self) -> int:
         return self.process.wait(240)
 
-    def wait_for_checkpoint(self, epoch: int) -> None:
-        manifest = self.run_folder / f"epoch_{epoch:05d}" / "manifest.json"
+    def wait_for_checkpoint(self) -> None:
+        """One that was not there when the command began."""
         deadline = time.monotonic() + 200
-        while not manifest.exists():
+        while not {*self.run_folder.glob("epoch_*/manifest.json")} - self.before:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-2000:]
             time.sleep(0.05)
 
@@ -72,7 +73,7 @@ def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     killed = Command(tmp_path)
-    killed.wait_for_checkpoint(1)
+    killed.wait_for_checkpoint()
     everyone = killed.descendants()
     os.killpg(killed.process.pid, signal.SIGKILL)
     for process in everyone:
@@ -82,7 +83,7 @@ def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
     assert not (killed.run_folder / "epoch_00006").exists()
 
     stopped = Command(tmp_path)
-    stopped.wait_for_checkpoint(2)
+    stopped.wait_for_checkpoint()
     everyone = stopped.descendants()
     os.kill(stopped.process.pid, signal.SIGINT)
     assert stopped.wait() == 130
