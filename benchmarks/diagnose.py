@@ -37,7 +37,7 @@ def trained(arguments: list[str], folder: str, methods: list[str]) -> tuple[Conf
     learner = build.learner(config, len(splits.train.class_names))
     best = Path(checkpoint.run_folder(config)[1]) / checkpoint.folder_name(int(metrics["best_epoch"]))
     checkpoint.load_weights(best, learner)
-    sources = evaluate.Sources(config, learner, torch.device("cpu"), 1, True, Reporter(None))
+    sources = evaluate.Sources(config, learner, torch.device("cpu"), 1, Reporter(None))
     features = next(iter(sources.of(splits.train).batches([[(i, None) for i in range(len(splits.train))]])))
     return config, learner, features, torch.from_numpy(splits.train.labels)
 

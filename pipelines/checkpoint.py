@@ -88,12 +88,13 @@ def keep(files: pyarrow.fs.FileSystem, run: str, folder: Path, state: State) -> 
     except OSError:
         files.delete_dir(path)  # a full disk: nothing half-written
         raise
-    names = _names(files, run)
-    for name in {*names[:-2]} - {folder_name(state.best_epoch)}:
+    kept = names(files, run)
+    for name in {*kept[:-2]} - {folder_name(state.best_epoch)}:
         files.delete_dir(f"{run}/{name}")
 
 
-def _names(files: pyarrow.fs.FileSystem, run: str) -> list[str]:
+def names(files: pyarrow.fs.FileSystem, run: str) -> list[str]:
+    """Of the checkpoints below a run's folder, oldest first, whole or torn."""
     selector = pyarrow.fs.FileSelector(run, allow_not_found=True)
     return sorted(f.base_name for f in files.get_file_info(selector) if f.base_name.startswith("epoch_"))
 
@@ -119,6 +120,10 @@ def read_metrics(folder: Path) -> dict[str, float]:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "history.json").read_text())
+
+
 def load_weights(folder: Path, learner: nn.Module) -> None:
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
 
@@ -135,12 +140,12 @@ def load(
     optimizer.load_state_dict(states["optimizer"])
     schedule.load_state_dict(states["schedule"])
     state = State(**json.loads((folder / "state.json").read_text()))
-    return Loaded(state, json.loads((folder / "history.json").read_text()), read_metrics(folder))
+    return Loaded(state, read_history(folder), read_metrics(folder))
 
 
 def newest(files: pyarrow.fs.FileSystem, run: str) -> str | None:
     """The name of the newest whole checkpoint below a run's folder, here or in a bucket; torn ones are passed over."""
-    for name in reversed(_names(files, run)):
+    for name in reversed(names(files, run)):
         with fetched(files, f"{run}/{name}") as folder:
             if whole(folder):
                 return name

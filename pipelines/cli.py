@@ -137,6 +137,80 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    arguments: Assignments = None,
+    space: Annotated[str | None, typer.Option(help="base, iaa, sgar, namr, all, joined by +; or FILE.py")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Points to try; of a grid, points on each range.")] = 32,
+    concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at a time. Default: as many as fit.")] = None,
+    search: Annotated[str, typer.Option(help="optuna (TPE), random or grid")] = "optuna",
+    schedule: Annotated[str, typer.Option(help="asha: what falls behind is ended early; none")] = "asha",
+    folds: Annotated[int, typer.Option(min=1, help="Train each point with so many choices of validation classes.")] = 1,
+    final_seeds: Annotated[int, typer.Option(min=1, help="Tested runs of the winner, and of the defaults.")] = 5,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with a sweep that was interrupted.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search settings on validation classes; then test the winner and the defaults once, over the same seeds.
+
+    Example: dml tune grocery --space namr --samples 32 data.root=GroceryStoreDataset name=sweep
+    """
+    with _in_words():
+        from pipelines import tune as t
+
+        if resume:
+            storage = [a.removeprefix("storage=") for a in arguments or []]
+            if space or len(storage) > 1 or (arguments and not arguments[0].startswith("storage=")):
+                raise ValueError(f"--resume {resume} takes all else from the sweep; only storage=FOLDER may go with it")
+            hint = f"dml tune --resume {resume} goes on"
+        else:
+            if space is None:
+                raise ValueError("--space NAME is needed: base, iaa, sgar, namr, all, joined by +; or FILE.py")
+            # Trials beside each other, not workers: results do not depend on it, and nothing is sent between them.
+            given = [a for a in arguments or [] if a.startswith("workers=")]
+            config = _config([*(arguments or []), *([] if given else ["workers=1"])])
+            options = t.Options(space, samples, concurrent, search, schedule, folds, final_seeds)
+            hint = "dml tune --resume NAME goes on, NAME being the sweep's"
+    with _in_words(hint):
+        outcome = t.resume(resume, (storage or ["runs"])[0], messages) if resume else t.begin(config, options, messages)
+    output = messages if as_json else Console()
+    ranked = sorted(outcome.trials, key=lambda trial: -(trial["score"] or 0.0))
+    table = Table(title=f"{outcome.sweep}: val/map_at_r of {len(ranked)} trials")
+    for head in ("trial", "score", "epochs", "", "settings"):
+        table.add_column(head, overflow="fold")
+    for trial in ranked[:10]:
+        settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial["point"].items())
+        score = "" if trial["score"] is None else f"{trial['score']:.4f}"
+        table.add_row(trial["name"], score, str(trial["epochs"]), trial["ended"], settings)
+    output.print(table)
+    for trial in (trial for trial in ranked if trial["ended"] == "failed"):
+        output.print(f"{trial['name']} failed: {trial['reason']}", style="yellow", highlight=False, markup=False)
+    _print_comparison(output, "default settings", outcome.tested, outcome.warnings)
+    output.print(
+        f"sweep {outcome.run_id}, {outcome.seconds:.0f} s\n"
+        f"winner {outcome.recipe}\n"
+        f"model {outcome.model}, alias champion\n\n"
+        f"next:  dml ui                       trials and plots in MLflow\n"
+        f"       dml train {outcome.recipe} seed=1",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if as_json:
+        print(json.dumps(outcome._asdict()))
+
+
+def _print_comparison(output: Console, baseline: str, lines: list[dict[str, Any]], warnings: list[str]) -> None:
+    from pipelines import compare as c
+
+    table = Table(title=f"baseline: {baseline}")
+    for head in c.HEADS:
+        table.add_column(head, overflow="fold")
+    for line in lines:
+        table.add_row(*c.cells(c.Line(**line)))
+    output.print(table)
+    for warning in warnings:
+        output.print(warning, style="yellow", highlight=False, markup=False)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="MLflow run ids and experiments", metavar="RUN|EXPERIMENT...")],
     baseline: Annotated[
@@ -167,14 +241,7 @@ def compare(
             texts = {"comparison.html": found.page, "comparison.json": json.dumps(report, indent=1)}
             report["run_id"] = keep_page(uri, found.experiment, "comparison", texts)
     output = messages if as_json else Console()
-    table = Table(title=f"baseline: {found.baseline}")
-    for head in c.HEADS:
-        table.add_column(head, overflow="fold")
-    for line in found.lines:
-        table.add_row(*c.cells(line))
-    output.print(table)
-    for warning in found.warnings:
-        output.print(warning, style="yellow", highlight=False, markup=False)
+    _print_comparison(output, found.baseline, lines, found.warnings)
     if as_json:
         print(json.dumps(report))
 

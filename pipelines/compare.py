@@ -1,7 +1,7 @@
 """Whether a gain is real: runs grouped by config, seeds paired, intervals and p-values instead of one number each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,9 +51,18 @@ class Comparison(NamedTuple):
     page: str
 
 
-def comparison(runs: Sequence[LoggedRun], title: str, baseline: str | None, metrics: Sequence[str]) -> Comparison:
-    """The whole of `dml compare`. ValueError where there is nothing to compare, or no such baseline."""
-    groups, warnings = grouped(runs)
+def comparison(
+    runs: Sequence[LoggedRun],
+    title: str,
+    baseline: str | None,
+    metrics: Sequence[str],
+    labels: Mapping[str, str] | None = None,
+) -> Comparison:
+    """The whole of `dml compare`. ValueError where there is nothing to compare, or no such baseline.
+
+    labels: of groups, by their keys. None: what sets each apart.
+    """
+    groups, warnings = grouped(runs, labels)
     if not groups:
         raise ValueError(f"{title}: no finished runs of dml train among {len(runs)}")
     chosen = chosen_baseline(groups, baseline)
@@ -65,7 +74,7 @@ def comparison(runs: Sequence[LoggedRun], title: str, baseline: str | None, metr
     return Comparison(chosen.label, experiment, warnings, lines, page(title, lines, chosen.label, warnings))
 
 
-def grouped(runs: Sequence[LoggedRun]) -> tuple[list[Group], list[str]]:
+def grouped(runs: Sequence[LoggedRun], labels: Mapping[str, str] | None = None) -> tuple[list[Group], list[str]]:
     """Groups, in the order of their first runs, and warnings. Runs that did not finish are left out."""
     warnings = []
     if unfinished := [run.name for run in runs if run.status != "FINISHED"]:
@@ -77,7 +86,7 @@ def grouped(runs: Sequence[LoggedRun]) -> tuple[list[Group], list[str]]:
             warnings.append(f"seed {run.seed} comes twice in one config; {run.name} counts, {seeds[run.seed].name} not")
         seeds[run.seed] = run
     params = {key: next(iter(seeds.values())).params for key, seeds in found.items()}
-    labels = _labels(params)
+    labels = labels or _labels(params)
     return [Group(labels[key], key, params[key], seeds) for key, seeds in found.items()], warnings
 
 
@@ -87,9 +96,17 @@ def _labels(params: dict[str, dict[str, str]]) -> dict[str, str]:
     different = [key for key in keys if len({flat.get(key) for flat in params.values()}) > 1]
     labels = {}
     for group, flat in params.items():
-        own = [f"{key}={flat[key]}" for key in different if key in flat]
+        own = [f"{key}={_brief(flat[key])}" for key in different if key in flat]
         labels[group] = " ".join(own) or ("the rest as in all" if different else "all runs")
     return labels
+
+
+def _brief(value: str) -> str:
+    """A number in four digits; anything else as it is."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def compare(groups: Sequence[Group], baseline: Group, metrics: Sequence[str] = METRICS) -> list[Line]:

@@ -1,14 +1,15 @@
 """Retrieval metrics of a learner on a retrieval task, sharded over the workers."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dml_core.data.datasets import LabelledImages, Retrieval, Splits
@@ -31,10 +32,10 @@ Outputs = Callable[[Tensor], dict[str, Tensor]]
 class Sources:
     """Where batches of a set come from: decoded pictures or, with a frozen backbone, its cached features."""
 
-    def __init__(
-        self, config: Config, learner: Learner, device: torch.device, cpus: float, writes: bool, progress: Reporter
-    ):
-        self.config, self.learner, self.device, self.writes, self.progress = config, learner, device, writes, progress
+    def __init__(self, config: Config, learner: Learner, device: torch.device, cpus: float, progress: Reporter):
+        self.config, self.learner, self.device, self.progress = config, learner, device, progress
+        # Who writes to its node's disk. Ray Train itself would say so to its own workers, not in a trial of Ray Tune.
+        self.writes = int(os.environ.get("LOCAL_RANK", 0)) == 0
         spare = max(0, int(cpus) - 1) if config.data.name != "glyphs" else 0
         asked = config.data.loader_processes
         self.processes = min(8, spare) if asked is None else asked
@@ -71,7 +72,9 @@ class Sources:
 
 def device(config: Config) -> torch.device:
     """Of this worker."""
-    return ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
+    if not config.use_gpu:
+        return torch.device("cpu")
+    return ray.train.torch.get_device() if dist.is_initialized() else torch.device("cuda")
 
 
 def learned(learner: Learner, task: Retrieval, sources: Sources, stage: str, prefix: str) -> dict[str, float]:
@@ -171,11 +174,10 @@ def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
     job: config (a dict), checkpoint (a folder that every worker sees), unreadable (pictures to leave out), cpus, board.
     """
     config, folder = parse(job["config"]), Path(job["checkpoint"])
-    context = ray.train.get_context()
     torch.set_num_threads(1)
     learner = build.learner(config, len(checkpoint.read_class_names(folder)), read_weights=False)
     checkpoint.load_weights(folder, learner)
     learner.to(device(config), torch.float64 if config.precision == "float64" else torch.float32).eval()
     progress = Reporter(job["board"] if rank() == 0 else None)
-    sources = Sources(config, learner, device(config), job["cpus"], context.get_local_rank() == 0, progress)
+    sources = Sources(config, learner, device(config), job["cpus"], progress)
     return tested(learner, build.splits(config, job["unreadable"]), sources)

@@ -6,12 +6,14 @@ import io
 import json
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.fs
+import ray.train
 from rich.console import Console
 from torchvision.transforms.functional import to_pil_image
 
@@ -19,7 +21,7 @@ from dml_core.data.datasets import Splits
 from pipelines import build, check, checkpoint, launch, tracking
 from pipelines.config import FREE, Config, flatten
 from pipelines.evaluate import evaluate_loop
-from pipelines.recipe import parse, to_yaml
+from pipelines.recipe import replaced, to_yaml
 from pipelines.train import train_loop
 
 
@@ -36,21 +38,38 @@ class Outcome(NamedTuple):
     model: str | None
 
 
-def train(config: Config, console: Console, here: bool = False) -> Outcome:
+class Part(NamedTuple):
+    """Of a run that is part of a sweep.
+
+    uri, parent: of MLflow, the sweep's run.  tags: of the run.  test: whether it is tested and its model registered.
+    report: called with the metrics of each epoch that is validated, when the run is in this process.  callbacks: of Ray
+    Train, when it is on workers.
+    """
+
+    uri: str
+    parent: str
+    tags: dict[str, str]
+    test: bool
+    report: Callable[[dict[str, Any]], object] = dict
+    callbacks: Sequence[ray.train.UserCallback] = ()
+
+
+def train(config: Config, console: Console, here: bool = False, part: Part | None = None) -> Outcome:
     """Train, test and log; or continue, or repeat the outcome of, the run of the same name.
 
     here: in this process, as the only worker, instead of on a cluster.
-    ValueError: bad input, before any worker starts. launch.RunFailed: on the way. KeyboardInterrupt: stopped.
+    ValueError: bad input, before any worker starts. launch.RunFailed: on the way. KeyboardInterrupt: stopped; so does
+    SystemExit, with which Ray Tune ends a trial.
     """
     started = time.monotonic()
-    config = _absolute(config)
+    config, test = absolute(config), part is None or part.test
     folder = RunFolder(config)
     earlier = folder.read("run.json")
     unreadable = earlier.get("unreadable", []) if earlier else check.unreadable(config.data, console)
     with console.status("reading the data"):
         splits = build.splits(config, unreadable)
         _check_model(config, len(splits.train.class_names))
-    uri = tracking.default_uri(Path.cwd())
+    uri = part.uri if part else tracking.default_uri(Path.cwd())
     tracking.prepare(uri)
     with contextlib.nullcontext() if here else launch.cluster(config, folder.logs):
         config = launch.resolve_devices(config, here)
@@ -63,19 +82,20 @@ def train(config: Config, console: Console, here: bool = False) -> Outcome:
             tracking.resume_run(uri, earlier["run_id"], {"workers": str(config.workers)})
         else:
             console.print(f"{folder.path}  (if interrupted, name={config.name} continues it)", highlight=False)
-        run_id = earlier["run_id"] if earlier else _start_run(uri, config, splits, unreadable)
+        run_id = earlier["run_id"] if earlier else _start_run(uri, config, splits, unreadable, part)
         begun = {"run_id": run_id, "config": config.model_dump(exclude_none=True), "unreadable": unreadable}
         folder.write("run.json", begun)
         assert config.name
-        job = {"run_id": run_id, "tracking_uri": uri, "unreadable": unreadable, "test": True}
+        job = {"run_id": run_id, "tracking_uri": uri, "unreadable": unreadable, "test": test}
         status = "FAILED"
         try:
             if here:
-                metrics = launch.run_here(train_loop, config, job)
+                metrics = launch.run_here(train_loop, config, job, part.report if part else dict)
             else:
-                metrics = launch.run(train_loop, config, job, config.storage, config.name, console)
+                callbacks = part.callbacks if part else ()
+                metrics = launch.run(train_loop, config, job, config.storage, config.name, console, callbacks)
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
         finally:
@@ -84,8 +104,9 @@ def train(config: Config, console: Console, here: bool = False) -> Outcome:
     best = f"{folder.path}/{checkpoint.folder_name(int(metrics['best_epoch']))}"
     model = None
     try:
-        with console.status("registering the model"):
-            model = _log_model(uri, run_id, config, folder, best, splits)
+        if test:
+            with console.status("registering the model"):
+                model = _log_model(uri, run_id, config, folder, best, splits)
     except Exception as error:
         unsent += 1
         console.print(f"the model is not registered: {str(error).splitlines()[0]}", style="yellow")
@@ -117,11 +138,7 @@ def evaluate(run: str, assignments: dict[str, Any], console: Console) -> dict[st
         found = tracking.find_checkpoint(uri, run)
     if not checkpoint.whole(found):
         raise ValueError(f"{run}: not a whole checkpoint folder (its manifest does not fit)")
-    tree = checkpoint.read_config(found).model_dump(exclude_none=True)
-    for key, value in flatten(assignments).items():
-        section, _, last = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[last] = value
-    config = _absolute(parse(tree))
+    config = absolute(replaced(checkpoint.read_config(found), flatten(assignments)))
     unreadable = check.unreadable(config.data, console)
     with console.status("reading the data"):
         build.splits(config, unreadable)
@@ -150,14 +167,21 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
+    def forget(self) -> None:
+        """The checkpoints; what came of the run is kept."""
+        for name in checkpoint.names(self.filesystem, self.path):
+            self.filesystem.delete_dir(f"{self.path}/{name}")
+
+    def write(self, name: str, content: dict[str, Any] | str) -> None:
+        """A text, or JSON."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1)
         self.filesystem.create_dir(self.path, recursive=True)
         with self.filesystem.open_output_stream(f"{self.path}/{name}.partial") as file:
-            file.write(json.dumps(content, indent=1).encode())
+            file.write(text.encode())
         self.filesystem.move(f"{self.path}/{name}.partial", f"{self.path}/{name}")
 
 
-def _absolute(config: Config) -> Config:
+def absolute(config: Config) -> Config:
     """A name for the run, and paths that mean the same in a worker's working folder."""
     name = config.name
     if name is None:
@@ -190,24 +214,44 @@ def _require_same(config: Config, earlier: dict[str, Any], path: str) -> None:
         raise ValueError(f"name={config.name} was begun with another config in {path}: {changes}; choose another name")
 
 
-def _start_run(uri: str, config: Config, splits: Splits, unreadable: list[str]) -> str:
+def settle(uri: str, parent: str, storage: str) -> None:
+    """Runs of a sweep that were ended in the middle: MLflow gets what they reached, and they are running no longer."""
+    for run in tracking.running(uri, parent):
+        files, root = pyarrow.fs.FileSystem.from_uri(storage)
+        folder = f"{root}/{run.name}"
+        if (newest := checkpoint.newest(files, folder)) is not None:
+            with checkpoint.fetched(files, f"{folder}/{newest}") as local:
+                tracking.Tracker(uri, run.run_id, checkpoint.read_history(local)).close()
+        tracking.end_run(uri, run.run_id, "KILLED")
+
+
+def start_run(uri: str, config: Config, params: dict[str, Any], tags: dict[str, str], splits: Splits) -> str:
+    """A run of MLflow's for a config, its data set and tags included. Returns its id."""
     assert config.name
-    flat = config.flat()
-    group = {k: v for k, v in flat.items() if k not in (*FREE, "seed")}
     tags = {
         "method": "+".join(config.method) or "none",
         "base_loss": config.loss.name,
         "backbone": config.backbone.name,
         "data": config.data.name,
         "seed": str(config.seed),
-        "workers": str(config.workers),
         "git_commit": _git_commit(),
-        "group": hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12],
+        **tags,
     }
     source = config.data.table or config.data.root or "embedded"
     whole = splits.train.whole or splits.train
-    run_id = tracking.start_run(uri, config.data.name, config.name, flat, tags, whole.digest(), source)
+    run_id = tracking.start_run(uri, config.data.name, config.name, params, tags, whole.digest(), source)
     tracking.log_text(uri, run_id, to_yaml(config), "config.yaml")
+    return run_id
+
+
+def _start_run(uri: str, config: Config, splits: Splits, unreadable: list[str], part: Part | None) -> str:
+    flat, tags = config.flat(), {"workers": str(config.workers)}
+    if part:
+        tags |= part.tags | {"mlflow.parentRunId": part.parent}
+    if part is None or part.test:  # a trial has nothing that `dml compare` could compare
+        group = {k: v for k, v in flat.items() if k not in (*FREE, "seed")}
+        tags["group"] = hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    run_id = start_run(uri, config, flat, tags, splits)
     if unreadable:
         tracking.log_text(uri, run_id, "\n".join(unreadable), "left_out.txt")
     return run_id

@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ class RunFailed(Exception):
 
 
 @contextlib.contextmanager
-def cluster(config: Config, logs: Path | None) -> Iterator[None]:
+def cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bool = False) -> Iterator[None]:
     """The Ray of RAY_ADDRESS or of this process, or a local one for the time of the block.
 
-    logs: where the full logs of a local Ray go. A Ray that was there before is left running.
+    logs: where the full logs of a local Ray go.  cpus, dashboard: what it has at least.  A Ray that was there before is
+    left running.
     """
     if ray.is_initialized():
         yield
@@ -49,10 +50,10 @@ def cluster(config: Config, logs: Path | None) -> Iterator[None]:
         else:
             # At least one CPU a worker in Ray's books, so that any number of workers fits on any machine; and as many
             # as there are for Ray Data, which would wait for those of the workers for ever.
-            cpus = max(os.cpu_count() or 1, config.worker_range[1])
+            cpus = max(os.cpu_count() or 1, config.worker_range[1], cpus)
             if config.data.loader == "ray":
                 cpus += os.cpu_count() or 1
-            start_local(cpus)
+            start_local(cpus, dashboard)
     except ConnectionError as error:
         raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
     session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[attr-defined]
@@ -65,19 +66,20 @@ def cluster(config: Config, logs: Path | None) -> Iterator[None]:
                 shutil.copytree(session / "logs", logs, dirs_exist_ok=True, ignore=_unreadable)
 
 
-def start_local(cpus: int) -> None:
+def start_local(cpus: int, dashboard: bool = False) -> None:
     """A Ray of this process's own."""
     # Ray Train's PlacementGroupCleaner asks the newest Ray on the machine whether the controller lives, takes another
     # Ray's "unknown" for its death, and ends the training. An address where nothing answers makes it wait instead.
-    inherited = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}  # by the processes that init starts
-    inherited["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes a local node away
+    inherited = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes a local node away
+    if not dashboard:
+        inherited["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
     before = {key: os.environ.get(key) for key in inherited}
-    os.environ.update(inherited)
+    os.environ.update(inherited)  # for the processes that init starts
     try:
         ray.init(
             address="local",
             num_cpus=cpus,
-            include_dashboard=False,
+            include_dashboard=dashboard,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -112,10 +114,18 @@ def _has_only_cpus(resources: dict[str, float]) -> bool:
     return "CPU" in resources and "GPU" not in resources
 
 
-def run_here(loop: Callable[[dict[str, Any]], Any], config: Config, job: dict[str, Any]) -> dict[str, float]:
-    """Run a loop in this process, as Ray Train's only worker: without the seconds that processes take to start."""
+def run_here(
+    loop: Callable[[dict[str, Any]], Any],
+    config: Config,
+    job: dict[str, Any],
+    report: Callable[[dict[str, Any]], object] = dict,
+) -> dict[str, float]:
+    """Run a loop in this process, as Ray Train's only worker: without the seconds that processes take to start.
+
+    report: called with what the loop reports, in Ray Train's place; by default nobody looks.
+    """
     threads = torch.get_num_threads()
-    settings = {"config": config.model_dump(exclude_none=True), "cpus": threads, "board": None}
+    settings = {"config": config.model_dump(exclude_none=True), "cpus": threads, "board": None, "report": report}
     trainer = TorchTrainer(
         loop, train_loop_config=job | settings, scaling_config=ray.train.ScalingConfig(num_workers=0)
     )
@@ -135,6 +145,7 @@ def run(
     storage: str,
     name: str,
     console: Console,
+    callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> dict[str, float]:
     """Run a loop on config.workers workers, showing its progress; what rank 0 returns. RunFailed tells the cause."""
     low, high = config.worker_range
@@ -143,7 +154,7 @@ def run(
     cpus = max(1, int(cores // high))
     per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {})
     board = Board.remote()  # type: ignore[attr-defined]
-    settings = {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": board}
+    settings = {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": board, "report": None}
     trainer = TorchTrainer(
         _enter,
         train_loop_config={"loop": (loop.__module__, loop.__qualname__), "job": job | settings},
@@ -157,6 +168,7 @@ def run(
             name=name,
             storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            callbacks=list(callbacks),  # type: ignore[arg-type]
         ),
     )
     with Bar(board, console):

@@ -49,6 +49,16 @@ def parse(tree: dict[str, Any]) -> Config:
         raise ValueError("; ".join(_describe(e) for e in error.errors()[:3])) from None
 
 
+def replaced(config: Config, values: dict[str, Any]) -> Config:
+    """A config with values at dotted keys, checked anew; None takes a value away. ValueError as of `parse`."""
+    tree = config.model_dump(exclude_none=True)
+    for method in {*METHODS} - {*values.get("method", METHODS)}:
+        tree.pop(method, None)
+    for key, value in values.items():
+        _assign(tree, key.split("."), value, f"{key}={value}")
+    return parse(tree)
+
+
 def read_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Yaml12)

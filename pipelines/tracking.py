@@ -83,6 +83,22 @@ def log_text(uri: str, run_id: str, text: str, name: str) -> None:
     _client(uri).log_text(run_id, text, name)
 
 
+def log_figure(uri: str, run_id: str, figure: Any, name: str) -> None:
+    """Keep a figure of matplotlib's as an artifact of the run."""
+    _client(uri).log_figure(run_id, figure, name)
+
+
+def log_metrics(uri: str, run_id: str, metrics: dict[str, float]) -> None:
+    now = int(time.time() * 1000)
+    _client(uri).log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+
+
+def set_alias(uri: str, model: str, alias: str) -> None:
+    """model: NAME/VERSION."""
+    name, _, version = model.rpartition("/")
+    _client(uri).set_registered_model_alias(name, alias, version)
+
+
 def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example: bytes, dim: int, version: str) -> str:
     """Log the checkpoint as a pyfunc model, encoded pictures -> embeddings, and register it. Returns NAME/VERSION.
 
@@ -151,14 +167,18 @@ def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
         except MlflowException:
             raise ValueError(f"{name}: neither a run nor an experiment of MLflow at {uri}") from None
         for run in runs:
-            tags = run.data.tags
-            if "group" in tags:
-                found[run.info.run_id] = LoggedRun(
-                    *(run.info.run_id, run.info.run_name, run.info.experiment_id),
-                    *(tags["group"], tags.get("seed", "0"), run.info.status, run.info.start_time),
-                    *(run.data.params, run.data.metrics),
-                )
+            if "group" in run.data.tags:
+                found[run.info.run_id] = _logged(run)
     return [*found.values()]
+
+
+def _logged(run: mlflow.entities.Run) -> LoggedRun:
+    tags = run.data.tags
+    return LoggedRun(
+        *(run.info.run_id, run.info.run_name, run.info.experiment_id),
+        *(tags.get("group", ""), tags.get("seed", "0"), run.info.status, run.info.start_time),
+        *(run.data.params, run.data.metrics),
+    )
 
 
 def _all_runs(client: mlflow.MlflowClient, experiment: str) -> list[mlflow.entities.Run]:
@@ -168,6 +188,17 @@ def _all_runs(client: mlflow.MlflowClient, experiment: str) -> list[mlflow.entit
         runs += part
         if not (token := part.token):
             return runs
+
+
+def running(uri: str, parent: str) -> list[LoggedRun]:
+    """Child runs of a run that are said to be running."""
+    client = _client(uri)
+    experiment = client.get_run(parent).info.experiment_id
+    return [
+        _logged(run)
+        for run in _all_runs(client, experiment)
+        if run.data.tags.get("mlflow.parentRunId") == parent and run.info.status == "RUNNING"
+    ]
 
 
 def keep_page(uri: str, experiment: str, name: str, files: dict[str, str]) -> str:

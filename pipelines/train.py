@@ -24,14 +24,14 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
 
     job: config (a dict), run_id and tracking_uri of MLflow (None: not logged), cpus (CPUs of this worker), board
     (progress; may be None), unreadable (pictures to leave out), test (False: not even at the end, as a sweep chooses
-    by validation classes alone).
+    by validation classes alone), report (who is told of a validated epoch; None: Ray Train).
     ArithmeticError when the loss is no longer finite.
     """
     cfg = parse(job["config"])
     device, world, main = evaluate.device(cfg), world_size(), rank() == 0
     torch.set_num_threads(1)  # the order of a sum depends on it; CPUs share slices and batches instead (sources.each)
     progress = Reporter(job["board"] if main else None)
-    writes = ray.train.get_context().get_local_rank() == 0
+    report = job["report"] or ray.train.report
 
     # Data: the plan of global batches, and where the rows come from.
     splits = build.splits(cfg, job["unreadable"])
@@ -39,7 +39,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     learner = build.learner(cfg, len(classes)).to(device)
     if cfg.precision == "float64":
         learner.double()
-    sources = evaluate.Sources(cfg, learner, device, job["cpus"], writes, progress)
+    sources = evaluate.Sources(cfg, learner, device, job["cpus"], progress)
     source, labels = sources.of(splits.train), torch.from_numpy(splits.train.labels)
     batch = cfg.batch
     plan = BatchPlan(splits.train.labels, batch.classes, batch.images, cfg.seed, cfg.steps_per_epoch)
@@ -126,7 +126,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
                     checkpoint.save(Path(made), cfg, classes, learner, optimizer, schedule, state, history, metrics)
                     checkpoint.keep(files, folder, Path(made), state)
             # Metrics alone: Ray stores a checkpoint when it next looks at its workers, and loses it if one dies before.
-            ray.train.report({"epoch": epoch + 1, **metrics})
+            report({"epoch": epoch + 1, "val/best_map_at_r": state.best_score, **metrics})
         if tracker:
             tracker.log(history[-1])
 

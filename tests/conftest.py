@@ -49,7 +49,7 @@ def local_ray(cache: Path) -> Iterator[None]:
 
     from pipelines.launch import start_local
 
-    start_local(6)
+    start_local(4)
     yield
     ray.shutdown()
 

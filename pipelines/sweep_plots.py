@@ -1,0 +1,44 @@
+"""What a sweep shows: which settings went together, which mattered, and what each did to the score."""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optuna
+from matplotlib.figure import Figure
+from optuna.visualization import matplotlib as plots
+from ray.tune.search.optuna import OptunaSearch
+
+if TYPE_CHECKING:
+    from pipelines.tune import Space, Trial
+
+
+def study(space: "Space", trials: Sequence["Trial"]) -> optuna.Study:
+    """The trials that have a score, as one of Optuna's studies."""
+    found = optuna.create_study(direction="maximize")
+    distributions = OptunaSearch.convert_search_space(space)
+    for trial in trials:
+        if trial.score is not None:
+            params = {key: trial.point[key] for key in space}
+            found.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=trial.score))
+    return found
+
+
+def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
+    """name -> figure: parallel_coordinates, importance, slices. Without those that so few trials do not carry."""
+    made, found = dict[str, Figure](), study(space, trials)
+    drawn: dict[str, Any] = {"parallel_coordinates": plots.plot_parallel_coordinate, "slices": plots.plot_slice}
+    if len({trial.value for trial in found.trials}) > 1:
+        drawn["importance"] = plots.plot_param_importances
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, draw in drawn.items():
+            axes: Any = draw(found, target_name="val/map_at_r")
+            figure = np.ravel(axes)[0].figure
+            figure.set_size_inches(max(8, 3 * np.size(axes)), 5)
+            figure.tight_layout()
+            made[name] = figure
+            plt.close(figure)
+    return made
