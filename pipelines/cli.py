@@ -187,7 +187,7 @@ def tune(
     output.print(
         f"sweep {outcome.run_id}, {outcome.seconds:.0f} s\n"
         f"winner {outcome.recipe}\n"
-        f"model {outcome.model}, alias champion\n\n"
+        f"model {outcome.model + ', alias champion' if outcome.model else 'not registered'}\n\n"
         f"next:  dml ui                       trials and plots in MLflow\n"
         f"       dml train {outcome.recipe} seed=1",
         highlight=False,

@@ -181,10 +181,10 @@ def _logged(run: mlflow.entities.Run) -> LoggedRun:
     )
 
 
-def _all_runs(client: mlflow.MlflowClient, experiment: str) -> list[mlflow.entities.Run]:
+def _all_runs(client: mlflow.MlflowClient, experiment: str, wanted: str = "") -> list[mlflow.entities.Run]:
     runs, token = list[mlflow.entities.Run](), None
     while True:
-        part = client.search_runs([experiment], max_results=1000, page_token=token)
+        part = client.search_runs([experiment], wanted, max_results=1000, page_token=token)
         runs += part
         if not (token := part.token):
             return runs
@@ -194,11 +194,8 @@ def running(uri: str, parent: str) -> list[LoggedRun]:
     """Child runs of a run that are said to be running."""
     client = _client(uri)
     experiment = client.get_run(parent).info.experiment_id
-    return [
-        _logged(run)
-        for run in _all_runs(client, experiment)
-        if run.data.tags.get("mlflow.parentRunId") == parent and run.info.status == "RUNNING"
-    ]
+    wanted = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+    return [_logged(run) for run in _all_runs(client, experiment, wanted)]
 
 
 def keep_page(uri: str, experiment: str, name: str, files: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Sweeps: spaces, real trials on a local Ray, one whose driver is killed, one with trials that diverge."""
 
-import io
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +13,6 @@ import mlflow
 import psutil
 import pytest
 from ray import tune as ray_tune
-from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines import tune
@@ -21,8 +20,6 @@ from pipelines.cli import app
 from pipelines.recipe import load
 
 SMALL = ["data.limit_classes=8", "batch.classes=3", "batch.images=4", "epochs=2", "steps_per_epoch=2", "workers=1"]
-ASKED = ["--space", "base+sgar", "--search", "random", "--schedule", "none", "--samples", "3", "--final-seeds", "1"]
-QUIET = Console(file=io.StringIO())
 
 
 def write_space(folder: Path, text: str) -> str:
@@ -103,95 +100,80 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypat
     assert message in " ".join(found.stderr.split())
 
 
-def finished_trials(folder: Path) -> list[Path]:
-    return sorted(folder.glob("t*/result.json"))
-
-
 @pytest.mark.timeout(900)
-def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(
-    tracked_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over HTTP; both sweeps use one server."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(tracked_folder: Path) -> None:
+    """Two folds a trial, over HTTP; one trial of each sweep diverges."""
+    space = "{'optimizer.lr': tune.choice([1e-3, 1e30, 3e-3]), 'sgar.intensity': tune.loguniform(0.02, 0.5)}"
+    asked = ["glyphs", "--space", write_space(tracked_folder, space), "--search", "random", "--schedule", "none"]
+    asked += ["--samples", "4", "--folds", "2", "--final-seeds", "1", "--concurrent", "1", *SMALL]
     killed = tracked_folder / "runs" / "killed"
-    command = [sys.executable, "-m", "pipelines.cli", "tune", "glyphs", *ASKED, "--concurrent", "1", *SMALL]
     with open(tracked_folder / "log", "ab") as log:
-        process = subprocess.Popen(
-            [*command, "name=killed"], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        command = [sys.executable, "-m", "pipelines.cli", "tune", *asked, "name=killed"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 240
-    while not finished_trials(killed):
+    while len([*killed.glob("t*/result.json")]) < 3:  # in the middle of the second trial
         assert process.poll() is None and time.monotonic() < deadline, (tracked_folder / "log").read_text()[-2000:]
-        time.sleep(0.05)
+        time.sleep(0.02)
     everyone = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     for child in everyone:
-        if child.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     process.wait()
-    done = {path: path.stat().st_mtime_ns for path in finished_trials(killed)}
-    assert 1 <= len(done) < 3
+    done = {path: path.stat().st_mtime_ns for path in killed.glob("t*/result.json")}
+    assert 3 <= len(done) < 6
 
     resumed = CliRunner().invoke(app, ["tune", "--resume", "killed", "--json"])
     assert resumed.exit_code == 0, resumed.output
-    whole = CliRunner().invoke(app, ["tune", "glyphs", *ASKED, *SMALL, "name=whole", "--json"])
+    whole = CliRunner().invoke(app, ["tune", *asked, "name=whole", "--json"])
     assert whole.exit_code == 0, whole.output
     one, other = (json.loads(found.stdout.splitlines()[-1]) for found in (resumed, whole))
 
-    # No trial twice, none lost, and the same winner with the same scores.
+    # No trial twice, none lost, the same winner with the same scores, and the same test.
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    scores = [{json.dumps(t["point"], sort_keys=True): t["score"] for t in found["trials"]} for found in (one, other)]
-    assert len(scores[0]) == 3 and scores[0] == scores[1]
-    assert all(trial["ended"] == "finished" for found in (one, other) for trial in found["trials"])
-    assert one["winner"] == other["winner"] and one["score"] == max(scores[0].values())
+    trials = [{json.dumps(t["point"]): (t["score"], t["ended"]) for t in found["trials"]} for found in (one, other)]
+    assert len(trials[0]) == 4 and trials[0] == trials[1]
+    assert one["winner"] == other["winner"]
+    assert one["score"] == max(score for score, _ in trials[0].values() if score is not None)
     tested = [{(line["group"], line["metric"]): line["values"] for line in found["tested"]} for found in (one, other)]
     assert tested[0] == tested[1] and ("default", "test/map_at_r") in tested[0]
+    for trial in other["trials"]:
+        diverges = trial["point"]["optimizer.lr"] == 1e30
+        assert trial["ended"] == ("failed" if diverges else "finished")
+        assert ("not finite" in trial["reason"]) == diverges
+        assert diverges or trial["epochs"] == 4
+    assert any(trial["ended"] == "failed" for trial in other["trials"])
 
     client = mlflow.MlflowClient()
     for found in (one, other):
         parent = client.get_run(found["run_id"])
-        query = f"tags.`mlflow.parentRunId` = '{found['run_id']}'"
-        children = client.search_runs([parent.info.experiment_id], query)
-        assert parent.info.status == "FINISHED" and {run.info.status for run in children} == {"FINISHED"}
-        names = [run.info.run_name for run in children]
-        assert len(names) == len(set(names)) and sum(name.startswith("t") for name in names) == 3
-        assert {name.rpartition("-")[0] for name in names if not name.startswith("t")} <= {"winner", "default"}
-        for run in children:
-            history = client.get_metric_history(run.info.run_id, "train/loss")
-            assert [m.step for m in sorted(history, key=lambda m: m.step)] == [1, 2]
-            assert ("test/map_at_r" in run.data.metrics) == (not run.info.run_name.startswith("t"))
+        assert parent.info.status == "FINISHED" and parent.data.params["space.sgar.intensity"].startswith("LogUniform")
         kept = {file.path for file in client.list_artifacts(found["run_id"])}
         assert {"best.yaml", "comparison.html", "parallel_coordinates.png", "slices.png"} <= kept
-        assert parent.data.params["space.sgar.intensity"].startswith("LogUniform (0.02, 0.5)")
+        children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{found['run_id']}'")
+        by_name = {run.info.run_name: run for run in children}
+        assert len(children) == len(by_name) == 3 * 2 + 1 + len(tested[0]) // 2
+        for trial in found["trials"]:
+            if trial["ended"] == "failed":
+                assert by_name[f"{trial['name']}-f0"].info.status == "FAILED"
+                continue
+            bests = []
+            for run in (by_name[f"{trial['name']}-f{fold}"] for fold in range(2)):
+                history = client.get_metric_history(run.info.run_id, "val/map_at_r")
+                assert run.info.status == "FINISHED" and sorted(m.step for m in history) == [1, 2]
+                assert "test/map_at_r" not in run.data.metrics
+                bests.append(max(m.value for m in history))
+            assert trial["score"] == pytest.approx(sum(bests) / 2)
+        assert by_name["default-s1"].data.metrics["test/map_at_r"] == tested[0]["default", "test/map_at_r"]["1"]
+
+    # What is left: a recipe, a champion, and no checkpoints of trials.
     name, _, version = other["model"].rpartition("/")
     assert client.get_model_version_by_alias(name, "champion").version == version
     winner = load(other["recipe"], [])
     assert winner.sgar is not None and winner.sgar.intensity == other["winner"]["sgar.intensity"]
-    assert not [*killed.glob("t*/epoch_*")] and [*killed.glob("default-s1/epoch_*")]
+    assert [*killed.glob("default-s1/epoch_*")] and not [*killed.glob("t*/epoch_*")]
 
     again = CliRunner().invoke(app, ["tune", "--resume", "killed", "--json"])
     assert json.loads(again.stdout.splitlines()[-1]) == one
-    taken = CliRunner().invoke(app, ["tune", "glyphs", *ASKED, *SMALL, "name=killed"])
+    taken = CliRunner().invoke(app, ["tune", *asked, "name=killed"])
     assert taken.exit_code == 2 and "name=killed is taken" in taken.stderr
-
-
-@pytest.mark.usefixtures("tracked_folder")
-def test_a_trial_that_diverges_fails_with_its_reason_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    space = write_space(tmp_path, "{'optimizer.lr': tune.choice([1e-3, 1e30]), 'sgar.count': tune.choice([3])}")
-    config = load("glyphs", [*SMALL, "name=diverging"])
-    options = tune.Options(space, 1, search="grid", schedule="asha", folds=2, final_seeds=1)
-    outcome = tune.begin(config, options, QUIET)
-    by_rate = {trial["point"]["optimizer.lr"]: trial for trial in outcome.trials}
-    assert by_rate[1e30]["ended"] == "failed" and "not finite" in by_rate[1e30]["reason"]
-    assert by_rate[1e-3]["ended"] == "finished" and by_rate[1e-3]["epochs"] == 4
-    assert outcome.winner["optimizer.lr"] == 1e-3
-    client = mlflow.MlflowClient()
-    folds = [
-        [m.value for m in client.get_metric_history(run.info.run_id, "val/map_at_r")]
-        for run in client.search_runs(
-            [client.get_run(outcome.run_id).info.experiment_id],
-            f"tags.`mlflow.parentRunId` = '{outcome.run_id}' and tags.trial = '{by_rate[1e-3]['name']}'",
-        )
-    ]
-    assert len(folds) == 2
-    assert outcome.score == pytest.approx(sum(max(values) for values in folds) / 2)
