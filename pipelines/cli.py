@@ -13,7 +13,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from pipelines import tables
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,22 +65,6 @@ def _config(arguments: list[str] | None) -> Any:
     return load(named[0] if named else "glyphs", [a for a in arguments if "=" in a])
 
 
-def _retrieval(title: str, metrics: dict[str, float]) -> Table:
-    """A line for each way of retrieving that there is, in percent."""
-    ways = {"features": "raw features", "untrained": "untrained", "test": "trained"}
-    ways |= {"test_rerank": "trained, re-ranked", "test_exact": "trained, exact"}
-    columns = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8"}
-    columns |= {"map_at_r": "MAP@R", "r_precision": "R-Precision"}
-    table = Table(title=title)
-    table.add_column("")
-    for column in columns.values():
-        table.add_column(column, justify="right")
-    for prefix, way in ways.items():
-        if f"{prefix}/map_at_r" in metrics:
-            table.add_row(way, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in columns))
-    return table
-
-
 @app.command()
 def train(arguments: Assignments = None, as_json: Json = False) -> None:
     """Train, validate on held-out classes, test once at the end, and log it all to MLflow.
@@ -97,7 +82,7 @@ def train(arguments: Assignments = None, as_json: Json = False) -> None:
 
         outcome = jobs.train(config, messages)
     output = messages if as_json else Console()
-    output.print(_retrieval(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics))
+    output.print(tables.retrieval(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics))
     output.print(
         f"run {outcome.run_id} ({outcome.name}), best epoch {outcome.metrics['best_epoch']:.0f}, "
         f"{outcome.seconds:.0f} s, {outcome.images_per_second:,.0f} images/s\n"
@@ -129,7 +114,7 @@ def evaluate(
 
         found = jobs.evaluate(run, assigned(assignments or []), messages)
     output = messages if as_json else Console()
-    output.print(_retrieval(found["checkpoint"], found["metrics"]))
+    output.print(tables.retrieval(found["checkpoint"], found["metrics"]))
     if unmatched := found["metrics"]["test/queries_without_match"]:
         output.print(f"{unmatched:.0f} queries have no other image of their class and are left out")
     if as_json:
@@ -172,18 +157,8 @@ def tune(
     with _in_words(hint):
         outcome = t.resume(resume, (storage or ["runs"])[0], messages) if resume else t.begin(config, options, messages)
     output = messages if as_json else Console()
-    ranked = sorted(outcome.trials, key=lambda trial: -(trial["score"] or 0.0))
-    table = Table(title=f"{outcome.sweep}: val/map_at_r of {len(ranked)} trials")
-    for head in ("trial", "score", "epochs", "", "settings"):
-        table.add_column(head, overflow="fold")
-    for trial in ranked[:10]:
-        settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial["point"].items())
-        score = "" if trial["score"] is None else f"{trial['score']:.4f}"
-        table.add_row(trial["name"], score, str(trial["epochs"]), trial["ended"], settings)
-    output.print(table)
-    for trial in (trial for trial in ranked if trial["ended"] == "failed"):
-        output.print(f"{trial['name']} failed: {trial['reason']}", style="yellow", highlight=False, markup=False)
-    _print_comparison(output, "default settings", outcome.tested, outcome.warnings)
+    tables.sweep(output, outcome.sweep, outcome.trials)
+    tables.comparison(output, "default settings", outcome.tested, outcome.warnings)
     output.print(
         f"sweep {outcome.run_id}, {outcome.seconds:.0f} s\n"
         f"winner {outcome.recipe}\n"
@@ -195,19 +170,6 @@ def tune(
     )
     if as_json:
         print(json.dumps(outcome._asdict()))
-
-
-def _print_comparison(output: Console, baseline: str, lines: list[dict[str, Any]], warnings: list[str]) -> None:
-    from pipelines import compare as c
-
-    table = Table(title=f"baseline: {baseline}")
-    for head in c.HEADS:
-        table.add_column(head, overflow="fold")
-    for line in lines:
-        table.add_row(*c.cells(c.Line(**line)))
-    output.print(table)
-    for warning in warnings:
-        output.print(warning, style="yellow", highlight=False, markup=False)
 
 
 @app.command()
@@ -241,7 +203,7 @@ def compare(
             texts = {"comparison.html": found.page, "comparison.json": json.dumps(report, indent=1)}
             report["run_id"] = keep_page(uri, found.experiment, "comparison", texts)
     output = messages if as_json else Console()
-    _print_comparison(output, found.baseline, lines, found.warnings)
+    tables.comparison(output, found.baseline, lines, found.warnings)
     if as_json:
         print(json.dumps(report))
 

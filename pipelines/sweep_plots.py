@@ -12,7 +12,8 @@ from optuna.visualization import matplotlib as plots
 from ray.tune.search.optuna import OptunaSearch
 
 if TYPE_CHECKING:
-    from pipelines.tune import Space, Trial
+    from pipelines.spaces import Space
+    from pipelines.tuner import Trial
 
 
 def study(space: "Space", trials: Sequence["Trial"]) -> optuna.Study:

@@ -49,7 +49,7 @@ def test_only_gather_knows_ranks() -> None:
 def test_pipelines_keep_mlflow_and_spaces_in_one_place(path: Path) -> None:
     names = outside(imports(path))
     assert "mlflow" not in names or path.name == "tracking.py"
-    assert "tune_spaces" not in names or path.name == "tune.py"
+    assert "tune_spaces" not in names or path.name == "spaces.py"
 
 
 def test_spaces_know_only_tune() -> None:

@@ -15,7 +15,7 @@ import pytest
 from ray import tune as ray_tune
 from typer.testing import CliRunner
 
-from pipelines import tune
+from pipelines import spaces
 from pipelines.cli import app
 from pipelines.recipe import load
 
@@ -29,19 +29,19 @@ def write_space(folder: Path, text: str) -> str:
 
 
 def test_spaces_are_joined_and_switch_their_methods_on() -> None:
-    config, space = tune.space_of("iaa+namr", load("glyphs", []))
+    config, space = spaces.space_of("iaa+namr", load("glyphs", []))
     assert config.method == ["iaa", "sgar", "namr"]
     assert {key.partition(".")[0] for key in space} == {"iaa", "namr"}
-    _, everything = tune.space_of("all", load("glyphs", ["loss.name=contrastive"]))
+    _, everything = spaces.space_of("all", load("glyphs", ["loss.name=contrastive"]))
     assert {"optimizer.lr", "loss.pos_margin", "iaa.intensity", "sgar.intensity", "namr.centers"} <= everything.keys()
     assert "loss.alpha" not in everything  # multi_similarity's
 
 
 @pytest.mark.parametrize("recipe", ["glyphs", "grocery"])
-@pytest.mark.parametrize("space", [*tune.SPACES, "all"])
+@pytest.mark.parametrize("space", [*spaces.SPACES, "all"])
 def test_every_space_fits_the_recipes(recipe: str, space: str) -> None:
-    config, found = tune.space_of(space, load(recipe, ["data.root=somewhere"] if recipe == "grocery" else []))
-    assert found and tune.own_point(config, found)
+    config, found = spaces.space_of(space, load(recipe, ["data.root=somewhere"] if recipe == "grocery" else []))
+    assert found and spaces.own_point(config, found)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_every_space_fits_the_recipes(recipe: str, space: str) -> None:
 )
 def test_a_space_that_cannot_act_is_refused(tmp_path: Path, space: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tune.space_of(write_space(tmp_path, space), load("glyphs", []))
+        spaces.space_of(write_space(tmp_path, space), load("glyphs", []))
 
 
 def test_points_are_the_configs_own_and_then_the_seeds() -> None:
-    config, space = tune.space_of("sgar", load("glyphs", []))
-    drawn = tune.points(space, tune.Options("sgar", 6, search="random"), config)
-    assert drawn == tune.points(space, tune.Options("sgar", 6, search="random"), config)
-    assert len(drawn) == 6 and drawn[0] == tune.own_point(config, space)
+    config, space = spaces.space_of("sgar", load("glyphs", []))
+    drawn = spaces.points(space, "random", 6, config)
+    assert drawn == spaces.points(space, "random", 6, config)
+    assert len(drawn) == 6 and drawn[0] == spaces.own_point(config, space)
     assert len({json.dumps(point) for point in drawn}) == 6
     for point in drawn:
         assert all(domain.is_valid(point[key]) for key, domain in space.items())
@@ -75,7 +75,7 @@ def test_a_grid_has_the_ends_of_every_range() -> None:
         "sgar.count": ray_tune.randint(3, 8),
         "sgar.max_gap": ray_tune.choice([None, 0.1]),
     }
-    grid = tune.points(space, tune.Options("sgar", 3, search="grid"), load("glyphs", []))
+    grid = spaces.points(space, "grid", 3, load("glyphs", []))
     assert len(grid) == 3 * 3 * 2
     assert sorted({point["sgar.intensity"] for point in grid}) == pytest.approx([0.01, 0.1, 1.0])
     assert {point["sgar.count"] for point in grid} == {3, 5, 7}

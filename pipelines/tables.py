@@ -1,0 +1,50 @@
+"""Results as tables on a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def retrieval(title: str, metrics: dict[str, float]) -> Table:
+    """A line for each way of retrieving that there is, in percent."""
+    ways = {"features": "raw features", "untrained": "untrained", "test": "trained"}
+    ways |= {"test_rerank": "trained, re-ranked", "test_exact": "trained, exact"}
+    columns = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8"}
+    columns |= {"map_at_r": "MAP@R", "r_precision": "R-Precision"}
+    table = Table(title=title)
+    table.add_column("")
+    for column in columns.values():
+        table.add_column(column, justify="right")
+    for prefix, way in ways.items():
+        if f"{prefix}/map_at_r" in metrics:
+            table.add_row(way, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in columns))
+    return table
+
+
+def comparison(output: Console, baseline: str, lines: list[dict[str, Any]], warnings: list[str]) -> None:
+    from pipelines import compare as c
+
+    table = Table(title=f"baseline: {baseline}")
+    for head in c.HEADS:
+        table.add_column(head, overflow="fold")
+    for line in lines:
+        table.add_row(*c.cells(c.Line(**line)))
+    output.print(table)
+    for warning in warnings:
+        output.print(warning, style="yellow", highlight=False, markup=False)
+
+
+def sweep(output: Console, name: str, trials: list[dict[str, Any]]) -> None:
+    """The ten best trials, and why those that failed did."""
+    ranked = sorted(trials, key=lambda trial: -(trial["score"] or 0.0))
+    table = Table(title=f"{name}: val/map_at_r of {len(ranked)} trials")
+    for head in ("trial", "score", "epochs", "", "settings"):
+        table.add_column(head, overflow="fold")
+    for trial in ranked[:10]:
+        settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial["point"].items())
+        score = "" if trial["score"] is None else f"{trial['score']:.4f}"
+        table.add_row(trial["name"], score, str(trial["epochs"]), trial["ended"], settings)
+    output.print(table)
+    for trial in (trial for trial in ranked if trial["ended"] == "failed"):
+        output.print(f"{trial['name']} failed: {trial['reason']}", style="yellow", highlight=False, markup=False)

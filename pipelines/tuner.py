@@ -1,0 +1,136 @@
+"""Ray Tune: stages of trials, dealt to the machine, shown, and read."""
+
+import logging
+import os
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")  # what a killed sweep has forgotten at most
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # for a trial that is ended to leave its epoch
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # tables between our own lines, whatever `verbose` says
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial as RayTrial
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipelines import launch
+from pipelines.spaces import Point
+from pipelines.trials import EPOCHS, FAILED, SCORE, Sweep, trial_name
+
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is told by us
+RETRIES = 2  # of a trial whose process is lost
+
+
+class Trial(NamedTuple):
+    """score: mean over folds of the best val/map_at_r; None where there is none.  ended: finished, stopped, failed."""
+
+    name: str
+    point: Point
+    score: float | None
+    epochs: int
+    ended: str
+    reason: str
+
+
+def places(sweep: Sweep, here: bool, console: Console) -> tuple[int, dict[str, float]]:
+    """How many trials at a time, and what Ray sets aside for each. So many that their workers fit beside each other."""
+    resources, workers = ray.cluster_resources(), sweep.config.worker_range[1]
+    use_gpu = bool(launch.resolve_devices(sweep.config).use_gpu)
+    kind = "GPU" if use_gpu else "CPU"
+    fit = max(1, int(resources[kind] - (not here and not use_gpu)) // workers)
+    at_once = min(sweep.options.concurrent or fit, fit)
+    asked = sweep.options.concurrent
+    console.print(
+        f"{at_once} trials at a time, each on {workers} of {resources[kind]:g} {kind}s"
+        + (f" (more than {fit} do not fit, the others wait)" if asked and asked > fit else ""),
+        highlight=False,
+    )
+    if not here:
+        return at_once, {"CPU": 0.01}  # its workers have their own
+    return at_once, {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {})
+
+
+class Stage(NamedTuple):
+    name: str
+    function: Any
+    sweep: Sweep
+    here: bool
+    at_once: int
+    resources: dict[str, float]
+
+
+def fit(
+    stage: Stage, space: dict[str, Any], search: Any, scheduler: Any, samples: int, count: int, console: Console
+) -> list[RayTrial]:
+    """All trials of a stage, of one that was interrupted only what it lacks."""
+    given = tune.with_parameters(stage.function, sweep=stage.sweep, here=stage.here)
+    trainable = tune.with_resources(given, stage.resources)
+    folder = f"{stage.sweep.folder}/tune_{stage.name}"
+    if tune.Tuner.can_restore(folder):
+        tuner = tune.Tuner.restore(folder, trainable, restart_errored=True, param_space=space)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                num_samples=samples,
+                max_concurrent_trials=stage.at_once,
+                search_alg=search,
+                scheduler=scheduler,
+                reuse_actors=stage.here,
+            ),
+            run_config=tune.RunConfig(
+                name=f"tune_{stage.name}",
+                storage_path=stage.sweep.folder,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[Watch()],
+                verbose=0,
+            ),
+        )
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        Watch.bar, Watch.task = bar, bar.add_task(stage.name, total=count, facts="")
+        try:
+            results = launch.apart(tuner.fit)
+        except tune.TuneError as error:
+            raise launch.RunFailed(str(error).strip().splitlines()[-1]) from error
+    return results._experiment_analysis.trials
+
+
+class Watch(tune.Callback):
+    """Shows how far the trials are. Ray pickles it with the sweep; what shows is the process's own."""
+
+    bar: Progress
+    task: Any
+
+    def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
+        ended = [trial for trial in trials if trial.is_finished()]
+        scores = [t.last_result[SCORE] for t in trials if t.last_result and SCORE in t.last_result]
+        failed = sum(t.status == RayTrial.ERROR or FAILED in (t.last_result or {}) for t in ended)
+        facts = f"best {max(scores):.4f}" if scores else ""
+        facts += f"  {failed} failed" if failed else ""
+        Watch.bar.update(Watch.task, completed=len(ended), facts=facts)
+
+
+def read(trial: RayTrial, total: int) -> Trial:
+    result = trial.last_result or {}
+    point, score, epochs = trial.config["point"], result.get(SCORE), result.get(EPOCHS, 0)
+    name = trial_name(trial.trial_id, point)
+    if trial.status == RayTrial.ERROR:
+        return Trial(name, point, None, epochs, "failed", why(trial))
+    if FAILED in result:
+        return Trial(name, point, None, epochs, "failed", result[FAILED])
+    return Trial(name, point, score, epochs, "finished" if epochs >= total else "stopped", "")
+
+
+def why(trial: RayTrial) -> str:
+    lines = str(trial.get_error() or "").strip().splitlines()
+    return lines[-1] if lines else f"ended as {trial.status}"
