@@ -4,8 +4,9 @@
 
 Milliseconds of forward and backward, median (best) of the repeats; D = 512, K = 4 images a class, C = 100 classes or
 B / 4, M = 3 draws, N = 5 intensities. Memory is what the peak of the process grew by, in units of the input.
-`--classes 200000` shows the neighbor correction at that size. The last line is what a method's milliseconds are to be
-compared with: one step of a ResNet-50 on 128 pictures of 224 pixels, taken as 16 times that on 8.
+`--classes 200000` shows the neighbor correction at that size. The first line tells how fast the machine is; the last
+what a method's milliseconds are to be compared with: one step of a ResNet-50 on 128 pictures of 224 pixels, taken as
+16 times that on 8.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def timed(step: Step, repeat: int) -> str:
     while len(times) < repeat + 2 and sum(times) < 5:
         start = time.perf_counter()
         loss = step()
-        if loss is not None:
+        if loss is not None and loss.requires_grad:
             loss.backward()
         times.append(time.perf_counter() - start)
     times = times[2:] or times  # without the first two, where there are more
@@ -213,6 +214,13 @@ def main() -> None:
 
     row(f"{options.threads} threads, ms", "ours", "loop", "library")
     row("-" * 42, *["-" * 19] * 3)
+    square = torch.randn(2048, 2048)
+    row(
+        "a product of 2048 x 2048 (17.2 GFLOP)",
+        timed(partial(torch.mm, square, square, out=torch.empty_like(square)), options.repeat),
+        "",
+        "",
+    )
     for batch in options.batch:
         for name, steps in terms(batch).items():
             if options.only in name:
