@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def study(space: "Space", trials: Sequence["Trial"]) -> optuna.Study:
-    """The trials that have a score, as one of Optuna's studies."""
+    """The finished trials as one of Optuna's studies: what was ended early has a score of fewer epochs."""
     found = optuna.create_study(direction="maximize")
     distributions = OptunaSearch.convert_search_space(space)
     for trial in trials:
-        if trial.score is not None:
+        if trial.ended == "finished":
             params = {key: trial.point[key] for key in space}
             found.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=trial.score))
     return found
@@ -39,7 +39,7 @@ def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
             axes: Any = draw(found, target_name="val/map_at_r")
             figure = np.ravel(axes)[0].figure
             figure.set_size_inches(max(8, 3 * np.size(axes)), 5)
-            figure.tight_layout()
+            figure.set_layout_engine("constrained")
             made[name] = figure
             plt.close(figure)
     return made
