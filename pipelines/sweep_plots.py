@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,8 @@ from ray.tune.search.optuna import OptunaSearch
 if TYPE_CHECKING:
     from pipelines.spaces import Space
     from pipelines.tuner import Trial
+
+FEWEST = 8  # different scores, below which Optuna's forest of trees has nothing to split
 
 
 def study(space: "Space", trials: Sequence["Trial"]) -> optuna.Study:
@@ -31,15 +34,16 @@ def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
     """name -> figure: parallel_coordinates, importance, slices. Without those that so few trials do not carry."""
     made, found = dict[str, Figure](), study(space, trials)
     drawn: dict[str, Any] = {"parallel_coordinates": plots.plot_parallel_coordinate, "slices": plots.plot_slice}
-    if len({trial.value for trial in found.trials}) > 1:
-        drawn["importance"] = plots.plot_param_importances
+    if len({trial.value for trial in found.trials}) >= FEWEST:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        drawn["importance"] = partial(plots.plot_param_importances, evaluator=evaluator)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, draw in drawn.items():
             axes: Any = draw(found, target_name="val/map_at_r")
             figure = np.ravel(axes)[0].figure
             figure.set_size_inches(max(8, 3 * np.size(axes)), 5)
-            figure.set_layout_engine("constrained")
+            figure.tight_layout()
             made[name] = figure
             plt.close(figure)
     return made

@@ -19,15 +19,18 @@ from xdist.scheduler import LoadScopeScheduling
 ROOT = Path(__file__).parents[1]
 
 
-class OneRay(LoadScopeScheduling):
-    """Of the processes of `make test` one takes all tests of the one Ray, first, the others the rest by files."""
+class ByRay(LoadScopeScheduling):
+    """What shares a Ray, an MLflow and the runs on them goes to one process of `make test`, the rest by files."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "pipelines" if nodeid.startswith("tests/pipelines/") else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        if file in ("tests/pipelines/test_resume.py", "tests/pipelines/test_train.py"):
+            return "exact"
+        return "pipelines" if file.startswith("tests/pipelines/") else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneRay:
-    return OneRay(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByRay:
+    return ByRay(config, log)
 
 
 @pytest.fixture(scope="session")
