@@ -1,5 +1,6 @@
 """What a sweep shows: which settings went together, which mattered, and what each did to the score."""
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -43,7 +44,8 @@ def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
             axes: Any = draw(found, target_name="val/map_at_r")
             figure = np.ravel(axes)[0].figure
             figure.set_size_inches(max(8, 3 * np.size(axes)), 5)
-            figure.tight_layout()
+            with contextlib.suppress(ArithmeticError):  # of so few points that axes have no extent
+                figure.tight_layout()
             made[name] = figure
             plt.close(figure)
     return made
