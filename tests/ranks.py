@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-mp.set_forkserver_preload(["dml_core.learner", "dml_core.retrieval.metrics", "torch._dynamo"])
+mp.set_forkserver_preload(["pipelines.train", "torch._dynamo"])
 
 
 def run(function: Callable[..., Any], world: int, *arguments: Any) -> None:
