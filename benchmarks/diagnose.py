@@ -23,8 +23,6 @@ from pipelines.progress import Reporter
 from pipelines.recipe import load
 from pipelines.train import train_loop
 
-METHODS = ("iaa", "sgar", "namr")
-
 
 def trained(arguments: list[str], folder: str, methods: list[str]) -> tuple[Config, Learner, Tensor, Tensor]:
     """Config, learner with the best epoch's weights, all training features and labels."""
@@ -107,9 +105,9 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(2)
     looks = {"iaa": iaa, "sgar": sgar, "namr": namr}
     with tempfile.TemporaryDirectory() as folder:
-        for method in METHODS:
+        for method, look in looks.items():
             config, learner, features, labels = trained(arguments, folder, [method])
-            print(f"{method}: {looks[method](config, learner, features, labels)}")
+            print(f"{method}: {look(config, learner, features, labels)}")
             if told := pulls(config, learner, features, labels):
                 print(f"{'':>6}pull {told}", flush=True)
 

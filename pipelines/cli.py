@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -82,18 +83,7 @@ def train(arguments: Assignments = None, as_json: Json = False) -> None:
 
         outcome = jobs.train(config, messages)
     output = messages if as_json else Console()
-    output.print(tables.retrieval(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics))
-    output.print(
-        f"run {outcome.run_id} ({outcome.name}), best epoch {outcome.metrics['best_epoch']:.0f}, "
-        f"{outcome.seconds:.0f} s, {outcome.images_per_second:,.0f} images/s\n"
-        f"checkpoint {outcome.checkpoint}\n"
-        f"model {outcome.model}\n\n"
-        f"next:  dml ui                       curves and comparisons in MLflow\n"
-        f"       dml evaluate {outcome.run_id}\n"
-        f"       dml train {outcome.experiment} seed=1 ...      another seed",
-        highlight=False,
-        soft_wrap=True,
-    )
+    tables.trained(output, outcome)
     if as_json:
         print(json.dumps(outcome._asdict()))
 
@@ -114,9 +104,7 @@ def evaluate(
 
         found = jobs.evaluate(run, assigned(assignments or []), messages)
     output = messages if as_json else Console()
-    output.print(tables.retrieval(found["checkpoint"], found["metrics"]))
-    if unmatched := found["metrics"]["test/queries_without_match"]:
-        output.print(f"{unmatched:.0f} queries have no other image of their class and are left out")
+    tables.evaluated(output, found)
     if as_json:
         print(json.dumps(found))
 
@@ -142,9 +130,10 @@ def tune(
         from pipelines import tune as t
 
         if resume:
-            storage = [a.removeprefix("storage=") for a in arguments or []]
-            if space or len(storage) > 1 or (arguments and not arguments[0].startswith("storage=")):
+            given = arguments or ["storage=runs"]
+            if space or len(given) > 1 or not given[0].startswith("storage="):
                 raise ValueError(f"--resume {resume} takes all else from the sweep; only storage=FOLDER may go with it")
+            go = partial(t.resume, resume, given[0].removeprefix("storage="))
             hint = f"dml tune --resume {resume} goes on"
         else:
             if space is None:
@@ -153,21 +142,12 @@ def tune(
             given = [a for a in arguments or [] if a.startswith("workers=")]
             config = _config([*(arguments or []), *([] if given else ["workers=1"])])
             options = t.Options(space, samples, concurrent, search, schedule, folds, final_seeds)
+            go = partial(t.begin, config, options)
             hint = "dml tune --resume NAME goes on, NAME being the sweep's"
     with _in_words(hint):
-        outcome = t.resume(resume, (storage or ["runs"])[0], messages) if resume else t.begin(config, options, messages)
+        outcome = go(messages)
     output = messages if as_json else Console()
-    tables.sweep(output, outcome.sweep, outcome.trials)
-    tables.comparison(output, "default settings", outcome.tested, outcome.warnings)
-    output.print(
-        f"sweep {outcome.run_id}, {outcome.seconds:.0f} s\n"
-        f"winner {outcome.recipe}\n"
-        f"model {outcome.model + ', alias champion' if outcome.model else 'not registered'}\n\n"
-        f"next:  dml ui                       trials and plots in MLflow\n"
-        f"       dml train {outcome.recipe} seed=1",
-        highlight=False,
-        soft_wrap=True,
-    )
+    tables.tuned(output, outcome)
     if as_json:
         print(json.dumps(outcome._asdict()))
 

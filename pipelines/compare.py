@@ -91,17 +91,22 @@ def grouped(runs: Sequence[LoggedRun], labels: Mapping[str, str] | None = None) 
 
 
 def _labels(params: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Of each config the settings that not all of them share."""
+    """Of each config the settings that not all of them share, in few digits where these tell them apart."""
     keys = sorted({key for flat in params.values() for key in flat} - {*FREE, "seed"})
     different = [key for key in keys if len({flat.get(key) for flat in params.values()}) > 1]
+    shown: dict[str, dict[str, str]] = {}
+    for key in different:
+        values = {flat[key] for flat in params.values() if key in flat}
+        short = {value: brief(value) for value in values}
+        shown[key] = short if len({*short.values()}) == len(values) else {value: value for value in values}
     labels = {}
     for group, flat in params.items():
-        own = [f"{key}={_brief(flat[key])}" for key in different if key in flat]
+        own = [f"{key}={shown[key][flat[key]]}" for key in different if key in flat]
         labels[group] = " ".join(own) or ("the rest as in all" if different else "all runs")
     return labels
 
 
-def _brief(value: str) -> str:
+def brief(value: str) -> str:
     """A number in four digits; anything else as it is."""
     try:
         return f"{float(value):.4g}"

@@ -1,6 +1,5 @@
 """What a sweep shows: which settings went together, which mattered, and what each did to the score."""
 
-import contextlib
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -34,18 +33,21 @@ def study(space: "Space", trials: Sequence["Trial"]) -> optuna.Study:
 def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
     """name -> figure: parallel_coordinates, importance, slices. Without those that so few trials do not carry."""
     made, found = dict[str, Figure](), study(space, trials)
-    drawn: dict[str, Any] = {"parallel_coordinates": plots.plot_parallel_coordinate, "slices": plots.plot_slice}
+    # "constrained" cannot lay out axes that lie over each other; "tight" puts the slices' scale over the last of them.
+    drawn: dict[str, tuple[Any, Any]] = {
+        "parallel_coordinates": (plots.plot_parallel_coordinate, "tight"),
+        "slices": (plots.plot_slice, "constrained"),
+    }
     if len({trial.value for trial in found.trials}) >= FEWEST:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        drawn["importance"] = partial(plots.plot_param_importances, evaluator=evaluator)
+        drawn["importance"] = partial(plots.plot_param_importances, evaluator=evaluator), "constrained"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, draw in drawn.items():
+        for name, (draw, layout) in drawn.items():
             axes: Any = draw(found, target_name="val/map_at_r")
             figure = np.ravel(axes)[0].figure
             figure.set_size_inches(max(8, 3 * np.size(axes)), 5)
-            with contextlib.suppress(ArithmeticError):  # of so few points that axes have no extent
-                figure.tight_layout()
+            figure.set_layout_engine(layout)
             made[name] = figure
             plt.close(figure)
     return made

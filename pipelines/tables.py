@@ -1,9 +1,51 @@
 """Results as tables on a terminal."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from pipelines.jobs import Outcome as Trained
+    from pipelines.tune import Outcome as Tuned
+
+
+def trained(output: Console, outcome: "Trained") -> None:
+    output.print(retrieval(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics))
+    _tell(
+        output,
+        f"run {outcome.run_id} ({outcome.name}), best epoch {outcome.metrics['best_epoch']:.0f}, "
+        f"{outcome.seconds:.0f} s, {outcome.images_per_second:,.0f} images/s",
+        f"checkpoint {outcome.checkpoint}",
+        f"model {outcome.model}\n",
+        "next:  dml ui                       curves and comparisons in MLflow",
+        f"       dml evaluate {outcome.run_id}",
+        f"       dml train {outcome.experiment} seed=1 ...      another seed",
+    )
+
+
+def evaluated(output: Console, found: dict[str, Any]) -> None:
+    output.print(retrieval(found["checkpoint"], found["metrics"]))
+    if unmatched := found["metrics"]["test/queries_without_match"]:
+        _tell(output, f"{unmatched:.0f} queries have no other image of their class and are left out")
+
+
+def tuned(output: Console, outcome: "Tuned") -> None:
+    sweep(output, outcome.sweep, outcome.trials)
+    comparison(output, "default settings", outcome.tested, outcome.warnings)
+    _tell(
+        output,
+        f"sweep {outcome.run_id}, {outcome.seconds:.0f} s",
+        f"winner {outcome.recipe}",
+        f"model {outcome.model + ', alias champion' if outcome.model else 'not registered'}\n",
+        "next:  dml ui                       trials and plots in MLflow",
+        f"       dml train {outcome.recipe} seed=1",
+    )
+
+
+def _tell(output: Console, *lines: str) -> None:
+    """Whole lines, so that what they name can be copied."""
+    output.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def retrieval(title: str, metrics: dict[str, float]) -> Table:
@@ -37,12 +79,14 @@ def comparison(output: Console, baseline: str, lines: list[dict[str, Any]], warn
 
 def sweep(output: Console, name: str, trials: list[dict[str, Any]]) -> None:
     """The ten best trials, and why those that failed did."""
+    from pipelines.compare import brief
+
     ranked = sorted(trials, key=lambda trial: -(trial["score"] or 0.0))
     table = Table(title=f"{name}: val/map_at_r of {len(ranked)} trials")
     for head in ("trial", "score", "epochs", "", "settings"):
         table.add_column(head, overflow="fold")
     for trial in ranked[:10]:
-        settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial["point"].items())
+        settings = " ".join(f"{key}={brief(str(value))}" for key, value in trial["point"].items())
         score = "" if trial["score"] is None else f"{trial['score']:.4f}"
         table.add_row(trial["name"], score, str(trial["epochs"]), trial["ended"], settings)
     output.print(table)

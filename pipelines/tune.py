@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import optuna
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
@@ -94,40 +94,27 @@ def resume(name: str, storage: str, console: Console) -> Outcome:
 
 
 def _sweep(sweep: Sweep, space: Space, folder: jobs.RunFolder, console: Console) -> Outcome:
-    started, status = time.monotonic(), "FAILED"
-    config, options = sweep.config, sweep.options
+    started, status, config = time.monotonic(), "FAILED", sweep.config
     here = config.worker_range[1] == 1
     console.print(f"{sweep.folder}  (if interrupted: dml tune --resume {sweep.name})", highlight=False)
-    cpus = (options.concurrent or 1) * config.worker_range[1] + (not here)
+    cpus = (sweep.options.concurrent or 1) * config.worker_range[1] + (not here)
     try:
         with launch.cluster(config, folder.logs, cpus, dashboard=not here):
-            at_once, resources = tuner.places(sweep, here, console)
+            places = tuner.places(sweep, here, console)
             if config.backbone.frozen:
                 with console.status("features of the frozen backbone, for all trials"):
                     job = {"unreadable": jobs.check.unreadable(config.data, console)}
                     launch.run_here(warm, launch.resolve_devices(config, here=True), job)
-            trials = _search(sweep, space, here, at_once, resources, console)
+            trials = _search(places, space)
             finished = [trial for trial in trials if trial.ended == "finished"]
             if not finished:
                 raise launch.RunFailed(f"none of {len(trials)} trials finished; {trials[0].reason}")
             best = max(finished, key=lambda trial: trial.score or 0.0)
-            figures = sweep_plots.figures(space, trials)
-            for name, figure in figures.items():
-                tracking.log_figure(sweep.uri, sweep.run_id, figure, f"{name}.png")
-            winner = replaced(config, {**best.point, "name": None})
-            recipe = f"{folder.path}/best.yaml"
-            folder.write("best.yaml", to_yaml(replaced(winner, {"storage": "runs"})))
-            tracking.log_text(sweep.uri, sweep.run_id, to_yaml(winner), "best.yaml")
-            finals = _finals(sweep, best.point, own_point(config, space), here, at_once, resources, console)
-        runs = tracking.read_runs(sweep.uri, [final["run_id"] for final in finals])
-        baseline = next(final["run_id"] for final in finals if final["who"] == "default")
-        labels = {run.group: run.name.rpartition("-s")[0] for run in runs}
-        found = compare.comparison(runs, sweep.name, baseline, compare.METRICS, labels)
-        tracking.log_text(sweep.uri, sweep.run_id, found.page, "comparison.html")
-        model = max((f for f in finals if f["who"] == finals[0]["who"]), key=lambda f: f[SCORE])["model"]
-        if model:
-            tracking.set_alias(sweep.uri, model, "champion")
-        tracking.log_metrics(sweep.uri, sweep.run_id, {"val/best_map_at_r": best.score or 0.0})
+            winner = replaced(config, {**best.point, "name": None, "storage": "runs"})
+            folder.write("best.yaml", to_yaml(winner))
+            _log(sweep, space, trials, best, winner)
+            finals = _finals(places, best.point, own_point(config, space))
+        found, model = _tested(sweep, finals)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -141,7 +128,7 @@ def _sweep(sweep: Sweep, space: Space, folder: jobs.RunFolder, console: Console)
         run_id=sweep.run_id,
         winner=best.point,
         score=best.score or 0.0,
-        recipe=recipe,
+        recipe=f"{folder.path}/best.yaml",
         model=model,
         trials=[trial._asdict() for trial in trials],
         tested=[line._asdict() for line in found.lines],
@@ -150,55 +137,65 @@ def _sweep(sweep: Sweep, space: Space, folder: jobs.RunFolder, console: Console)
     )
     folder.write("outcome.json", outcome._asdict())
     for trial in trials:
-        for fold in range(options.folds):
+        for fold in range(sweep.options.folds):
             jobs.RunFolder(replaced(config, place(sweep, trial.name, fold))).forget()
     return outcome
 
 
-def _search(
-    sweep: Sweep, space: Space, here: bool, at_once: int, resources: dict[str, float], console: Console
-) -> list[tuner.Trial]:
-    options, total = sweep.options, sweep.options.folds * sweep.config.epochs
+def _search(places: tuner.Places, space: Space) -> list[tuner.Trial]:
+    sweep, options = places.sweep, places.sweep.options
+    total = options.folds * sweep.config.epochs
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search, searched, samples = None, dict[str, Any](), options.samples
+    searched: Any
     if options.search == "optuna":
         own = own_point(sweep.config, space)
         known = [] if own is None else [{f"point/{key}": value for key, value in own.items()}]
         search = OptunaSearch(metric=SCORE, mode="max", seed=sweep.config.seed, points_to_evaluate=known or None)
-        searched = {"point": space}
+        searched, count = space, options.samples
     else:
         listed = points(space, options.search, options.samples, sweep.config)
-        searched, samples = {"point": tune.grid_search(listed)}, 1
-    scheduler: Any = FIFOScheduler()
+        search, searched, count = None, tune.grid_search(listed), len(listed)
+    scheduler = None
     if options.schedule == "asha":
         # The last report comes at `total`; what reaches it is to end by itself.
         grace = max(sweep.config.evaluate_every, total // 9, 1)
         scheduler = AsyncHyperBandScheduler(
             EPOCHS, SCORE, "max", max_t=total + 1, grace_period=grace, reduction_factor=3
         )
-    count = samples if search else len(listed)
-    run = tuner.Stage("search", run_trial, sweep, here, at_once, resources)
-    return [tuner.read(trial, total) for trial in tuner.fit(run, searched, search, scheduler, samples, count, console)]
+    trials = tuner.fit(places, "search", run_trial, {"point": searched}, count, search, scheduler)
+    return [tuner.read(trial, total) for trial in trials]
 
 
-def _finals(
-    sweep: Sweep,
-    winner: Point,
-    own: Point | None,
-    here: bool,
-    at_once: int,
-    resources: dict[str, float],
-    console: Console,
-) -> list[dict[str, Any]]:
+def _log(sweep: Sweep, space: Space, trials: list[tuner.Trial], best: tuner.Trial, winner: Config) -> None:
+    """What the search found, to MLflow: before the tests, which take long."""
+    for name, figure in sweep_plots.figures(space, trials).items():
+        tracking.log_figure(sweep.uri, sweep.run_id, figure, f"{name}.png")
+    tracking.log_text(sweep.uri, sweep.run_id, to_yaml(winner), "best.yaml")
+    tracking.log_metrics(sweep.uri, sweep.run_id, {"val/best_map_at_r": best.score or 0.0})
+
+
+def _finals(places: tuner.Places, winner: Point, own: Point | None) -> list[dict[str, Any]]:
     """Tested runs of the winner, first, and of the defaults, over the same seeds, none of them that of the search."""
+    sweep = places.sweep
     settings = {"default": {}} if winner == own else {"winner": winner, "default": {}}
     seeds = range(sweep.config.seed + 1, sweep.config.seed + 1 + sweep.options.final_seeds)
     listed = [(who, seed, values) for seed in seeds for who, values in settings.items()]
-    run = tuner.Stage("final", run_final, sweep, here, at_once, resources)
-    searched = {"point": tune.grid_search(listed)}
     found = []
-    for trial in tuner.fit(run, searched, None, FIFOScheduler(), 1, len(listed), console):
+    for trial in tuner.fit(places, "final", run_final, {"point": tune.grid_search(listed)}, len(listed)):
         if trial.status != tuner.RayTrial.TERMINATED:
             raise launch.RunFailed(f"a final run failed: {tuner.why(trial)}")
         found.append({"who": trial.config["point"][0], **trial.last_result})
     return sorted(found, key=lambda final: final["who"] == "default")
+
+
+def _tested(sweep: Sweep, finals: list[dict[str, Any]]) -> tuple[compare.Comparison, str | None]:
+    """The tested runs compared, and the winner's best model, which becomes the champion."""
+    runs = tracking.read_runs(sweep.uri, [final["run_id"] for final in finals])
+    baseline = next(final["run_id"] for final in finals if final["who"] == "default")
+    labels = {run.group: run.name.rpartition("-s")[0] for run in runs}
+    found = compare.comparison(runs, sweep.name, baseline, compare.METRICS, labels)
+    tracking.log_text(sweep.uri, sweep.run_id, found.page, "comparison.html")
+    model = max((f for f in finals if f["who"] == finals[0]["who"]), key=lambda f: f[SCORE])["model"]
+    if model:
+        tracking.set_alias(sweep.uri, model, "champion")
+    return found, model or None

@@ -35,8 +35,22 @@ class Trial(NamedTuple):
     reason: str
 
 
-def places(sweep: Sweep, here: bool, console: Console) -> tuple[int, dict[str, float]]:
-    """How many trials at a time, and what Ray sets aside for each. So many that their workers fit beside each other."""
+class Places(NamedTuple):
+    """Where a sweep's trials run.
+
+    here: in Tune's own processes, not on workers of Ray Train.  at_once: how many.  resources: what Ray sets aside for
+    each.
+    """
+
+    sweep: Sweep
+    here: bool
+    at_once: int
+    resources: dict[str, float]
+    console: Console
+
+
+def places(sweep: Sweep, here: bool, console: Console) -> Places:
+    """So many trials at a time that their workers fit beside each other."""
     resources, workers = ray.cluster_resources(), sweep.config.worker_range[1]
     use_gpu = bool(launch.resolve_devices(sweep.config).use_gpu)
     kind = "GPU" if use_gpu else "CPU"
@@ -48,27 +62,27 @@ def places(sweep: Sweep, here: bool, console: Console) -> tuple[int, dict[str, f
         + (f" (more than {fit} do not fit, the others wait)" if asked and asked > fit else ""),
         highlight=False,
     )
-    if not here:
-        return at_once, {"CPU": 0.01}  # its workers have their own
-    return at_once, {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {})
-
-
-class Stage(NamedTuple):
-    name: str
-    function: Any
-    sweep: Sweep
-    here: bool
-    at_once: int
-    resources: dict[str, float]
+    share = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) if here else {"CPU": 0.01}  # workers have their own
+    return Places(sweep, here, at_once, share, console)
 
 
 def fit(
-    stage: Stage, space: dict[str, Any], search: Any, scheduler: Any, samples: int, count: int, console: Console
+    places: Places,
+    stage: str,
+    function: Any,
+    space: dict[str, Any],
+    count: int,
+    search: Any = None,
+    scheduler: Any = None,
 ) -> list[RayTrial]:
-    """All trials of a stage, of one that was interrupted only what it lacks."""
-    given = tune.with_parameters(stage.function, sweep=stage.sweep, here=stage.here)
-    trainable = tune.with_resources(given, stage.resources)
-    folder = f"{stage.sweep.folder}/tune_{stage.name}"
+    """All `count` trials of a stage; of one that was interrupted, what it lacks.
+
+    space: a grid of them all, or what `search` draws from.
+    """
+    sweep = places.sweep
+    given = tune.with_parameters(function, sweep=sweep, here=places.here)
+    trainable = tune.with_resources(given, places.resources)
+    folder = f"{sweep.folder}/tune_{stage}"
     if tune.Tuner.can_restore(folder):
         tuner = tune.Tuner.restore(folder, trainable, restart_errored=True, param_space=space)
     else:
@@ -76,15 +90,15 @@ def fit(
             trainable,
             param_space=space,
             tune_config=tune.TuneConfig(
-                num_samples=samples,
-                max_concurrent_trials=stage.at_once,
+                num_samples=count if search else 1,
+                max_concurrent_trials=places.at_once,
                 search_alg=search,
                 scheduler=scheduler,
-                reuse_actors=stage.here,
+                reuse_actors=places.here,
             ),
             run_config=tune.RunConfig(
-                name=f"tune_{stage.name}",
-                storage_path=stage.sweep.folder,
+                name=f"tune_{stage}",
+                storage_path=sweep.folder,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 callbacks=[Watch()],
                 verbose=0,
@@ -96,8 +110,8 @@ def fit(
         MofNCompleteColumn(),
         TextColumn("{task.fields[facts]}"),
     )
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        Watch.bar, Watch.task = bar, bar.add_task(stage.name, total=count, facts="")
+    with Progress(*columns, TimeElapsedColumn(), console=places.console, transient=True) as bar:
+        Watch.bar, Watch.task = bar, bar.add_task(stage, total=count, facts="")
         try:
             results = launch.apart(tuner.fit)
         except tune.TuneError as error:
