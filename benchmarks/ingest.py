@@ -1,10 +1,11 @@
 """Pictures a second that reach a training loop, beside a plain torchvision ImageFolder and DataLoader.
 
-    python benchmarks/ingest.py [--processes 2] [--pictures 600] [--folder grocery=ROOT] [--repeat 3]
+    python benchmarks/ingest.py [--processes 2] [--pictures 600] [--epochs 3] [--folder grocery=ROOT] [--repeat 3]
 
 The views are those of `data.augment=crop` at 224 pixels, the same transform for all, from JPEGs of 1,000 pixels that
-are made here, and from a folder of your own. One warm-up epoch; then the repeats in turn, median of each. Plain:
-decoded by the loader of ImageFolder, at full size. Batches of 64.
+are made here, and from a folder of your own. Some epochs in one go, as a training has them, the first of them not
+counted; the ways in turn, median of the repeats. Plain: decoded by the loader of ImageFolder, at full size, by
+processes that last over the epochs. Batches of 64.
 """
 
 import argparse
@@ -43,28 +44,36 @@ def make(root: Path, pictures: int) -> None:
         Image.blend(coarse, fine, 0.3).save(path, quality=90)
 
 
-def plain(root: Path, processes: int) -> Iterator[Tensor]:
+def plain(root: Path, epochs: int, processes: int) -> Iterator[Tensor]:
     view = v2.Compose([v2.PILToTensor(), transforms.training("crop", SIZE).transform])
-    loader = DataLoader(ImageFolder(root, view), BATCH, shuffle=True, num_workers=processes)
-    yield from (images for images, _ in loader)
+    loader = DataLoader(ImageFolder(root, view), BATCH, True, num_workers=processes, persistent_workers=processes > 0)
+    for _ in range(epochs):
+        yield from (images for images, _ in loader)
 
 
-def ours(views: Views | StreamedViews, processes: int) -> Iterator[Tensor]:
-    order = torch.randperm(len(views.images)).tolist()
-    return views.batches([[(i, i) for i in order[s : s + BATCH]] for s in range(0, len(order), BATCH)], processes)
+def ours(views: Views | StreamedViews, epochs: int, processes: int) -> Iterator[Tensor]:
+    rows = []
+    for _ in range(epochs):
+        order = torch.randperm(len(views.images))
+        rows += [[(i, i) for i in part.tolist()] for part in order.split(BATCH)]
+    return views.batches(rows, processes)
 
 
-def speed(epoch: Callable[[], Iterator[Tensor]]) -> float:
-    started, count = time.perf_counter(), 0
-    for batch in epoch():
-        count += len(batch)
-    return count / (time.perf_counter() - started)
+def speed(batches: Iterator[Tensor], warm: int) -> float:
+    """Of what comes after `warm` pictures."""
+    seen, started = 0, 0.0
+    for batch in batches:
+        if seen >= warm and not started:
+            first, started = seen, time.perf_counter()
+        seen += len(batch)
+    return (seen - first) / (time.perf_counter() - started)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=600)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--folder", default=None, help="NAME=ROOT of a class-per-folder tree")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
@@ -80,16 +89,15 @@ def main() -> None:
         print("|---" * 6 + "|")
         for name, root in folders.items():
             views = Views(load_folder(root).images, transforms.evaluation(SIZE), transforms.training("crop", SIZE))
-            ways = {
-                "plain": partial(plain, root, options.processes),
-                "torch": partial(ours, views, options.processes),
-                "ray": partial(ours, StreamedViews(views), options.processes),
+            ways: dict[str, Callable[[int, int], Iterator[Tensor]]] = {
+                "plain": partial(plain, root),
+                "torch": partial(ours, views),
+                "ray": partial(ours, StreamedViews(views)),
             }
             found: dict[str, list[float]] = {way: [] for way in ways}
-            for repeat in range(options.repeat + 1):
-                for way, epoch in ways.items():
-                    measured = speed(epoch)
-                    found[way] += [measured] if repeat else []
+            for _ in range(options.repeat):
+                for way, batches in ways.items():
+                    found[way].append(speed(batches(options.epochs, options.processes), len(views.images)))
             median = {way: statistics.median(values) for way, values in found.items()}
             cells = [name, *(f"{value:.0f}/s" for value in median.values())]
             cells += [f"{median[way] / median['plain']:.2f}" for way in ("torch", "ray")]
