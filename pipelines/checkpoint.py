@@ -124,6 +124,10 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "history.json").read_text())
 
 
+def read_state(folder: Path) -> State:
+    return State(**json.loads((folder / "state.json").read_text()))
+
+
 def load_weights(folder: Path, learner: nn.Module) -> None:
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
 
@@ -139,8 +143,7 @@ def load(
     states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])
     schedule.load_state_dict(states["schedule"])
-    state = State(**json.loads((folder / "state.json").read_text()))
-    return Loaded(state, read_history(folder), read_metrics(folder))
+    return Loaded(read_state(folder), read_history(folder), read_metrics(folder))
 
 
 def newest(files: pyarrow.fs.FileSystem, run: str) -> str | None:

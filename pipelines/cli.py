@@ -115,8 +115,12 @@ def tune(
     space: Annotated[str | None, typer.Option(help="base, iaa, sgar, namr, all, joined by +; or FILE.py")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Points to try; of a grid, points on each range.")] = 32,
     concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at a time. Default: as many as fit.")] = None,
-    search: Annotated[str, typer.Option(help="optuna (TPE), random or grid")] = "optuna",
-    schedule: Annotated[str, typer.Option(help="asha: what falls behind is ended early; none")] = "asha",
+    search: Annotated[
+        str | None, typer.Option(help="optuna (TPE), random or grid", show_default="optuna; with pbt random")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="asha: what falls behind is ended early; none; pbt: settings change on the way")
+    ] = "asha",
     folds: Annotated[int, typer.Option(min=1, help="Train each point with so many choices of validation classes.")] = 1,
     final_seeds: Annotated[int, typer.Option(min=1, help="Tested runs of the winner, and of the defaults.")] = 5,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with a sweep that was interrupted.")] = None,
@@ -141,6 +145,7 @@ def tune(
             # Trials beside each other, not workers: results do not depend on it, and nothing is sent between them.
             given = [a for a in arguments or [] if a.startswith("workers=")]
             config = _config([*(arguments or []), *([] if given else ["workers=1"])])
+            search = search or ("random" if schedule == "pbt" else "optuna")
             options = t.Options(space, samples, concurrent, search, schedule, folds, final_seeds)
             go = partial(t.begin, config, options)
             hint = "dml tune --resume NAME goes on, NAME being the sweep's"

@@ -7,7 +7,7 @@ cannot act: settings of a method that is not in `method`, a momentum for Adam, a
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipelines.sections import Backbone, Batch, Data, Iaa, Loss, Namr, Optimizer, Positive, Section, Sgar
 
@@ -54,6 +54,9 @@ class Config(Section):
     iaa: Iaa | None = None
     sgar: Sgar | None = None
     namr: Namr | None = None
+    changes: dict[Annotated[int, Field(ge=1)], dict[str, Any]] = {}
+    """N: {loss.margin: ...}: settings of the loss and the methods that hold from the end of epoch N on, in place of
+    those above; for instance `changes.10.sgar.intensity=0.2`. `dml tune --schedule pbt` finds such."""
 
     @field_validator("method")
     @classmethod
@@ -61,6 +64,14 @@ class Config(Section):
         if len(set(method)) < len(method):
             raise ValueError(f"[{', '.join(method)}] names a method twice")
         return sorted(method, key=METHODS.index)
+
+    @field_validator("changes", mode="before")
+    @classmethod
+    def _in_order(cls, changes: Any) -> Any:
+        try:
+            return {after: flatten(changes[after]) for after in sorted(changes, key=int)}
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"{changes} is not {{EPOCH: {{KEY: VALUE}}}}") from None
 
     @model_validator(mode="before")
     @classmethod
@@ -87,7 +98,34 @@ class Config(Section):
                     f"workers={self.workers}: {count} workers do not divide the global batch of {size} "
                     f"(batch.classes={self.batch.classes} x batch.images={self.batch.images})"
                 )
+        for after, values in self.changes.items():
+            if not values or after >= self.epochs:
+                raise ValueError(f"changes.{after} cannot act: it names no setting, or epochs={self.epochs} are over")
+            for key in values:
+                if values[key] is None or not self.may_change(key):
+                    raise ValueError(f"changes.{after}: {key} cannot become {values[key]} in the middle of a run")
+            try:
+                self.at(after)
+            except ValidationError as error:
+                told = error.errors()[0]
+                where, message = ".".join(map(str, told["loc"])), told["msg"].removeprefix("Value error, ")
+                raise ValueError(f"changes.{after}: {where}={told['input']}: {message}") from None
         return self
+
+    def may_change(self, key: str) -> bool:
+        """Whether a setting can take another value while a run goes on: one of the loss or of a method in use, that
+        has shaped no parameter and no statistic."""
+        fixed = {"loss.name", "iaa.covariance"} | ({"loss.beta"} if self.loss.name == "margin" else set())
+        return key.partition(".")[0] in ("loss", *self.method) and key not in fixed
+
+    def at(self, epoch: int) -> "Config":
+        """What holds in an epoch, from 0."""
+        tree = self.model_dump(exclude_none=True, exclude={"changes"})
+        for after, values in self.changes.items():
+            for key, value in values.items() if after <= epoch else ():
+                section, _, name = key.partition(".")
+                tree[section][name] = value
+        return Config.model_validate(tree)
 
     @property
     def slices(self) -> int:

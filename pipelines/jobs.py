@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -167,10 +167,12 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def forget(self) -> None:
-        """The checkpoints; what came of the run is kept."""
-        for name in checkpoint.names(self.filesystem, self.path):
-            self.filesystem.delete_dir(f"{self.path}/{name}")
+    def forget(self, kept: Container[str]) -> None:
+        """Of a sweep: checkpoints of all its runs but the `kept`; what came of them stays."""
+        for found in self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, recursive=True)):
+            run, name = Path(found.path).parts[-2:]
+            if name.startswith(("epoch_", "checkpoint_")) and run not in kept and not found.is_file:
+                self.filesystem.delete_dir(found.path)
 
     def write(self, name: str, content: dict[str, Any] | str) -> None:
         """A text, or JSON."""

@@ -31,7 +31,10 @@ def study(space: "Space", trials: Sequence["Trial"]) -> optuna.Study:
 
 
 def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
-    """name -> figure: parallel_coordinates, importance, slices. Without those that so few trials do not carry."""
+    """name -> figure: parallel_coordinates, importance, slices, without those that so few trials do not carry; or
+    `changes`, where settings changed on the way."""
+    if any("changes" in trial.point for trial in trials):
+        return {"changes": changes(trials)}
     made, found = dict[str, Figure](), study(space, trials)
     # "constrained" cannot lay out axes that lie over each other; "tight" puts the slices' scale over the last of them.
     drawn: dict[str, tuple[Any, Any]] = {
@@ -51,3 +54,25 @@ def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
             made[name] = figure
             plt.close(figure)
     return made
+
+
+def changes(trials: Sequence["Trial"]) -> Figure:
+    """Each setting that changed, by epochs, a line for each trial, the darker the better it ended."""
+    finished = sorted((t for t in trials if t.score is not None), key=lambda t: t.score or 0.0)
+    all_changes = [{int(e): values for e, values in t.point.get("changes", {}).items()} for t in finished]
+    keys = sorted({key for found in all_changes for values in found.values() for key in values})
+    scores = [trial.score or 0.0 for trial in finished]
+    scale = plt.cm.ScalarMappable(plt.Normalize(min(scores), max(scores)), "viridis_r")
+    with plt.style.context("ggplot"):
+        figure, grid = plt.subplots(
+            1, len(keys), figsize=(max(8, 3 * len(keys)), 5), squeeze=False, layout="constrained"
+        )
+    for axis, key in zip(grid[0], keys, strict=True):
+        for trial, found in zip(finished, all_changes, strict=True):
+            values = {0: trial.point[key]} | {epoch: new[key] for epoch, new in found.items() if key in new}
+            ends = [*values, trial.epochs]
+            axis.stairs([*values.values()], ends, baseline=None, color=scale.to_rgba(np.array(trial.score)), lw=2)
+        axis.set(title=key, xlabel="epoch")
+    figure.colorbar(scale, ax=grid[0].tolist(), label="val/map_at_r")
+    plt.close(figure)
+    return figure

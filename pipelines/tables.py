@@ -80,13 +80,14 @@ def comparison(output: Console, baseline: str, lines: list[dict[str, Any]], warn
 def sweep(output: Console, name: str, trials: list[dict[str, Any]]) -> None:
     """The ten best trials, and why those that failed did."""
     from pipelines.compare import brief
+    from pipelines.config import flatten
 
     ranked = sorted(trials, key=lambda trial: -(trial["score"] or 0.0))
     table = Table(title=f"{name}: val/map_at_r of {len(ranked)} trials")
     for head in ("trial", "score", "epochs", "", "settings"):
         table.add_column(head, overflow="fold")
     for trial in ranked[:10]:
-        settings = " ".join(f"{key}={brief(str(value))}" for key, value in trial["point"].items())
+        settings = " ".join(f"{key}={brief(str(value))}" for key, value in flatten(trial["point"]).items())
         score = "" if trial["score"] is None else f"{trial['score']:.4f}"
         table.add_row(trial["name"], score, str(trial["epochs"]), trial["ended"], settings)
     output.print(table)

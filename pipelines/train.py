@@ -4,6 +4,7 @@ import itertools
 import math
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,20 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     parts = cfg.slices // world if cfg.slices % world == 0 else 1
     generator = torch.Generator(device)
     parameters = [p for p in learner.parameters() if p.requires_grad]
+    settings = cfg.at(0)
 
     for epoch, rows in zip(epochs, now, strict=True):
+        # Settings that change here: another learner, of the same parameters and statistics.
+        if cfg.at(epoch) != settings:
+            settings, before = cfg.at(epoch), learner
+            learner = build.learner(settings, len(classes), read_weights=False).to(
+                device, next(before.parameters()).dtype
+            )
+            learner.load_state_dict(before.state_dict(keep_vars=True), assign=True)
         # Epoch hook: how each class varies now, over the whole training set (IAA).
         if learner.iaa is not None and learner.iaa.due(epoch):
             learner.eval()
-            seen = evaluate.stream(splits.train, sources, "variation", lambda x: {"z": learner.embed(x)})
+            seen = evaluate.stream(splits.train, sources, "variation", partial(_embedded, learner))
             learner.iaa.estimate((part["z"], labels[part["sample"]].to(device)) for part in seen)
             learner.train()
 
@@ -146,6 +155,10 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
         tracker.log({"time": _now(), "step": cfg.epochs, "metrics": _final(metrics)})
         unsent = tracker.close()
     return metrics | {"unsent": float(unsent)}
+
+
+def _embedded(learner: Learner, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"z": learner.embed(x)}
 
 
 def _baselines(learner: Learner, x: torch.Tensor) -> dict[str, torch.Tensor]:

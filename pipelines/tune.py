@@ -15,13 +15,13 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from pipelines import build, compare, jobs, launch, sweep_plots, tracking, tuner
+from pipelines import build, compare, jobs, launch, population, sweep_plots, tracking, tuner
 from pipelines.config import Config
 from pipelines.recipe import parse, replaced, to_yaml
 from pipelines.spaces import Point, Space, own_point, points, space_of
-from pipelines.trials import EPOCHS, SCORE, Options, Sweep, fold_values, place, run_final, run_trial, warm
+from pipelines.trials import CLOCK, EPOCHS, SCORE, Options, Sweep, fold_values, run_final, run_trial, warm
 
-SEARCHES, SCHEDULES = ("optuna", "random", "grid"), ("asha", "none")
+SEARCHES, SCHEDULES = ("optuna", "random", "grid"), ("asha", "none", "pbt")
 
 
 class Outcome(NamedTuple):
@@ -45,6 +45,10 @@ def begin(config: Config, options: Options, console: Console) -> Outcome:
         if value not in known:
             raise ValueError(f"--{option} {value}: {', '.join(known[:-1])} or {known[-1]}")
     config, space = space_of(options.space, config)
+    if options.schedule == "pbt":
+        if options.search != "random" or options.folds > 1 or config.worker_range[1] > 1:
+            raise ValueError("--schedule pbt: it goes with --search random, --folds 1 and workers=1")
+        population.scheduler(space, config, CLOCK, SCORE)
     if options.folds > 1:
         replaced(config, fold_values(0, options.folds))
     if config.name is None:
@@ -136,9 +140,7 @@ def _sweep(sweep: Sweep, space: Space, folder: jobs.RunFolder, console: Console)
         seconds=time.monotonic() - started,
     )
     folder.write("outcome.json", outcome._asdict())
-    for trial in trials:
-        for fold in range(sweep.options.folds):
-            jobs.RunFolder(replaced(config, place(sweep, trial.name, fold))).forget()
+    folder.forget({final["name"] for final in finals})
     return outcome
 
 
@@ -155,7 +157,9 @@ def _search(places: tuner.Places, space: Space) -> list[tuner.Trial]:
     else:
         listed = points(space, options.search, options.samples, sweep.config)
         search, searched, count = None, tune.grid_search(listed), len(listed)
-    scheduler = None
+    scheduler: Any = None
+    if options.schedule == "pbt":
+        scheduler = population.scheduler(space, sweep.config, CLOCK, SCORE)
     if options.schedule == "asha":
         # The last report comes at `total`; what reaches it is to end by itself.
         grace = max(sweep.config.evaluate_every, total // 9, 1)

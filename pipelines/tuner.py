@@ -1,6 +1,7 @@
 """Ray Tune: stages of trials, dealt to the machine, shown, and read."""
 
 import logging
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 import ray
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import PopulationBasedTraining
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipelines import launch
 from pipelines.spaces import Point
-from pipelines.trials import EPOCHS, FAILED, SCORE, Sweep, trial_name
+from pipelines.trials import EPOCHS, FAILED, SCORE, SETTINGS, Sweep, trial_name
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is told by us
 RETRIES = 2  # of a trial whose process is lost
@@ -62,8 +64,9 @@ def places(sweep: Sweep, here: bool, console: Console) -> Places:
         + (f" (more than {fit} do not fit, the others wait)" if asked and asked > fit else ""),
         highlight=False,
     )
-    share = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {}) if here else {"CPU": 0.01}  # workers have their own
-    return Places(sweep, here, at_once, share, console)
+    # Of the trials of a population all are begun and some are paused: their shares alone say how many run.
+    share = {"CPU": math.floor(1e4 * resources["CPU"] / at_once) / 1e4} | ({"GPU": 1.0} if use_gpu else {})
+    return Places(sweep, here, at_once, share if here else {"CPU": 0.01}, console)  # workers have their own
 
 
 def fit(
@@ -91,7 +94,7 @@ def fit(
             param_space=space,
             tune_config=tune.TuneConfig(
                 num_samples=count if search else 1,
-                max_concurrent_trials=places.at_once,
+                max_concurrent_trials=None if isinstance(scheduler, PopulationBasedTraining) else places.at_once,
                 search_alg=search,
                 scheduler=scheduler,
                 reuse_actors=places.here,
@@ -100,6 +103,7 @@ def fit(
                 name=f"tune_{stage}",
                 storage_path=sweep.folder,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=4),  # for others to go on from
                 callbacks=[Watch()],
                 verbose=0,
             ),
@@ -136,7 +140,7 @@ class Watch(tune.Callback):
 
 def read(trial: RayTrial, total: int) -> Trial:
     result = trial.last_result or {}
-    point, score, epochs = trial.config["point"], result.get(SCORE), result.get(EPOCHS, 0)
+    point, score, epochs = result.get(SETTINGS, trial.config["point"]), result.get(SCORE), result.get(EPOCHS, 0)
     name = trial_name(trial.trial_id, point)
     if trial.status == RayTrial.ERROR:
         return Trial(name, point, None, epochs, "failed", why(trial))

@@ -15,9 +15,10 @@ import pytest
 from ray import tune as ray_tune
 from typer.testing import CliRunner
 
-from pipelines import spaces
+from pipelines import jobs, spaces
 from pipelines.cli import app
-from pipelines.recipe import load
+from pipelines.recipe import load, replaced
+from tests.pipelines.conftest import QUIET
 
 SMALL = ["data.limit_classes=8", "batch.classes=3", "batch.images=4", "epochs=2", "steps_per_epoch=2", "workers=1"]
 
@@ -87,7 +88,9 @@ def test_a_grid_has_the_ends_of_every_range() -> None:
         (["tune", "glyphs"], "--space NAME is needed"),
         (["tune", "glyphs", "--space", "sga"], "'sga' is none of base, iaa, sgar, namr, all, FILE.py"),
         (["tune", "glyphs", "--space", "sgar", "--search", "bayes"], "--search bayes: optuna, random or grid"),
-        (["tune", "glyphs", "--space", "sgar", "--schedule", "pbt"], "--schedule pbt: asha or none"),
+        (["tune", "glyphs", "--space", "sgar", "--schedule", "hyperband"], "hyperband: asha, none or pbt"),
+        (["tune", "glyphs", "--space", "sgar", "--schedule", "pbt", "--folds", "2"], "pbt: it goes with"),
+        (["tune", "glyphs", "--space", "sgar", "--schedule", "pbt", "epochs=1"], "leave nothing to change"),
         (["tune", "glyphs", "--space", "sgar", "data.validation_fraction=0"], "chooses by validation classes"),
         (["tune", "--resume", "nothing"], "--resume nothing: no sweep of that name"),
         (["tune", "glyphs", "--resume", "nothing"], "only storage=FOLDER may go with it"),
@@ -177,3 +180,31 @@ def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(tracked_fold
     assert json.loads(again.stdout.splitlines()[-1]) == one
     taken = CliRunner().invoke(app, ["tune", *asked, "name=killed"])
     assert taken.exit_code == 2 and "name=killed is taken" in taken.stderr
+
+
+def test_a_population_changes_settings_and_its_recipes_repeat_what_it_found(tracked_folder: Path) -> None:
+    space = {"sgar.intensity": "tune.loguniform(0.02, 0.5)", "sgar.count": "tune.randint(3, 8)"}
+    space |= {"loss.base": "tune.uniform(0.3, 0.7)", "optimizer.lr": "tune.loguniform(1e-3, 1e-2)"}
+    text = "{" + ", ".join(f"'{key}': {domain}" for key, domain in space.items()) + "}"
+    small = [*(a for a in SMALL if "epochs" not in a), "epochs=3", "name=pbt", "precision=float64"]
+    asked = ["tune", "glyphs", "--space", write_space(tracked_folder, text), "--schedule", "pbt", "--samples", "4"]
+    found = CliRunner().invoke(app, [*asked, "--final-seeds", "1", "--concurrent", "1", *small, "--json"])
+    assert found.exit_code == 0, found.output
+    outcome, client = json.loads(found.stdout.splitlines()[-1]), mlflow.MlflowClient()
+    assert [trial["ended"] for trial in outcome["trials"]] == ["finished"] * 4
+    assert "changes.png" in {file.path for file in client.list_artifacts(outcome["run_id"])}
+    assert not [*(tracked_folder / "runs" / "pbt").rglob("t*/epoch_*")]
+    went_on = next(trial for trial in outcome["trials"] if "changes" in trial["point"])
+    for values in went_on["point"]["changes"].values():
+        assert "optimizer.lr" not in values and {*values} <= {*space}
+        assert 0.02 <= values.get("sgar.intensity", 0.1) <= 0.5 and 3 <= values.get("sgar.count", 3) <= 7
+
+    # From the start by these settings, what the trial had by going on from others' checkpoints.
+    config = load("glyphs", small)
+    again = jobs.train(replaced(config, went_on["point"] | {"name": "again"}), QUIET, here=True)
+    name = f"run_name = '{went_on['name']}'"
+    (trial,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id], name)
+    for key in ("train/step_loss", "val/map_at_r"):
+        one, other = (client.get_metric_history(run, key) for run in (again.run_id, trial.info.run_id))
+        assert sorted((m.step, m.value) for m in one) == sorted((m.step, m.value) for m in other), key
+    assert again.metrics["val/best_map_at_r"] == went_on["score"]
