@@ -1,6 +1,6 @@
 """Pictures a second that reach a training loop, beside a plain torchvision ImageFolder and DataLoader.
 
-    python benchmarks/ingest.py [--processes 2] [--pictures 600] [--epochs 3] [--folder grocery=ROOT] [--repeat 3]
+    python benchmarks/ingest.py [--processes 2] [--pictures 600] [--epochs 10] [--folder grocery=ROOT] [--repeat 3]
 
 The views are those of `data.augment=crop` at 224 pixels, the same transform for all, from JPEGs of 1,000 pixels that
 are made here, and from a folder of your own. Some epochs in one go, as a training has them, the first of them not
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=600)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--folder", default=None, help="NAME=ROOT of a class-per-folder tree")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()

@@ -50,7 +50,7 @@ def cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bool = 
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # At least one CPU a worker in Ray's books, so that any number of workers fits on any machine; and as many
-            # as there are for Ray Data, which would wait for those of the workers for ever.
+            # as there are for decoding, which would wait for those of the workers for ever.
             cpus = max(os.cpu_count() or 1, config.worker_range[1], cpus)
             if config.data.loader == "ray":
                 cpus += os.cpu_count() or 1

@@ -53,7 +53,7 @@ class Data(Section):
     limit_classes: Annotated[int, Field(ge=3)] | None = None
     """At most so many classes to test on, and so many to train and validate on: for quick runs."""
     loader: Literal["auto", "torch", "ray"] = "auto"
-    """Who decodes: `torch`, the DataLoader of each training worker; `ray`, Ray Data on any node's CPUs. auto: ray where
+    """Who decodes: `torch`, the DataLoader of each training worker; `ray`, tasks on any node's CPUs. auto: ray where
     nodes without training workers have CPUs."""
     loader_processes: Annotated[int, Field(ge=0)] | None = None
     """Decoding processes a training worker; none: as many as it has CPUs to spare."""

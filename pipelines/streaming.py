@@ -1,6 +1,7 @@
-"""Views decoded by Ray Data on any node of the cluster, in the order of the plan (data.loader=ray)."""
+"""Views decoded by tasks on any node of the cluster, in the order of the plan (data.loader=ray)."""
 
-import itertools
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from dml_core.data.loading import Views
 from dml_core.data.sampling import Rows
+from dml_core.gather import world_size
 
-WINDOW = 512  # batches that one data set describes; the next is begun when it is used up
-AHEAD = 4  # decoded batches held ready
+LEAST_AHEAD = 4  # batches
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is Ray's, and we only read it
 
 
 class StreamedViews:
-    """As Views, but for where the work is done. A row of the data set is one batch, and a block one row: Ray Data deals
-    blocks, so that a batch never comes in pieces."""
+    """As Views, but for where the work is done. A task makes a whole batch. Every CPU has one to do and one to come, and
+    no more, whatever the pace of the training: what is ready lies in Ray's memory."""
 
     def __init__(self, views: Views):
         self.images, self.evaluation = views.images, views.evaluation
@@ -28,21 +30,19 @@ class StreamedViews:
 
     def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
         """uint8 (b, 3, S, S), one for each entry of `rows`, in that order. processes: not used; see Views."""
-        rest = iter(rows)
-        while window := list(itertools.islice(rest, WINDOW)):
-            items = [{"rows": [(sample, -1 if seed is None else seed) for sample, seed in batch]} for batch in window]
-            data = ray.data.from_items(items, override_num_blocks=len(items))
-            data.context.execution_options.preserve_order = True
-            data.context.enable_progress_bars = False
-            decoded = data.map(decode, fn_args=([self.held],), num_cpus=1)  # type: ignore[arg-type]
-            for block in decoded.iter_batches(batch_size=None, prefetch_batches=AHEAD, batch_format="numpy"):
-                yield from torch.from_numpy(np.stack(list(block["views"]))).unbind()
+        ahead, most = deque[Any](), max(LEAST_AHEAD, int(2 * ray.cluster_resources()["CPU"] / world_size()))
+        for batch in rows:
+            ahead.append(decode.remote(batch, [self.held]))
+            if len(ahead) > most:
+                yield torch.from_numpy(ray.get(ahead.popleft()))
+        while ahead:
+            yield torch.from_numpy(ray.get(ahead.popleft()))
 
 
-def decode(item: dict[str, Any], held: list[Any]) -> dict[str, np.ndarray]:
-    """One batch, on some node. held: a reference to Views, in a list, as Ray would fetch a bare one for each task."""
-    rows = [(int(sample), None if seed < 0 else int(seed)) for sample, seed in item["rows"]]
-    return {"views": _unpacked(held[0]).batch(rows).numpy()}
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")  # on all nodes, also from within a trial's own share of one
+def decode(rows: Rows, held: list[Any]) -> np.ndarray:
+    """One batch. held: a reference to Views, in a list, as Ray would fetch a bare one for each task."""
+    return _unpacked(held[0]).batch(rows).numpy()
 
 
 @lru_cache(4)

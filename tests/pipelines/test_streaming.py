@@ -1,4 +1,4 @@
-"""Ray Data gives the same pictures in the same order as a DataLoader, and the same training."""
+"""Ray's tasks give the same pictures in the same order as a DataLoader, and the same training."""
 
 import io
 from pathlib import Path

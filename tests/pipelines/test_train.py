@@ -140,7 +140,7 @@ FROZEN = ["data.name=folder", "data.image_size=48", "data.limit_classes=5", "bat
 
 
 def test_frozen_backbone_computes_its_features_once(folder_set: Path) -> None:
-    """The same losses and metrics by two workers, who share what Ray Data decodes, and by one, who finds it done."""
+    """The same losses and metrics by two workers, who share what Ray's tasks decode, and by one, who finds it done."""
     cache = Path(os.environ["DML_CACHE"]) / "features"
     given = [*FROZEN, f"data.root={folder_set}", "data.augment=none", "backbone.frozen=true", "precision=float64"]
     given += ["backbone.name=efficientnet_lite0", "backbone.weights=imagenet"]
