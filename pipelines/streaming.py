@@ -21,8 +21,8 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it
 
 
 class StreamedViews:
-    """As Views, but for where the work is done. A task makes a whole batch. Every CPU has one to do and one to come, and
-    no more, whatever the pace of the training: what is ready lies in Ray's memory."""
+    """As Views, but for where the work is done. A task makes a whole batch. Every CPU has one to do and one to come,
+    and no more, whatever the pace of the training: what is ready lies in Ray's memory."""
 
     def __init__(self, views: Views):
         self.images, self.evaluation = views.images, views.evaluation

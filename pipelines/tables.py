@@ -20,7 +20,7 @@ def trained(output: Console, outcome: "Trained") -> None:
         f"model {outcome.model}\n",
         "next:  dml ui                       curves and comparisons in MLflow",
         f"       dml evaluate {outcome.run_id}",
-        f"       dml compare {outcome.experiment:<20} after more runs (seed=1, other settings): which differ, and how surely",
+        f"       dml compare {outcome.experiment:<20} after more runs, by other seeds or settings",
     )
 
 

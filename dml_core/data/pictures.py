@@ -38,7 +38,8 @@ def decode(content: bytes, size: int, name: str) -> Tensor:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             image.draft("RGB", (size, size))  # a JPEG decoder can leave out detail that a resize would throw away
-            return torch.from_numpy(_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+            ImageOps.exif_transpose(image, in_place=True)
+            return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
     except UnidentifiedImageError:
         raise BadPicture([(name, "not a picture" if content else "empty file")]) from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError, struct.error) as error:
