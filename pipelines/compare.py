@@ -107,9 +107,9 @@ def _labels(params: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def brief(value: str) -> str:
-    """A number in four digits; anything else as it is."""
+    """A fraction in four digits; anything else as it is."""
     try:
-        return f"{float(value):.4g}"
+        return f"{float(value):.4g}" if not value.isdigit() else value
     except ValueError:
         return value
 

@@ -36,21 +36,16 @@ def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
     if any("changes" in trial.point for trial in trials):
         return {"changes": changes(trials)}
     made, found = dict[str, Figure](), study(space, trials)
-    # "constrained" cannot lay out axes that lie over each other; "tight" puts the slices' scale over the last of them.
-    drawn: dict[str, tuple[Any, Any]] = {
-        "parallel_coordinates": (plots.plot_parallel_coordinate, "tight"),
-        "slices": (plots.plot_slice, "constrained"),
-    }
+    drawn: dict[str, Any] = {"parallel_coordinates": plots.plot_parallel_coordinate, "slices": plots.plot_slice}
     if len({trial.value for trial in found.trials}) >= FEWEST:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        drawn["importance"] = partial(plots.plot_param_importances, evaluator=evaluator), "constrained"
+        drawn["importance"] = partial(plots.plot_param_importances, evaluator=evaluator)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, (draw, layout) in drawn.items():
+        for name, draw in drawn.items():
             axes: Any = draw(found, target_name="val/map_at_r")
             figure = np.ravel(axes)[0].figure
             figure.set_size_inches(max(8, 3 * np.size(axes)), 5)
-            figure.set_layout_engine(layout)
             made[name] = figure
             plt.close(figure)
     return made

@@ -85,7 +85,8 @@ def log_text(uri: str, run_id: str, text: str, name: str) -> None:
 
 def log_figure(uri: str, run_id: str, figure: Any, name: str) -> None:
     """Keep a figure of matplotlib's as an artifact of the run."""
-    _client(uri).log_figure(run_id, figure, name)
+    # Cut to what is drawn, whatever sticks out: matplotlib's layouts fail on some of Optuna's figures.
+    _client(uri).log_figure(run_id, figure, name, save_kwargs={"bbox_inches": "tight"})
 
 
 def log_metrics(uri: str, run_id: str, metrics: dict[str, float]) -> None:

@@ -75,12 +75,28 @@ def test_default_recipe_is_glyphs_with_sgar() -> None:
         (["method=[namr]", "namr.centers=9"], r"namr\.centers=9: .*less than or equal to 8"),
         (["method=[namr]", "namr.centres=3"], r"unknown key namr\.centres; did you mean namr\.centers\?"),
         (["method=[sgar,sgar]"], r"method: \[sgar, sgar\] names a method twice"),
+        (["changes.6.sgar.intensity=0.2"], r"changes\.6 cannot act: .* epochs=6"),
+        (["changes.2.sgar.intensty=0.2"], r"changes\.2: sgar\.intensty=0\.2"),
+        (["changes.2.sgar.count=1"], r"changes\.2: sgar\.count=1: .*greater than or equal to 2"),
+        (["changes.2.iaa.intensity=1"], r"changes\.2: iaa\.intensity cannot become 1"),
+        (["changes.2.optimizer.lr=1"], r"changes\.2: optimizer\.lr cannot become 1"),
+        (["changes.2.sgar.max_gap=null"], r"changes\.2: sgar\.max_gap cannot become None"),
+        (["changes.2=3"], r"changes: .* is not \{EPOCH: \{KEY: VALUE\}\}"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_key(assignments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as found:
         load("glyphs", assignments)
     assert "\n" not in str(found.value)
+
+
+def test_changes_hold_from_the_end_of_their_epoch(tmp_path) -> None:
+    config = load("glyphs", ["changes.4.loss.alpha=3", "changes.2.sgar.intensity=0.2", "changes.4.sgar.intensity=0.3"])
+    assert [config.at(epoch).sgar.intensity for epoch in range(6)] == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
+    assert config.at(3) == load("glyphs", ["sgar.intensity=0.2"]) and config.at(4).loss.arguments == {"alpha": 3}
+    (tmp_path / "again.yaml").write_text(recipes.to_yaml(config))
+    assert load(str(tmp_path / "again.yaml"), []) == config
+    assert config.flat()["changes.4.sgar.intensity"] == 0.3
 
 
 def test_unknown_recipe_names_the_nearest() -> None:

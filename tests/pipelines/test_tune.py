@@ -1,6 +1,7 @@
 """Sweeps: spaces, real trials on a local Ray, one whose driver is killed, one with trials that diverge."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ import pytest
 from ray import tune as ray_tune
 from typer.testing import CliRunner
 
-from pipelines import jobs, spaces
+from pipelines import jobs, spaces, sweep_plots
 from pipelines.cli import app
 from pipelines.recipe import load, replaced
+from pipelines.tuner import Trial
 from tests.pipelines.conftest import QUIET
 
 SMALL = ["data.limit_classes=8", "batch.classes=3", "batch.images=4", "epochs=2", "steps_per_epoch=2", "workers=1"]
@@ -80,6 +82,19 @@ def test_a_grid_has_the_ends_of_every_range() -> None:
     assert len(grid) == 3 * 3 * 2
     assert sorted({point["sgar.intensity"] for point in grid}) == pytest.approx([0.01, 0.1, 1.0])
     assert {point["sgar.count"] for point in grid} == {3, 5, 7}
+
+
+@pytest.mark.parametrize(("keys", "count"), [(1, 1), (1, 2), (3, 12)])
+def test_plots_of_any_size_can_be_drawn(keys: int, count: int) -> None:
+    config, space = spaces.space_of("sgar", load("glyphs", []))
+    space = dict([*space.items()][:keys])
+    drawn = spaces.points(space, "random", count, config)
+    trials = [Trial(f"t{i}", point, i / count, 3, "finished", "") for i, point in enumerate(drawn)]
+    made = sweep_plots.figures(space, trials)
+    assert {*made} == {"parallel_coordinates", "slices"} | ({"importance"} if count > 8 else set())
+    trials.append(Trial("went on", {**drawn[0], "changes": {"2": drawn[-1]}}, 0.5, 3, "finished", ""))
+    for figure in [*made.values(), sweep_plots.changes(trials)]:
+        figure.savefig(io.BytesIO(), bbox_inches="tight")
 
 
 @pytest.mark.parametrize(
