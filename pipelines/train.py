@@ -37,9 +37,8 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     # Data: the plan of global batches, and where the rows come from.
     splits = build.splits(cfg, job["unreadable"])
     classes = splits.train.class_names
-    learner = build.learner(cfg, len(classes)).to(device)
-    if cfg.precision == "float64":
-        learner.double()
+    dtype = torch.float64 if cfg.precision == "float64" else torch.float32
+    learner = build.learner(cfg, len(classes)).to(device, dtype)
     sources = evaluate.Sources(cfg, learner, device, job["cpus"], progress)
     source, labels = sources.of(splits.train), torch.from_numpy(splits.train.labels)
     batch = cfg.batch
@@ -72,12 +71,10 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
 
     for epoch, rows in zip(epochs, now, strict=True):
         # Settings that change here: another learner, of the same parameters and statistics.
-        if cfg.at(epoch) != settings:
-            settings, before = cfg.at(epoch), learner
-            learner = build.learner(settings, len(classes), read_weights=False).to(
-                device, next(before.parameters()).dtype
-            )
-            learner.load_state_dict(before.state_dict(keep_vars=True), assign=True)
+        if (changed := cfg.at(epoch)) != settings:
+            settings, state_now = changed, learner.state_dict(keep_vars=True)
+            learner = build.learner(settings, len(classes), read_weights=False).to(device, dtype)
+            learner.load_state_dict(state_now, assign=True)
         # Epoch hook: how each class varies now, over the whole training set (IAA).
         if learner.iaa is not None and learner.iaa.due(epoch):
             learner.eval()
@@ -148,7 +145,7 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             checkpoint.load_weights(local, learner)
         learner.eval()
         metrics |= evaluate.tested(learner, splits, sources)
-        untrained = build.learner(cfg, len(classes)).to(device, next(learner.parameters()).dtype).eval()
+        untrained = build.learner(cfg, len(classes)).to(device, dtype).eval()
         metrics |= evaluate.run(splits.tests["test"], sources, "baselines", lambda x: _baselines(untrained, x))
     unsent = 0
     if tracker:

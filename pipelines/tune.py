@@ -48,6 +48,8 @@ def begin(config: Config, options: Options, console: Console) -> Outcome:
     if options.schedule == "pbt":
         if options.search != "random" or options.folds > 1 or config.worker_range[1] > 1:
             raise ValueError("--schedule pbt: it goes with --search random, --folds 1 and workers=1")
+        if config.changes:
+            raise ValueError("--schedule pbt: it finds `changes`, and cannot begin with some")
         population.scheduler(space, config, CLOCK, SCORE)
     if options.folds > 1:
         replaced(config, fold_values(0, options.folds))

@@ -106,6 +106,7 @@ def test_plots_of_any_size_can_be_drawn(keys: int, count: int) -> None:
         (["tune", "glyphs", "--space", "sgar", "--schedule", "hyperband"], "hyperband: asha, none or pbt"),
         (["tune", "glyphs", "--space", "sgar", "--schedule", "pbt", "--folds", "2"], "pbt: it goes with"),
         (["tune", "glyphs", "--space", "sgar", "--schedule", "pbt", "epochs=1"], "leave nothing to change"),
+        (["tune", "glyphs", "--space", "sgar", "--schedule", "pbt", "changes.2.loss.alpha=3"], "cannot begin with"),
         (["tune", "glyphs", "--space", "sgar", "data.validation_fraction=0"], "chooses by validation classes"),
         (["tune", "--resume", "nothing"], "--resume nothing: no sweep of that name"),
         (["tune", "glyphs", "--resume", "nothing"], "only storage=FOLDER may go with it"),
