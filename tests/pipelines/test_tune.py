@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import mlflow
 import psutil
@@ -20,6 +22,7 @@ from pipelines import jobs, spaces, sweep_plots
 from pipelines.cli import app
 from pipelines.recipe import load, replaced
 from pipelines.tuner import Trial
+from tests.pipelines import browser
 from tests.pipelines.conftest import QUIET
 
 SMALL = ["data.limit_classes=8", "batch.classes=3", "batch.images=4", "epochs=2", "steps_per_epoch=2", "workers=1"]
@@ -198,25 +201,39 @@ def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(tracked_fold
     assert taken.exit_code == 2 and "name=killed is taken" in taken.stderr
 
 
-def test_a_population_changes_settings_and_its_recipes_repeat_what_it_found(tracked_folder: Path) -> None:
-    space = {"sgar.intensity": "tune.loguniform(0.02, 0.5)", "sgar.count": "tune.randint(3, 8)"}
-    space |= {"loss.base": "tune.uniform(0.3, 0.7)", "optimizer.lr": "tune.loguniform(1e-3, 1e-2)"}
-    text = "{" + ", ".join(f"'{key}': {domain}" for key, domain in space.items()) + "}"
-    small = [*(a for a in SMALL if "epochs" not in a), "epochs=3", "name=pbt", "precision=float64"]
+SPACE = {
+    "sgar.intensity": "tune.loguniform(0.02, 0.5)",
+    "sgar.count": "tune.randint(3, 8)",
+    "loss.base": "tune.uniform(0.3, 0.7)",
+    "optimizer.lr": "tune.loguniform(1e-3, 1e-2)",
+}
+POPULATION = [*(a for a in SMALL if "epochs" not in a), "epochs=3", "name=pbt", "precision=float64"]
+
+
+@pytest.fixture(scope="module")
+def population(tracked_folder: Path) -> dict[str, Any]:
+    """What a sweep with settings that change printed."""
+    text = "{" + ", ".join(f"'{key}': {domain}" for key, domain in SPACE.items()) + "}"
     asked = ["tune", "glyphs", "--space", write_space(tracked_folder, text), "--schedule", "pbt", "--samples", "4"]
-    found = CliRunner().invoke(app, [*asked, "--final-seeds", "1", "--concurrent", "1", *small, "--json"])
+    found = CliRunner().invoke(app, [*asked, "--final-seeds", "1", "--concurrent", "1", *POPULATION, "--json"])
     assert found.exit_code == 0, found.output
-    outcome, client = json.loads(found.stdout.splitlines()[-1]), mlflow.MlflowClient()
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def test_a_population_changes_settings_and_its_recipes_repeat_what_it_found(
+    tracked_folder: Path, population: dict[str, Any]
+) -> None:
+    outcome, client = population, mlflow.MlflowClient()
     assert [trial["ended"] for trial in outcome["trials"]] == ["finished"] * 4
     assert "changes.png" in {file.path for file in client.list_artifacts(outcome["run_id"])}
     assert not [*(tracked_folder / "runs" / "pbt").rglob("t*/epoch_*")]
     went_on = next(trial for trial in outcome["trials"] if "changes" in trial["point"])
     for values in went_on["point"]["changes"].values():
-        assert "optimizer.lr" not in values and {*values} <= {*space}
+        assert "optimizer.lr" not in values and {*values} <= {*SPACE}
         assert 0.02 <= values.get("sgar.intensity", 0.1) <= 0.5 and 3 <= values.get("sgar.count", 3) <= 7
 
     # From the start by these settings, what the trial had by going on from others' checkpoints.
-    config = load("glyphs", small)
+    config = load("glyphs", POPULATION)
     again = jobs.train(replaced(config, went_on["point"] | {"name": "again"}), QUIET, here=True)
     name = f"run_name = '{went_on['name']}'"
     (trial,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id], name)
@@ -224,3 +241,30 @@ def test_a_population_changes_settings_and_its_recipes_repeat_what_it_found(trac
         one, other = (client.get_metric_history(run, key) for run in (again.run_id, trial.info.run_id))
         assert sorted((m.step, m.value) for m in one) == sorted((m.step, m.value) for m in other), key
     assert again.metrics["val/best_map_at_r"] == went_on["score"]
+
+
+def test_mlflows_page_shows_a_sweep_with_its_trials_and_compares_their_curves(
+    tracked_folder: Path, mlflow_server, population: dict[str, Any]
+) -> None:
+    client = mlflow.MlflowClient()
+    sweep = client.get_run(population["run_id"])
+    experiment, names = sweep.info.experiment_id, [trial["name"] for trial in population["trials"][:2]]
+    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'")
+    runs = [run.info.run_id for run in found if run.info.run_name in names]
+    with browser.page() as page:
+        page.go(f"{mlflow_server.uri}/#/experiments/{experiment}/runs")
+        row = "[...document.querySelectorAll('[role=row]')].find(row => row.innerText.includes('pbt'))"
+        page.wait_for(f"Boolean({row}?.querySelector('button'))")
+        assert not page.run(f"document.body.innerText.includes('{names[0]}')")
+        page.run(f"{row}.querySelector('button').click()")
+        for name in names:
+            page.wait_for(f"document.body.innerText.includes('{name}')")
+        page.keep(tracked_folder / "sweep.png")
+
+        asked = {"runs": runs, "experiments": [experiment], "metric": "val/map_at_r"}
+        asked |= {"plot_metric_keys": ["val/map_at_r"], "plot_layout": {"autosize": True}}
+        query = "&".join(f"{key}={quote(json.dumps(value))}" for key, value in asked.items())
+        page.go(f"{mlflow_server.uri}/#/metric?{query}&x_axis=step")
+        page.wait_for("document.querySelectorAll('.scatterlayer .trace').length >= 2")
+        assert all(page.run(f"document.body.innerText.includes('{name} (val/map_at_r)')") for name in names)
+        page.keep(tracked_folder / "curves.png")
