@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="NAME=ROOT of a class-per-folder tree")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
+    if options.epochs < 2:
+        parser.error("--epochs: at least 2, as the first is not counted")
     torch.set_num_threads(1)
     ray.init(address="local", num_cpus=options.processes, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as made:

@@ -33,7 +33,7 @@ def study(space: "Space", trials: Sequence["Trial"]) -> optuna.Study:
 def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
     """name -> figure: parallel_coordinates, importance, slices, without those that so few trials do not carry; or
     `changes`, where settings changed on the way."""
-    if any("changes" in trial.point for trial in trials):
+    if any("changes" in trial.point for trial in trials if trial.score is not None):
         return {"changes": changes(trials)}
     made, found = dict[str, Figure](), study(space, trials)
     drawn: dict[str, Any] = {"parallel_coordinates": plots.plot_parallel_coordinate, "slices": plots.plot_slice}

@@ -54,8 +54,10 @@ class Places(NamedTuple):
 def places(sweep: Sweep, here: bool, console: Console) -> Places:
     """So many trials at a time that their workers fit beside each other."""
     resources, workers = ray.cluster_resources(), sweep.config.worker_range[1]
-    use_gpu = bool(launch.resolve_devices(sweep.config).use_gpu)
-    kind = "GPU" if use_gpu else "CPU"
+    config = launch.resolve_devices(sweep.config)
+    use_gpu, kind = bool(config.use_gpu), "GPU" if config.use_gpu else "CPU"
+    if config.data.loader == "ray":
+        resources["CPU"] /= 2  # the other half decodes; see launch.cluster
     fit = max(1, int(resources[kind] - (not here and not use_gpu)) // workers)
     at_once = min(sweep.options.concurrent or fit, fit)
     asked = sweep.options.concurrent

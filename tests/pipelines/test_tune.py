@@ -93,7 +93,8 @@ def test_plots_of_any_size_can_be_drawn(keys: int, count: int) -> None:
     space = dict([*space.items()][:keys])
     drawn = spaces.points(space, "random", count, config)
     trials = [Trial(f"t{i}", point, i / count, 3, "finished", "") for i, point in enumerate(drawn)]
-    made = sweep_plots.figures(space, trials)
+    failed = Trial("failed", {**drawn[0], "changes": {"2": drawn[-1]}}, None, 2, "failed", "not finite")
+    made = sweep_plots.figures(space, [*trials, failed])
     assert {*made} == {"parallel_coordinates", "slices"} | ({"importance"} if count > 8 else set())
     trials.append(Trial("went on", {**drawn[0], "changes": {"2": drawn[-1]}}, 0.5, 3, "finished", ""))
     for figure in [*made.values(), sweep_plots.changes(trials)]:
