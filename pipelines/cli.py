@@ -6,16 +6,15 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C. Heavy 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from pipelines import tables
+from pipelines import cli_data, tables
+from pipelines.console import Assignments, Json, in_words, messages, stop
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,35 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Train image embeddings that retrieve unseen classes, on one machine or a Ray cluster.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Data sets. Example: dml data list")
-app.add_typer(data_app, name="data")
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
-Assignments = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", show_default=False)]
-
-messages = Console(stderr=True)
-
-
-def _stop(code: int, message: str) -> NoReturn:
-    messages.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(code)
-
-
-@contextmanager
-def _in_words(hint: str = "") -> Iterator[None]:
-    """One clear line, and the exit code, for each way to fail."""
-    from pipelines.launch import RunFailed
-
-    try:
-        yield
-    except ValueError as error:
-        _stop(2, f"bad input: {error}")
-    except RunFailed as error:
-        _stop(1, f"failed: {error}{hint and f' ({hint})'}")
-    except OSError as error:
-        _stop(1, f"failed: {error}")
-    except KeyboardInterrupt:
-        _stop(130, f"stopped{hint and f'; {hint}'}")
+app.add_typer(cli_data.app, name="data")
 
 
 def _config(arguments: list[str] | None) -> Any:
@@ -74,11 +45,11 @@ def train(arguments: Assignments = None, as_json: Json = False) -> None:
     The same name again continues a run that was interrupted.
     """
     hint = ""
-    with _in_words():
+    with in_words():
         config = _config(arguments)
         if config.name:
             hint = "the same command again continues it"
-    with _in_words(hint):
+    with in_words(hint):
         from pipelines import jobs
 
         outcome = jobs.train(config, messages)
@@ -98,7 +69,7 @@ def evaluate(
 
     Example: dml evaluate models:/dml-glyphs/1 workers=2
     """
-    with _in_words():
+    with in_words():
         from pipelines import jobs
         from pipelines.recipe import assigned
 
@@ -130,7 +101,7 @@ def tune(
 
     Example: dml tune grocery --space namr --samples 32 data.root=GroceryStoreDataset name=sweep
     """
-    with _in_words():
+    with in_words():
         from pipelines import tune as t
 
         if resume:
@@ -149,7 +120,7 @@ def tune(
             options = t.Options(space, samples, concurrent, search, schedule, folds, final_seeds)
             go = partial(t.begin, config, options)
             hint = "dml tune --resume NAME goes on, NAME being the sweep's"
-    with _in_words(hint):
+    with in_words(hint):
         outcome = go(messages)
     output = messages if as_json else Console()
     tables.tuned(output, outcome)
@@ -174,7 +145,7 @@ def compare(
     """
     from pipelines import compare as c
 
-    with _in_words():
+    with in_words():
         from pipelines.tracking import default_uri, keep_page, prepare, read_runs
 
         uri = default_uri(Path.cwd())
@@ -210,7 +181,7 @@ def recipes(as_json: Json = False) -> None:
 @app.command()
 def config(arguments: Assignments = None, as_json: Json = False) -> None:
     """Print the full config of a recipe with key=value on top, checked. Example: dml config glyphs batch.images=8"""
-    with _in_words():
+    with in_words():
         from pipelines.recipe import to_yaml
 
         made = _config(arguments)
@@ -220,7 +191,7 @@ def config(arguments: Assignments = None, as_json: Json = False) -> None:
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     """Serve MLflow's page over the runs of this folder. Example: dml ui --port 5001"""
-    with _in_words():
+    with in_words():
         from pipelines.tracking import default_uri, prepare
 
         uri = default_uri(Path.cwd())
@@ -230,59 +201,10 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
         prepare(uri)
     messages.print(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C ends it)")
     command = ["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with _in_words():
+    with in_words():
         code = subprocess.run([sys.executable, "-m", "mlflow", *command]).returncode
         if code:
-            _stop(1, f"failed: MLflow's server ended with {code}; is port {port} taken? --port chooses another")
-
-
-@data_app.command("list")
-def data_list(as_json: Json = False) -> None:
-    """List the data sets and where they come from. Example: dml data list"""
-    from dml_core.data.benchmarks import BENCHMARKS
-
-    known = {
-        "glyphs": "embedded: characters in the fonts of matplotlib, rendered at the first use",
-        "folder": "your pictures, one folder a class: data.root=FOLDER, or a URL (s3://, gs://, abfs://)",
-        "table": "your pictures, a CSV or Parquet file with path, label [, split] [, role]: data.table=FILE",
-    }
-    known |= {name: f"{b.title}: data.root=FOLDER; from {b.source}" for name, b in BENCHMARKS.items()}
-    if as_json:
-        print(json.dumps(known))
-    else:
-        for name, line in known.items():
-            print(f"{name:<10} {line}")
-
-
-@data_app.command("check")
-def data_check(
-    name: Annotated[str, typer.Argument(help="A data set, see dml data list")],
-    assignments: Annotated[
-        list[str] | None, typer.Argument(metavar="root=DIR [KEY=VALUE]...", show_default=False)
-    ] = None,
-    pictures: Annotated[bool, typer.Option(help="Also read every picture.")] = True,
-    as_json: Json = False,
-) -> None:
-    """Count a set's classes and images, and read every picture. Ends with 1 if something is wrong.
-
-    Example: dml data check cub root=data/CUB
-    """
-    with _in_words():
-        from pipelines.check import check
-        from pipelines.recipe import data_section
-
-        report = check(data_section(name, assignments or []), pictures, messages)
-    output = messages if as_json else Console()
-    for key, count in report["counts"].items():
-        output.print(f"{key:<20} {count:>9,}", highlight=False)
-    for line in report["problems"]:
-        output.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
-    if not report["problems"]:
-        output.print("nothing wrong" if pictures else "the counts are right; the pictures were not read")
-    if as_json:
-        print(json.dumps(report))
-    if report["problems"]:
-        raise typer.Exit(1)
+            stop(1, f"failed: MLflow's server ended with {code}; is port {port} taken? --port chooses another")
 
 
 if __name__ == "__main__":
