@@ -129,8 +129,8 @@ def train(config: Config, console: Console, here: bool = False, part: Part | Non
     return outcome
 
 
-def evaluate(run: str, assignments: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Test metrics of a run id, a checkpoint folder or models:/NAME@ALIAS, with config values replaced."""
+def find_checkpoint(run: str) -> Path:
+    """The folder of an MLflow run id, a checkpoint folder or models:/NAME@ALIAS. ValueError: not there, or torn."""
     found = Path(run)
     if not found.is_dir():
         uri = tracking.default_uri(Path.cwd())
@@ -138,11 +138,17 @@ def evaluate(run: str, assignments: dict[str, Any], console: Console) -> dict[st
         found = tracking.find_checkpoint(uri, run)
     if not checkpoint.whole(found):
         raise ValueError(f"{run}: not a whole checkpoint folder (its manifest does not fit)")
+    return found.resolve()
+
+
+def evaluate(run: str, assignments: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Test metrics of a run id, a checkpoint folder or models:/NAME@ALIAS, with config values replaced."""
+    found = find_checkpoint(run)
     config = absolute(replaced(checkpoint.read_config(found), flatten(assignments)))
     unreadable = check.unreadable(config.data, console)
     with console.status("reading the data"):
         build.splits(config, unreadable)
-    job = {"checkpoint": str(found.resolve()), "unreadable": unreadable}
+    job = {"checkpoint": str(found), "unreadable": unreadable}
     with launch.cluster(config, None), launch.scratch_storage() as scratch:
         config = launch.resolve_devices(config)
         metrics = launch.run(evaluate_loop, config, job, scratch, "evaluate", console)
