@@ -4,6 +4,7 @@ One module with one state dict. Read this file, then pipelines/train.py, and you
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,13 @@ class Learner(nn.Module):
         self.backbone, self.head, self.base_loss, self.weights = backbone, head, base_loss, weights
         self.iaa, self.sgar, self.namr = iaa, sgar, namr
 
+    @cached_property
+    def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters that are, from the first use on: the backbone's, and the others."""
+        backbone = [p for p in self.backbone.parameters() if p.requires_grad]
+        before = set(backbone)
+        return backbone, [p for p in self.parameters() if p.requires_grad and p not in before]
+
     def features(self, x: Tensor) -> Tensor:
         """uint8 images (b, 3, S, S) to features (b, F); features pass through."""
         return x if x.ndim == 2 else self.backbone(x)
@@ -101,9 +109,7 @@ class Learner(nn.Module):
         many ranks share the slices. each: like map, perhaps in several threads.
         What lies behind the backbone sees the global batch on every rank; rank 0's gradient of it holds.
         """
-        backbone = [p for p in self.backbone.parameters() if p.requires_grad]
-        before = set(backbone)
-        others = [p for p in self.parameters() if p.requires_grad and p not in before]
+        backbone, others = self.trained
         seen = list(each(self.features, x.chunk(parts)))
         features = gather(torch.cat([full(part.detach()) for part in seen])).requires_grad_(bool(backbone))
         terms = self(features, gather(labels), epoch, generator)

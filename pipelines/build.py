@@ -29,17 +29,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dml-ray"
 
 
-def collection(config: Data) -> Collection:
-    """The set as it is, before any split. ValueError where it is missing or wrong."""
+def collection(config: Data, unreadable: Sequence[str] = (), labelled: bool = True) -> Collection:
+    """The set as it is, before any split. ValueError where it is missing or wrong.
+
+    unreadable: names to leave out.  labelled: False takes your own pictures without labels, too, as of a class "".
+    """
+    whole = _collection(config, labelled)
+    return whole.without(np.isin(whole.images.names, names_array([*unreadable]))) if unreadable else whole
+
+
+def _collection(config: Data, labelled: bool) -> Collection:
     if config.name == "glyphs":
         images, labels, names = glyphs.load(cache_folder())
         return Collection(LabelledImages(images, labels, tuple(names)))
     if config.name == "table":
         assert config.table
-        return own.load_table(config.table, config.root, config.links)
+        return own.load_table(config.table, config.root, config.links, labelled)
     assert config.root
     if config.name == "folder":
-        return _with_test_classes(config, own.load_folder(config.root, config.links))
+        return _with_test_classes(config, own.load_folder(config.root, config.links, labelled))
     benchmark = benchmarks.BENCHMARKS[config.name]
     if config.download:
         assert benchmark.fetch
@@ -53,9 +61,7 @@ def collection(config: Data) -> Collection:
 def splits(config: Config, unreadable: Sequence[str] = ()) -> Splits:
     """ValueError where the set is missing or too small for what is asked of it. unreadable: names to leave out."""
     data = config.data
-    whole = collection(data)
-    if unreadable:
-        whole = whole.without(np.isin(whole.images.names, names_array([*unreadable])))
+    whole = collection(data, unreadable)
     fold = None if data.fold is None else (data.fold, data.folds)
     fractions = data.test_fraction or 0.5, data.validation_fraction
     made = datasets.split(whole, *fractions, data.split_seed, fold, data.limit_classes)
@@ -131,7 +137,7 @@ def optimizer(config: Config, module: Learner) -> torch.optim.Optimizer:
     parameters = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
     if o.name == "sgd":
         return torch.optim.SGD(parameters, lr=o.lr, momentum=0.9 if o.momentum is None else o.momentum)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[o.name](parameters, lr=o.lr)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[o.name](parameters, lr=o.lr, fused=True)
 
 
 def schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

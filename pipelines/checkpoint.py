@@ -2,8 +2,9 @@
 
 learner.safetensors   all weights and buffers, the frozen backbone's too
 optimizer.pt          optimizer and schedule (tensors and plain containers, read with weights_only)
-state.json            finished epochs (with the seed, that is the sampler's position and the state of every generator:
-                      all of them are derived from seed, epoch and step), the best epoch so far
+epoch.safetensors     terms and gradient norms of the steps of an epoch that is not finished; none: those of no step
+state.json            finished epochs, and steps of the next (with the seed, that is the sampler's position and the
+                      state of every generator: all derived from seed, epoch and step), the best epoch so far
 history.json          every metric of every step and epoch so far
 config.yaml  metrics.json  classes.json
 manifest.json         size and sha256 of each of these, written last: a torn folder has none that fits
@@ -29,17 +30,21 @@ MANIFEST = "manifest.json"
 
 
 class State(NamedTuple):
-    """Where training stands: `epoch` epochs are done; the best of those evaluated, and its score."""
+    """Where training stands: `epoch` epochs are done, and `step` steps of the next; of those evaluated the best, and
+    its score."""
 
     epoch: int = 0
     best_epoch: int = 0
     best_score: float = -1.0
+    step: int = 0
 
 
 class Loaded(NamedTuple):
+    """steps: (state.step, T + 1), of the epoch under way: the T terms of each step, and the gradient's norm."""
+
     state: State
     history: list[dict[str, Any]]
-    metrics: dict[str, float]
+    steps: torch.Tensor
 
 
 def run_folder(config: Config) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -48,8 +53,9 @@ def run_folder(config: Config) -> tuple[pyarrow.fs.FileSystem, str]:
     return files, f"{root}/{config.name}"
 
 
-def folder_name(epoch: int) -> str:
-    return f"epoch_{epoch:05d}"
+def folder_name(epoch: int, step: int = 0) -> str:
+    """Names sort by time."""
+    return f"epoch_{epoch:05d}" + (f"_step_{step:07d}" if step else "")
 
 
 def save(
@@ -62,10 +68,13 @@ def save(
     state: State,
     history: list[dict[str, Any]],
     metrics: dict[str, float],
+    steps: torch.Tensor,
 ) -> None:
+    """steps: as in Loaded."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in learner.state_dict().items()}
     save_file(weights, folder / "learner.safetensors")
+    save_file({"steps": steps.contiguous()}, folder / "epoch.safetensors")
     torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / "optimizer.pt")
     (folder / "config.yaml").write_text(to_yaml(config))
     for name, content in (
@@ -81,7 +90,7 @@ def save(
 
 def keep(files: pyarrow.fs.FileSystem, run: str, folder: Path, state: State) -> None:
     """Add a saved checkpoint to a run's folder; of those before it keep the best, and the last should this one tear."""
-    path = f"{run}/{folder_name(state.epoch)}"
+    path = f"{run}/{folder_name(state.epoch, state.step)}"
     files.create_dir(path, recursive=True)
     try:
         pyarrow.fs.copy_files(str(folder), path, destination_filesystem=files)
@@ -116,10 +125,6 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
     return tuple(json.loads((folder / "classes.json").read_text()))
 
 
-def read_metrics(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "metrics.json").read_text())
-
-
 def read_history(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "history.json").read_text())
 
@@ -143,7 +148,8 @@ def load(
     states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])
     schedule.load_state_dict(states["schedule"])
-    return Loaded(read_state(folder), read_history(folder), read_metrics(folder))
+    steps = load_file(folder / "epoch.safetensors")["steps"]
+    return Loaded(read_state(folder), read_history(folder), steps)
 
 
 def newest(files: pyarrow.fs.FileSystem, run: str) -> str | None:

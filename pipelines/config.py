@@ -14,7 +14,7 @@ from pipelines.sections import Backbone, Batch, Data, Iaa, Loss, Namr, Optimizer
 METHODS = ("iaa", "sgar", "namr")
 # What results do not depend on: it may differ when a run is continued, and sets no two runs apart.
 FREE = (
-    *("workers", "use_gpu", "name", "storage", "max_failures", "model_name"),
+    *("workers", "use_gpu", "name", "storage", "max_failures", "timeout", "checkpoint_every", "model_name"),
     *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
 )
 
@@ -35,14 +35,20 @@ class Config(Section):
     """none: as many as show each training image once."""
     evaluate_every: Positive = 1
     """Epochs between validations; a checkpoint is kept at each."""
+    checkpoint_every: Positive | None = None
+    """Steps between further checkpoints, for long epochs on nodes that may be lost. One is kept at once, whatever this
+    says, when a worker's node is about to be taken away."""
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
     """Of the run and its folder; the same name again continues it. none: made from set, method, loss, seed and time."""
     storage: str = "runs"
     """Folder of run folders; must be seen by all nodes of a cluster."""
     model_name: str | None = None
     """Registered model to add this run's as a version to; none: dml-SET."""
-    max_failures: Annotated[int, Field(ge=0)] = 0
-    """How often to start the workers again from the last checkpoint when one is lost."""
+    max_failures: Annotated[int, Field(ge=0)] | None = None
+    """How often to start the workers again from the last checkpoint when one is lost, beside nodes that were taken away
+    with a notice. none: 3 on a cluster of several nodes, 0 on one machine."""
+    timeout: Positive = 600
+    """Seconds that workers wait for one that is silent before they take it for lost."""
     embedding_dim: Positive = 512
     method: list[Literal["iaa", "sgar", "namr"]] = []
     """Methods over the base loss, in any combination."""

@@ -14,6 +14,9 @@ from typing import Any
 
 # Reports wait for the controller's next look at its workers: two seconds by default.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# How long to wait for room for all workers before counting anew what there is room for: 60 by default.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -153,6 +156,7 @@ def run(
     nodes = len(ray.nodes())
     cores = os.cpu_count() or 1 if nodes == 1 else ray.cluster_resources()["CPU"]
     cpus = max(1, int(cores // high))
+    failures = (3 if nodes > 1 else 0) if config.max_failures is None else config.max_failures
     per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {})
     board = Board.remote()  # type: ignore[attr-defined]
     settings = {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": board, "report": None}
@@ -164,11 +168,11 @@ def run(
             use_gpu=bool(config.use_gpu),
             resources_per_worker=per_worker,
         ),
-        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=config.timeout),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=failures),
             callbacks=list(callbacks),  # type: ignore[arg-type]
         ),
     )
@@ -180,8 +184,8 @@ def run(
 
 
 def apart(function: Callable[[], Any]) -> Any:
-    """function() in a thread of its own, where Ray leaves Ctrl-C to us: it raises KeyboardInterrupt here, and is not
-    lost in a library's callback."""
+    """function() in a thread of its own, where Ray leaves Ctrl-C and SIGTERM to us: they raise KeyboardInterrupt here,
+    and are not lost in a library's callback."""
     outcome: list[Any] = []
     asked = threading.Event()
 
@@ -193,7 +197,8 @@ def apart(function: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=call, daemon=True)
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda *_: asked.set()) if main else None
+    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in signals}
     try:
         thread.start()
         while thread.is_alive():
@@ -201,8 +206,8 @@ def apart(function: Callable[[], Any]) -> Any:
             if asked.is_set():
                 raise KeyboardInterrupt
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -15,7 +15,7 @@ import torch
 from dml_core.data.sampling import STEP, BatchPlan, derive_seed
 from dml_core.gather import agreed, broadcast, rank, world_size
 from dml_core.learner import Learner, Terms
-from pipelines import build, checkpoint, evaluate
+from pipelines import build, checkpoint, evaluate, notice
 from pipelines.progress import Reporter
 from pipelines.recipe import parse
 
@@ -47,25 +47,34 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
     # State: a new one, or that of the newest whole checkpoint.
     optimizer = build.optimizer(cfg, learner)
     schedule = build.schedule(cfg, optimizer, plan.steps)
-    state, history = checkpoint.State(), list[dict[str, Any]]()
+    state, history, steps = checkpoint.State(), list[dict[str, Any]](), torch.zeros(0, len(Terms._fields) + 1).double()
     files, folder = checkpoint.run_folder(cfg)
     if (newest := agreed(checkpoint.newest(files, folder) if main else None)) is not None:
         with checkpoint.fetched(files, f"{folder}/{newest}") as local:
-            state, history, _ = checkpoint.load(local, learner, optimizer, schedule)
+            state, history, steps = checkpoint.load(local, learner, optimizer, schedule)
     tracker = None
     if main and job["tracking_uri"]:
         from pipelines.tracking import Tracker  # MLflow takes seconds to import, and one rank alone speaks to it
 
         tracker = Tracker(job["tracking_uri"], job["run_id"], history)
 
+    def keep(state: checkpoint.State, metrics: dict[str, float], steps: torch.Tensor) -> None:
+        """In the run's folder when this returns."""
+        with tempfile.TemporaryDirectory(prefix="dml-") as made:
+            given = cfg, classes, learner, optimizer, schedule, state, history, metrics, steps
+            checkpoint.save(Path(made), *given)
+            checkpoint.keep(files, folder, Path(made), state)
+
     for tensor in learner.state_dict().values():
         broadcast(tensor, 0)
     # One stream over all epochs: what decodes goes on while the loop validates.
     epochs = range(state.epoch, cfg.epochs)
-    ahead, now = itertools.tee(plan.slices(epoch, rank(), world) for epoch in epochs)
+    behind = {state.epoch: state.step}  # of an epoch that was left in its middle
+    ahead, now = itertools.tee(plan.slices(e, rank(), world).after(behind.get(e, 0)) for e in epochs)
     batches = source.batches(itertools.chain.from_iterable(ahead), sources.processes)
     parts = cfg.slices // world if cfg.slices % world == 0 else 1
-    generator = torch.Generator(device)
+    noise = torch.Generator(device)
+    generators = [noise, *_global_generators(device)]
     parameters = [p for p in learner.parameters() if p.requires_grad]
     settings = cfg.at(0)
 
@@ -75,30 +84,38 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             settings, state_now = changed, learner.state_dict(keep_vars=True)
             learner = build.learner(settings, len(classes), read_weights=False).to(device, dtype)
             learner.load_state_dict(state_now, assign=True)
+        first = behind.get(epoch, 0)
         # Epoch hook: how each class varies now, over the whole training set (IAA).
-        if learner.iaa is not None and learner.iaa.due(epoch):
+        if learner.iaa is not None and learner.iaa.due(epoch) and not first:
             learner.eval()
             seen = evaluate.stream(splits.train, sources, "variation", partial(_embedded, learner))
             learner.iaa.estimate((part["z"], labels[part["sample"]].to(device)) for part in seen)
             learner.train()
 
-        started, waited, terms_of_steps, norms = time.perf_counter(), 0.0, [], []
-        for step, samples in enumerate(rows.samples):
+        started, waited, since = time.perf_counter(), 0.0, []
+        for step, samples in enumerate(rows.samples, first):
             asked = time.perf_counter()
             x, y = next(batches), labels[samples]
             waited += time.perf_counter() - asked
             seed = derive_seed(cfg.seed, STEP, epoch, step)
-            torch.manual_seed(seed)  # miners of the library draw from the global state
-            generator.manual_seed(seed)
+            for generator in generators:
+                generator.manual_seed(seed)
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             optimizer.zero_grad()
-            terms = learner.backward(x, y, epoch, generator, parts, sources.each)
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, cfg.optimizer.clip_norm or math.inf))
+            terms = learner.backward(x, y, epoch, noise, parts, sources.each)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if cfg.optimizer.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, cfg.optimizer.clip_norm, norm)
             optimizer.step()
             schedule.step()
-            terms_of_steps.append(torch.stack([t.detach().double() for t in terms]))
+            since.append(torch.stack([t.detach().double() for t in (*terms, norm)]))
+            done = epoch * plan.steps + step + 1
+            if main and step + 1 < plan.steps and (notice.new() or done % (cfg.checkpoint_every or math.inf) == 0):
+                at = torch.cat([steps, torch.stack(since).cpu()])
+                _require_finite(at, epoch)
+                keep(state._replace(epoch=epoch, step=step + 1), {}, at)
             if progress.due():
-                done, speed = epoch * plan.steps + step + 1, (step + 1) * len(x) * world
+                speed = len(since) * len(x) * world
                 progress.note(
                     "training",
                     done,
@@ -108,11 +125,14 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
                     images_per_second=speed / (time.perf_counter() - started),
                 )
         seconds = time.perf_counter() - started
-        losses = torch.stack(terms_of_steps).cpu()
-        _require_finite(losses, epoch)
+        steps = torch.cat([steps, torch.stack(since).cpu()])
+        _require_finite(steps, epoch)
 
         # Report: the epoch's means, validation when it is due, a checkpoint with all history, then MLflow.
-        metrics = _epoch_metrics(losses, norms, optimizer, seconds, plan) | {"train/data_wait": waited / seconds}
+        metrics = _epoch_metrics(steps, optimizer) | {
+            "train/images_per_second": len(since) * batch.classes * batch.images / seconds,
+            "train/data_wait": waited / seconds,
+        }
         due = (epoch + 1) % cfg.evaluate_every == 0 or epoch + 1 == cfg.epochs
         if due and splits.validation is not None:
             learner.eval()
@@ -120,17 +140,15 @@ def train_loop(job: dict[str, Any]) -> dict[str, float]:
             learner.train()
             steps_done, recall = (epoch + 1) * plan.steps, metrics["val/recall_at_1"]
             progress.note("training", steps_done, cfg.epochs * plan.steps, recall=recall)
-        first = epoch * plan.steps
-        record = {"time": _now(), "step": epoch + 1, "metrics": metrics, "first_step": first}
-        history.append(record | {"step_loss": losses[:, 0].tolist()})
+        record = {"time": _now(), "step": epoch + 1, "metrics": metrics, "first_step": epoch * plan.steps}
+        history.append(record | {"step_loss": steps[:, 0].tolist()})
+        steps = steps[:0]
         if due:
             score = metrics.get("val/map_at_r", float(epoch))
             better = score > state.best_score
-            state = checkpoint.State(epoch + 1, *((epoch + 1, score) if better else state[1:]))
+            state = checkpoint.State(epoch + 1, *((epoch + 1, score) if better else state[1:3]))
             if main:
-                with tempfile.TemporaryDirectory(prefix="dml-") as made:
-                    checkpoint.save(Path(made), cfg, classes, learner, optimizer, schedule, state, history, metrics)
-                    checkpoint.keep(files, folder, Path(made), state)
+                keep(state, metrics, steps)
             # Metrics alone: Ray stores a checkpoint when it next looks at its workers, and loses it if one dies before.
             report({"epoch": epoch + 1, "val/best_map_at_r": state.best_score, **metrics})
         if tracker:
@@ -163,20 +181,19 @@ def _baselines(learner: Learner, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"untrained": learner.embed(features), "features": features}
 
 
-def _epoch_metrics(
-    losses: torch.Tensor,
-    norms: list[torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    seconds: float,
-    plan: BatchPlan,
-) -> dict[str, float]:
-    """Means over the steps of an epoch; losses (steps, terms)."""
-    means = dict(zip(Terms._fields, losses.mean(0).tolist(), strict=True))
-    metrics = {f"train/{name}": value for name, value in means.items()}
-    metrics["train/gradient_norm"] = torch.stack(norms).mean().item()
-    metrics["train/lr"] = min(group["lr"] for group in optimizer.param_groups)
-    metrics["train/images_per_second"] = plan.steps * plan.classes * plan.images / seconds
-    return metrics
+def _global_generators(device: torch.device) -> list[torch.Generator]:
+    """That miners of the library draw from. torch.manual_seed, which seeds them too, takes 2 ms."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        return [torch.default_generator, torch.cuda.default_generators[device.index or torch.cuda.current_device()]]
+    return [torch.default_generator]
+
+
+def _epoch_metrics(steps: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Means over the steps of an epoch; steps (steps, terms + 1)."""
+    means = zip((*Terms._fields, "gradient_norm"), steps.mean(0).tolist(), strict=True)
+    metrics = {f"train/{name}": value for name, value in means}
+    return metrics | {"train/lr": min(group["lr"] for group in optimizer.param_groups)}
 
 
 def _final(metrics: dict[str, float]) -> dict[str, float]:
@@ -185,9 +202,10 @@ def _final(metrics: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if not key.startswith(last_epochs) or "best" in key}
 
 
-def _require_finite(losses: torch.Tensor, epoch: int) -> None:
-    if not losses.isfinite().all():
-        step = int(np.flatnonzero(~losses.isfinite().all(1).numpy())[0])
+def _require_finite(steps: torch.Tensor, epoch: int) -> None:
+    terms = steps[:, :-1]
+    if not terms.isfinite().all():
+        step = int(np.flatnonzero(~terms.isfinite().all(1).numpy())[0])
         raise ArithmeticError(f"the loss is not finite at epoch {epoch + 1}, step {step + 1}; try a lower optimizer.lr")
 
 

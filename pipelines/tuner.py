@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import warnings
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")  # what a killed sweep has forgotten at most
@@ -23,6 +24,7 @@ from pipelines.spaces import Point
 from pipelines.trials import EPOCHS, FAILED, SCORE, SETTINGS, Sweep, trial_name
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is told by us
+warnings.filterwarnings("ignore", "The reported value is ignored")  # Optuna's, of what a resumed trial tells again
 RETRIES = 2  # of a trial whose process is lost
 
 

@@ -74,6 +74,10 @@ class Slices:
     def __init__(self, samples: np.ndarray, places: np.ndarray, seed: int):
         self.samples, self.places, self.seed = samples, places, seed
 
+    def after(self, step: int) -> "Slices":
+        """What is left when so many steps are done."""
+        return Slices(self.samples[step:], self.places[step:], self.seed)
+
     def __iter__(self) -> Iterator[Rows]:
         for samples, places in zip(self.samples, self.places, strict=True):
             yield list(zip(samples.tolist(), (self.seed + places).tolist(), strict=True))

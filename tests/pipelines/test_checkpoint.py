@@ -34,7 +34,8 @@ def save(folder: Path, parts: Parts, epoch: int = 2) -> Path:
     folder = folder / checkpoint.folder_name(epoch)
     names = ("x", "ü/y")
     checkpoint.save(
-        folder, load("glyphs", []), names, parts.network, parts.optimizer, parts.schedule, state, history, {"m": 1 / 3}
+        *(folder, load("glyphs", []), names, parts.network, parts.optimizer, parts.schedule, state, history),
+        *({"m": 1 / 3}, torch.tensor([[0.1, 0.2]], dtype=torch.float64)),
     )
     return folder
 
@@ -48,7 +49,8 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     one.step()
     other.step()
     assert all((a == b).all() for a, b in zip(one.network.parameters(), other.network.parameters(), strict=True))
-    assert found.state == checkpoint.State(2, 1, 0.5) and found.metrics == {"m": 1 / 3}
+    assert found.state == checkpoint.State(2, 1, 0.5) and found.steps.tolist() == [[0.1, 0.2]]
+    assert json.loads((folder / "metrics.json").read_text()) == {"m": 1 / 3}
     assert checkpoint.read_config(folder) == load("glyphs", [])
     assert checkpoint.read_class_names(folder) == ("x", "ü/y")
 

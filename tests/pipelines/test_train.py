@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -65,6 +66,27 @@ def test_four_workers_change_no_loss_and_no_metric(exact: dict[int, jobs.Outcome
     history = checkpoint.read_history(tmp_path / "exact4" / checkpoint.folder_name(6))
     losses = np.concatenate([record["step_loss"] for record in history])
     assert_like_one_worker(exact, losses, json.loads((tmp_path / "metrics.json").read_text()))
+
+
+def test_a_run_goes_on_from_the_middle_of_an_epoch(tracked_folder: Path) -> None:
+    """From step 5 of the second epoch, for which IAA has estimated already; none of its steps is drawn anew."""
+    asked = ["method=[iaa,namr]", "iaa.start_epoch=0", "iaa.update_every=1", "evaluate_every=2", "checkpoint_every=5"]
+    outcome = train("workers=1", "precision=float64", "steps_per_epoch=8", "name=middle", *asked)
+    whole, folder = step_losses(outcome), Path(outcome.checkpoint).parent
+    history = checkpoint.read_history(folder / "epoch_00002")
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "epoch_00002")
+    assert [path.name for path in folder.glob("epoch_*")] == ["epoch_00001_step_0000007"]
+    again = train("workers=1", "precision=float64", "steps_per_epoch=8", "name=middle", *asked)
+    assert again.run_id == outcome.run_id and (step_losses(again) == whole).all() and len(whole) == 16
+    for one, other in zip(history, checkpoint.read_history(folder / "epoch_00002"), strict=True):
+        assert one["step_loss"] == other["step_loss"]
+        timed = {"train/images_per_second", "train/data_wait"}
+        assert {k: v for k, v in one["metrics"].items() if k not in timed} == {
+            k: v for k, v in other["metrics"].items() if k not in timed
+        }
+    same = {k: v for k, v in outcome.metrics.items() if k not in timed}
+    assert same == {k: v for k, v in again.metrics.items() if k not in timed}
 
 
 def test_run_is_whole_in_mlflow(exact: dict[int, jobs.Outcome]) -> None:
