@@ -47,12 +47,12 @@ def look(images: LabelledImages, console: Console) -> Seen:
     return seen._replace(bad={name: seen.bad[name] for name in images.names.tolist() if name in seen.bad})
 
 
-def unreadable(config: Data, console: Console) -> list[str]:
+def unreadable(config: Data, console: Console, labelled: bool = True) -> list[str]:
     """Names of the pictures to leave out. With on_bad_image=skip all are looked at, once: the outcome is kept on disk
-    until a file changes."""
+    until a file changes. labelled: see build.collection."""
     if config.on_bad_image == "fail" or config.name == "glyphs":
         return []
-    images = build.collection(config).images
+    images = build.collection(config, labelled=labelled).images
     kept = build.cache_folder() / "unreadable" / f"{images.digest(stamps=True)}.json"
     if kept.is_file():
         found = json.loads(kept.read_text())

@@ -168,16 +168,21 @@ def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Output
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "sample"}
 
 
-def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
-    """Test metrics of a checkpoint, as one worker of several.
-
-    job: config (a dict), checkpoint (a folder that every worker sees), unreadable (pictures to leave out), cpus, board.
-    """
+def of_checkpoint(job: dict[str, Any]) -> Sources:
+    """A checkpoint's learner, as one worker of several has it. job: as of evaluate_loop."""
     config, folder = parse(job["config"]), Path(job["checkpoint"])
     torch.set_num_threads(1)
     learner = build.learner(config, len(checkpoint.read_class_names(folder)), read_weights=False)
     checkpoint.load_weights(folder, learner)
     learner.to(device(config), torch.float64 if config.precision == "float64" else torch.float32).eval()
     progress = Reporter(job["board"] if rank() == 0 else None)
-    sources = Sources(config, learner, device(config), job["cpus"], progress)
-    return tested(learner, build.splits(config, job["unreadable"]), sources)
+    return Sources(config, learner, device(config), job["cpus"], progress)
+
+
+def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
+    """Test metrics of a checkpoint, as one worker of several.
+
+    job: config (a dict), checkpoint (a folder that every worker sees), unreadable (pictures to leave out), cpus, board.
+    """
+    sources = of_checkpoint(job)
+    return tested(sources.learner, build.splits(sources.config, job["unreadable"]), sources)

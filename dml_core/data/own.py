@@ -17,11 +17,13 @@ SPLITS = {"": 0, "train": 1, "validation": 2, "val": 2, "test": 3}
 ROLES = {"": NEITHER, "query": QUERY, "gallery": GALLERY}
 
 
-def load_folder(root: str, links: bool = False) -> Collection:
+def load_folder(root: str, links: bool = False, labelled: bool = True) -> Collection:
     """A class-per-folder tree, root/CLASS/**/PICTURE, in a local folder or below a URL that can be listed.
 
-    links: follow symbolic links that lead out of root, which are refused otherwise.
-    ValueError for a missing folder, one without classes, classes without a picture and links out (all are named).
+    links: follow symbolic links that lead out of root, which are refused otherwise.  labelled: False takes pictures in
+    root itself, too, as of a class "".
+    ValueError for a missing folder, one without classes, classes without a picture and links out (all are named); if
+    not labelled, for one without a picture.
     """
     if "://" in root:
         folders = _remote_tree(files.RemoteFiles(root))
@@ -29,8 +31,13 @@ def load_folder(root: str, links: bool = False) -> Collection:
         if not os.path.isdir(root):
             raise ValueError(f"data.root={root}: no such folder")
         folders = _local_tree(root, links)
+    if labelled:
+        folders.pop("", None)
+    else:
+        folders = {name: found for name, found in folders.items() if found}
     if not folders:
-        raise ValueError(f"data.root={root}: no class folders in it; expected root/CLASS/PICTURE.jpg")
+        wanted = "class folders in it; expected root/CLASS/PICTURE.jpg" if labelled else "pictures in it"
+        raise ValueError(f"data.root={root}: no {wanted}")
     if empty := [name for name, found in folders.items() if not found]:
         raise ValueError(f"data.root={root}: class folders without a picture: {', '.join(empty)}")
     labels = np.repeat(np.arange(len(folders)), [len(found) for found in folders.values()])
@@ -39,7 +46,7 @@ def load_folder(root: str, links: bool = False) -> Collection:
 
 
 def _local_tree(root: str, links: bool) -> dict[str, list[str]]:
-    """Class -> names of its pictures, both in order."""
+    """Class -> names of its pictures, both in order; "" -> those in root itself."""
     real, outside = os.path.realpath(root) + os.sep, list[str]()
 
     def entries(folder: str, above: tuple[str, ...]) -> Iterator[tuple[os.DirEntry[str], tuple[str, ...]]]:
@@ -53,15 +60,16 @@ def _local_tree(root: str, links: bool) -> dict[str, list[str]]:
             elif target not in above:
                 yield entry, (*above, target)
 
-    def pictures(folder: str, above: tuple[str, ...]) -> Iterator[str]:
-        for entry, inner in entries(folder, above):
-            if entry.is_dir():
-                yield from pictures(entry.path, inner)
-            elif os.path.splitext(entry.name)[1].lower() in PICTURES and entry.is_file():
-                yield os.path.relpath(entry.path, root)
+    def pictures(entry: os.DirEntry[str], above: tuple[str, ...]) -> Iterator[str]:
+        if entry.is_dir():
+            for inner, path in entries(entry.path, above):
+                yield from pictures(inner, path)
+        elif os.path.splitext(entry.name)[1].lower() in PICTURES and entry.is_file():
+            yield os.path.relpath(entry.path, root)
 
-    top = (os.path.realpath(root),)
-    tree = {entry.name: list(pictures(entry.path, above)) for entry, above in entries(root, top) if entry.is_dir()}
+    tree = dict[str, list[str]]()
+    for entry, path in entries(root, (os.path.realpath(root),)):
+        tree.setdefault(entry.name if entry.is_dir() else "", []).extend(pictures(entry, path))
     if outside:
         raise ValueError(
             f"data.root={root}: {len(outside)} symbolic links lead out of it, {outside[0]} first; "
@@ -79,24 +87,25 @@ def _remote_tree(remote: files.RemoteFiles) -> dict[str, list[str]]:
     tree: dict[str, list[str]] = {}
     for path in paths:
         name = path.removeprefix(root).lstrip("/")
-        if "/" in name and PurePosixPath(name).suffix.lower() in PICTURES:
-            tree.setdefault(name.split("/")[0], []).append(name)
+        if PurePosixPath(name).suffix.lower() in PICTURES:
+            tree.setdefault(name.rpartition("/")[0].split("/")[0], []).append(name)
     return tree
 
 
-def load_table(table: str, root: str | None, links: bool = False) -> Collection:
+def load_table(table: str, root: str | None, links: bool = False, labelled: bool = True) -> Collection:
     """A CSV or Parquet file with the columns path and label, and perhaps split and role; local or a URL.
 
     path: below root (by default the table's folder), or a URL below it.  split: train, validation (val), test or
     empty, the same for all rows of a label.  role: query, gallery or empty.
+    labelled: False takes rows without a label as of a class "", and looks at path and label alone.
     ValueError names the first row at fault: a missing column or value, an unknown split or role, a path that leads out
     of the root, a path that comes twice, a label in two splits.
     """
     numbers = dict[str, int]()
     labels, splits, roles = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
-    for batch in _batches(table, "label", "split", "role"):
+    for batch in _batches(table, *(("label", "split", "role") if labelled else ("path", "label"))):
         first = sum(map(len, labels))
-        columns = {name: _text(batch, name, table, first) for name in ("label", "split", "role")}
+        columns = {name: _text(batch, name, table, first, labelled) for name in ("label", "split", "role")}
         coded = columns["label"].dictionary_encode()
         ids = [numbers.setdefault(name, len(numbers)) for name in coded.dictionary.to_pylist()]
         labels.append(np.array(ids, np.int64)[coded.indices.to_numpy(zero_copy_only=False)])
@@ -158,12 +167,12 @@ def _batches(table: str, *columns: str) -> Iterator[Any]:
         raise ValueError(f"data.table={table}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def _text(batch: Any, name: str, table: str, first: int) -> Any:
+def _text(batch: Any, name: str, table: str, first: int, labelled: bool = True) -> Any:
     """A column as strings; empty ones where there is no such column and it may be missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    required = name in ("path", "label")
+    required = name == "path" or (labelled and name == "label")
     if name not in batch.schema.names:
         if required:
             raise ValueError(f"data.table={table}: no column {name}; there are {', '.join(batch.schema.names)}")

@@ -45,6 +45,21 @@ def test_names_with_spaces_and_letters_of_all_kinds(tree: Path) -> None:
     assert images.images[2] == "b ü/deep er/0 é.png" and images.picture(3, 8)[0, 0, 0] == 1
 
 
+def test_pictures_without_labels_are_of_a_class_without_a_name(tree: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "flat" / "1.png")
+    (tmp_path / "flat" / "notes.txt").write_text("")
+    flat = load_folder(str(tmp_path / "flat"), labelled=False).images
+    assert flat.names.tolist() == ["1.png"] and flat.class_names == ("",)
+    picture(tree / "b.png")
+    (tree / "x").mkdir()
+    images = load_folder(str(tree), labelled=False).images
+    assert images.class_names == ("a", "b ü", "", "c" * 200, "d") and len(images) == 9
+    assert [images.class_names[label] for label in images.labels[images.names == "b.png"]] == [""]
+    assert len(load_folder(str(tmp_path / "flat" / ".."), labelled=False).images) == 10
+    with pytest.raises(ValueError, match="no pictures in it"):
+        load_folder(str(tree / "x"), labelled=False)
+
+
 def test_links_out_of_the_root_are_refused_unless_allowed(tree: Path, tmp_path: Path) -> None:
     picture(tmp_path / "elsewhere" / "secret.png")
     (tree / "a" / "inside.png").symlink_to(tree / "d" / "deep er" / "0 é.png")
@@ -74,6 +89,17 @@ def test_table_is_the_tree(tree: Path, kind: str) -> None:
     assert images.images.tolist() == table["path"].tolist()
     assert [images.class_names[c] for c in images.labels] == table["label"].tolist()
     assert images.picture(0, 8).shape == (3, 20, 20)
+
+
+def test_table_without_labels(tree: Path) -> None:
+    table = table_of(tree, split="any")  # is not looked at
+    table.drop(columns="label").to_csv(tree / "paths.csv", index=False)
+    images = load_table(str(tree / "paths.csv"), None, labelled=False).images
+    assert images.names.tolist() == table["path"].tolist() and images.class_names == ("",)
+    table.loc[2:4, "label"] = None
+    table.to_parquet(tree / "some.parquet")
+    images = load_table(str(tree / "some.parquet"), None, labelled=False).images
+    assert [images.class_names[label] for label in images.labels] == table["label"].fillna("").tolist()
 
 
 def test_columns_split_and_role(tree: Path) -> None:
