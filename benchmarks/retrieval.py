@@ -4,22 +4,40 @@ The calculator has two modes: R looks at as many neighbours as the largest class
 all, its default (k=None), ranks the whole set for every query and needs about 29 GB for 20,000 images, 7 GB for 10,000.
 
 python benchmarks/retrieval.py [--size N] [--dim D] [--images PER_CLASS] [--repeats N] [--threads N] [--calculator MODE]
+python benchmarks/retrieval.py --processes P [--size N] [--dim D] [--images PER_CLASS] [--sample S] --calculator none
+
+With --processes a group of P processes (gloo, a thread each) holds the set in shards, as the workers of a training do,
+and each makes its own rows only. The bare product runs in the same processes in the middle of the search: after one
+gallery block in S (default: as many as keep it to some 16) each multiplies its own queries by that block, in the tiles
+that are the fastest, and throws the result away; its time is counted apart and scaled to all blocks. Memory is summed
+over all processes: VmHWM counts a page that two of them share twice; PSS counts it once and is looked at twice a
+second. Before that the metrics of a small set are compared, bit for bit, with those of one process.
 """
 
 import argparse
+import os
+import re
 import statistics
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
-import faiss
 import torch
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-from dml_core.retrieval.metrics import retrieval_metrics
-from dml_core.retrieval.neighbors import BLOCK
+from dml_core.gather import agreed, all_sum, gather
+from dml_core.retrieval import neighbors
+from dml_core.retrieval.metrics import retrieval_metrics, sharded_retrieval_metrics
+from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, block_rows, owned_rows
 
 METRICS = ("precision_at_1", "mean_average_precision_at_r", "r_precision")
+TILE = 1024  # rows and columns of the product that is the fastest of 256, 1024, 4096 by 1024, 4096, 16384
+CHECKED = 20_000  # embeddings that are also searched by one process
 
 
 def embeddings(size: int, dim: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,12 +61,144 @@ def seconds(task: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("size", 20000), ("dim", 512), ("images", 10), ("repeats", 3), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--calculator", choices=("R", "all", "none"), default="R")
-    arguments = parser.parse_args()
+def shard(size: int, dim: int, images: int, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows (n, dim) of a set like that of `embeddings` that `rank` holds, and all labels (size,): the same set for
+    any world, as each block has a generator of its own."""
+    labels = torch.randperm(size, generator=torch.Generator().manual_seed(0)).floor_divide_(images)
+    centers = torch.randn(int(labels.max()) + 1, dim, generator=torch.Generator().manual_seed(1))
+    own = owned_rows(size, rank, world)
+    z = torch.empty(len(own), dim)
+    for part, rows in zip(z.split(block_rows(size)), own.split(block_rows(size)), strict=True):
+        part.normal_(0, 1, generator=torch.Generator().manual_seed(2 + int(rows[0])))
+        part += centers[labels[rows]]
+    return z, labels
+
+
+class Sample:
+    """The bare product, in the middle of the search: of this process's queries and one gallery block in `every`."""
+
+    def __init__(self, queries: torch.Tensor, every: int):
+        self.queries, self.every, self.seen, self.rows, self.seconds = queries, every, 0, 0, 0.0
+        self.product = torch.empty(TILE, TILE)
+        self.blocks, neighbors.gallery_blocks = neighbors.gallery_blocks, self.interrupted
+
+    def interrupted(self, *arguments: object) -> Iterator[tuple[int, torch.Tensor]]:
+        for offset, block in self.blocks(*arguments):  # type: ignore[arg-type]
+            yield offset, block
+            if self.seen % self.every == self.every // 2:  # spread, and not the first of all
+                self.seconds += seconds(lambda block=block: self.multiply(block))  # type: ignore[misc]
+                self.rows += len(block)
+            self.seen += 1
+
+    def multiply(self, block: torch.Tensor) -> None:
+        for query in self.queries.split(TILE):
+            for tile in block.split(TILE):
+                torch.mm(query, tile.T, out=self.product[: len(query), : len(tile)])
+
+    def end(self) -> None:
+        neighbors.gallery_blocks = self.blocks
+
+
+class Memory:
+    """Most memory of some processes, in bytes, looked at twice a second by a thread of one of them."""
+
+    def __init__(self, processes: list[int]):
+        self.processes, self.peak, self.ended = processes, 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def look(self) -> int:
+        return sum(proc(f"{one}/smaps_rollup", "Pss") for one in self.processes)
+
+    def watch(self) -> None:
+        while not self.ended.wait(0.5):
+            self.peak = max(self.peak, self.look())
+
+    def end(self) -> int:
+        self.ended.set()
+        self.thread.join()
+        return self.peak
+
+
+def proc(path: str, key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc", path).read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+class Task(NamedTuple):
+    size: int
+    dim: int
+    images: int
+    sample: int | None
+
+
+def in_group(rank: int, world: int, store: str, task: Task) -> None:
+    """One process of the group."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    processes = gather(torch.tensor([os.getpid()])).tolist()
+    memory = Memory(processes) if rank == 0 else None
+    dist.barrier()
+    libraries = memory.look() if memory else 0
+    check(rank, world, task)
+
+    z, labels = shard(task.size, task.dim, task.images, rank, world)
+    blocks = -(-task.size // GALLERY_BLOCK)
+    sample = Sample(z, min(blocks, task.sample or max(1, blocks // 16)))
+    dist.barrier()
+    started = time.perf_counter()
+    metrics = sharded_retrieval_metrics(z, labels)
+    took = time.perf_counter() - started
+    sample.end()
+    # Of all processes: what the slowest took, without the samples, and what the product took the mean of them.
+    product = sample.seconds * task.size / sample.rows
+    found = gather(torch.tensor([took - sample.seconds, product], dtype=torch.float64).view(1, 2))
+    most = all_sum(torch.tensor([float(proc("self/status", "VmHWM"))])).item()
+    if rank == 0:
+        assert memory is not None
+        pss, gib = memory.end(), 2**30
+        search, bare = found[:, 0].max().item(), found[:, 1].mean().item()
+        share = "all blocks" if sample.rows == task.size else f"{sample.rows / task.size:.1%} of the gallery's blocks"
+        rate = 2 * task.size**2 * task.dim / bare / 1e9
+        print(f"{task.size:,} x {task.dim}, {task.images} a class, {world} processes of a thread each")
+        print(f"matrix product     {bare:9.1f} s   {rate:.0f} GFLOP/s in all, measured on {share}")
+        print(f"sharded metrics    {search:9.1f} s   {search / bare:.2f} x matrix product")
+        memories = f"{pss / gib:9.2f} GiB PSS ({libraries / gib:.2f} before the set), {most / gib:.2f} GiB VmHWM"
+        print(f"peak memory        {memories}")
+        print(
+            "  ".join(f"{name} {metrics[name]:.4f}" for name in ("recall_at_1", "map_at_r", "r_precision")), flush=True
+        )
+    dist.destroy_process_group()
+
+
+def check(rank: int, world: int, task: Task) -> None:
+    """Of a small set: the metrics of the group are those of one process."""
+    size = min(CHECKED, task.size)
+    sharded = sharded_retrieval_metrics(*shard(size, task.dim, task.images, rank, world))
+    if rank == 0:
+        alone = retrieval_metrics(*shard(size, task.dim, task.images, 0, 1))
+        assert sharded == alone, f"{sharded} in {world} processes, {alone} in one"
+        print(f"{size:,} x {task.dim}: {world} processes and one agree to the last bit")
+    assert agreed(sharded) == sharded
+
+
+def by_processes(world: int, task: Task) -> None:
+    """In `world` processes, this one among them, so that none is there only to wait."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = world, f"file://{folder}/store", task
+        others = [mp.get_context("fork").Process(target=in_group, args=(rank, *given)) for rank in range(1, world)]
+        for other in others:
+            other.start()
+        in_group(0, *given)
+        for other in others:
+            other.join()
+
+
+def by_threads(arguments: argparse.Namespace) -> None:
+    import faiss
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
     z, labels = embeddings(arguments.size, arguments.dim, arguments.images)
@@ -69,6 +219,22 @@ def main() -> None:
     for name, values in times.items():
         median = statistics.median(values)
         print(f"{name:20s} {median:8.2f} s   {median / ours:5.2f} x retrieval_metrics   (least {min(values):.2f} s)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("size", 20000), ("dim", 512), ("images", 10), ("repeats", 3), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--calculator", choices=("R", "all", "none"), default="R")
+    parser.add_argument("--processes", type=int, default=None)
+    parser.add_argument("--sample", type=int, default=None)
+    arguments = parser.parse_args()
+    if arguments.processes is None:
+        by_threads(arguments)
+    elif arguments.calculator != "none":
+        parser.error("--processes needs --calculator none: AccuracyCalculator knows no shards")
+    else:
+        by_processes(arguments.processes, Task(arguments.size, arguments.dim, arguments.images, arguments.sample))
 
 
 if __name__ == "__main__":
