@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipelines import cli_data, tables
+from pipelines import cli_data, cli_search, tables
 from pipelines.console import Assignments, Json, in_words, messages, stop
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app = typer.Typer(
     help="Train image embeddings that retrieve unseen classes, on one machine or a Ray cluster.",
 )
 app.add_typer(cli_data.app, name="data")
+app.command()(cli_search.embed)
+app.add_typer(cli_search.app, name="index")
 
 
 def _config(arguments: list[str] | None) -> Any:

@@ -1,5 +1,8 @@
 """A checkpoint folder as an embedding model: pictures in, unit vectors out. Also MLflow's way to load it."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,34 @@ from torch import Tensor
 
 from dml_core.data import transforms
 from dml_core.data.pictures import decode
+from dml_core.learner import Learner
 from pipelines import build, checkpoint
+
+FILES = ("learner.safetensors", "config.yaml", "classes.json")  # of a checkpoint: all that embedding takes
+
+
+def vectors(learner: Learner, x: Tensor) -> dict[str, Tensor]:
+    """Images or features to float32 "vector" (b, D) of unit length and, with NAMR, "structure" (b, D)."""
+    seen = learner.features(x)
+    found = {"vector": torch.nn.functional.normalize(learner.embed(seen), dim=1).float()}
+    if learner.namr is not None:
+        found["structure"] = learner.structure(seen).float()
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a checkpoint's model from all others: of its files' hashes."""
+    files = json.loads((folder / checkpoint.MANIFEST).read_text())
+    return hashlib.sha256(json.dumps([files[name] for name in FILES]).encode()).hexdigest()
+
+
+def copy_model(folder: Path, into: Path) -> None:
+    """What of a checkpoint an Embedder needs, as a whole checkpoint folder of the same fingerprint."""
+    into.mkdir(parents=True)
+    for name in FILES:
+        shutil.copyfile(folder / name, into / name)
+    files = json.loads((folder / checkpoint.MANIFEST).read_text())
+    (into / checkpoint.MANIFEST).write_text(json.dumps({name: files[name] for name in FILES}))
 
 
 class Embedder:
@@ -25,15 +55,15 @@ class Embedder:
         self.view = transforms.evaluation(self.config.data.image_size)
 
     @torch.inference_mode()
-    def embed(self, pictures: list[bytes]) -> Tensor:
-        """Encoded pictures (JPEG, PNG, ...) to (N, D) unit vectors."""
+    def vectors(self, pictures: list[bytes]) -> dict[str, Tensor]:
+        """Encoded pictures (JPEG, PNG, ...) to "vector" (N, D) and, with NAMR, "structure" (N, D)."""
         view = self.view
         views = torch.stack([view.transform(decode(picture, view.side, "the input")) for picture in pictures])
-        return torch.nn.functional.normalize(self.learner.embed(views), dim=1)
+        return vectors(self.learner, views)
 
     def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> np.ndarray:
         """inputs: a DataFrame with a column `image` of encoded pictures (bytes)."""
-        return self.embed(list(inputs["image"])).numpy()
+        return self.vectors(list(inputs["image"]))["vector"].numpy()
 
 
 def _load_pyfunc(path: str) -> Embedder:

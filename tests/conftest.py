@@ -24,7 +24,7 @@ class ByRay(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        if file in ("tests/pipelines/test_resume.py", "tests/pipelines/test_train.py"):
+        if file in {f"tests/pipelines/test_{name}.py" for name in ("resume", "search", "train")}:
             return "exact"
         return "pipelines" if file.startswith("tests/pipelines/") else file
 

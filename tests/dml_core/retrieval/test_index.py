@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import faiss
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dml_core.retrieval import index
+from dml_core.retrieval.index import KINDS, Options, build, default_cells, mapped, merged, search, write
+from dml_core.retrieval.neighbors import Neighbors, nearest
+from dml_core.retrieval.structure import index_vectors, query_vectors
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    faiss.omp_set_num_threads(1)
+
+
+def clustered(rows: int, dim: int = 16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(20, dim, generator=torch.Generator().manual_seed(1))
+    return normalize(centers[torch.arange(rows) % 20] + 0.5 * torch.randn(rows, dim, generator=generator))
+
+
+def signs(rows: int, dim: int = 16, seed: int = 0) -> Tensor:
+    """Of unit length; most inner products tie, and many rows are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 2, (rows, dim), generator=generator).float() * 2 - 1) / dim**0.5
+
+
+def in_shards(gallery: Tensor, query: Tensor, k: int, count: int) -> Neighbors:
+    parts = gallery.tensor_split(count)
+    offsets = [sum(map(len, parts[:i])) for i in range(count)]
+    return merged([search(build(part, "flat", Options()), query, k) for part in parts], offsets, k)
+
+
+@pytest.mark.parametrize("k", [1, 10, 700])
+@pytest.mark.parametrize("make", [clustered, signs])
+@pytest.mark.parametrize("aware", [False, True])
+def test_flat_is_the_exact_ranking_in_any_number_of_shards(k: int, make, aware: bool) -> None:
+    gallery, query = make(600), make(40, seed=2)
+    if aware:
+        s = 0.5 + torch.randint(0, 5, query.shape, generator=torch.Generator().manual_seed(3)) / 4
+        gallery, query = index_vectors(gallery), query_vectors(query, s)
+    expected = nearest(query.double(), [(0, gallery.double())], k)
+    for count in (1, 3, 7):
+        found = in_shards(gallery, query, k, count)
+        assert torch.equal(found.position, expected.position)
+        torch.testing.assert_close(found.similarity, expected.similarity, rtol=1e-12, atol=1e-12)
+
+
+def test_more_equals_than_candidates_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "CHUNK", 2000)  # one query at a time
+    gallery = clustered(500)
+    gallery[40:400:3] = gallery[7]
+    found = search(build(gallery, "flat", Options()), gallery[[7, 0, 1]], 5)
+    assert found.position[0].tolist() == [7, 40, 43, 46, 49] and found.position[1:, 0].tolist() == [0, 1]
+
+
+def test_approximate_kinds_find_nearly_all() -> None:
+    gallery, query = clustered(5000), clustered(100, seed=2)
+    exact = search(build(gallery, "flat", Options()), query, 10)
+    for kind in ("ivf", "hnsw"):
+        found = search(build(gallery, kind, Options()), query, 10)
+        share = (found.position[:, :, None] == exact.position[:, None]).any(2).double().mean()
+        assert share > 0.95, kind
+        assert (found.similarity.diff(dim=1) <= 0).all()
+    everywhere = search(build(gallery, "ivf", Options(nlist=20, nprobe=20)), query, 10)
+    assert torch.equal(everywhere.position, exact.position)
+
+
+def test_a_cell_with_less_than_is_wanted_leaves_places_empty() -> None:
+    gallery = clustered(200)
+    found = search(build(gallery, "ivf", Options(nlist=20, nprobe=1)), gallery[:5], 150)
+    empty = found.position == -1
+    assert empty.any(1).all() and (found.similarity[empty] == -torch.inf).all() and not empty[:, 0].any()
+    both = merged([found, found], [0, 200], 150)
+    assert torch.equal(both.position[:, :2], torch.stack([found.position[:, 0], found.position[:, 0] + 200], 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_tiny_sets(kind: str, rows: int) -> None:
+    gallery = clustered(rows)
+    found = search(build(gallery, kind, Options()), gallery, rows + 2)
+    assert found.position[:, 0].tolist() == [*range(rows)] and (found.position[:, rows:] == -1).all()
+    assert default_cells(rows) == 1 and default_cells(200_000) == 447
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_file_each_time(kind: str, tmp_path: Path) -> None:
+    for name in ("once", "twice"):
+        write(build(clustered(1000), kind, Options()), str(tmp_path / name))
+    assert (tmp_path / "once").read_bytes() == (tmp_path / "twice").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_mapped(kind: str, tmp_path: Path) -> None:
+    """Opening 8 MiB of vectors takes little memory of one's own, and the file is among the process's maps."""
+    gallery, query = clustered(2000, 1024), clustered(20, 1024, seed=2)
+    built, path = build(gallery, kind, Options()), str(tmp_path / "shard")
+    write(built, path)
+    before = psutil.Process().memory_full_info().uss
+    opened = mapped(path)
+    assert psutil.Process().memory_full_info().uss - before < 4 * 2**20
+    assert path in {found.path for found in psutil.Process().memory_maps()}
+    for expected, found in zip(search(built, query, 10), search(opened, query, 10), strict=True):
+        assert torch.equal(expected, found)
