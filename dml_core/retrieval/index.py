@@ -63,9 +63,9 @@ def build(vectors: Any, kind: str, options: Options) -> Any:
         cells = options.nlist or default_cells(rows)
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
         index.train(vectors)
-        # A sixteenth of the cells: classes that lie together are cut by a border or two, not by many. Never fewer than
-        # eight, as small sets have cells of few items.
-        index.nprobe = min(cells, options.nprobe or max(8, cells // 16))
+        # An eighth of the cells: over 95% recall in benchmarks/index.py, structure-aware too, for an eighth of the
+        # time. Never fewer than eight, as the cells of small sets hold few items.
+        index.nprobe = min(cells, options.nprobe or max(8, cells // 8))
     else:
         # 32 links, 256 bytes an item: 16 lose recall among many near items of one class, 64 add little but memory.
         index = faiss.IndexHNSWFlat(dim, options.links or 32, faiss.METRIC_INNER_PRODUCT)

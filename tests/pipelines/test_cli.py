@@ -21,7 +21,9 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: Non
 
 
 @pytest.mark.parametrize(
-    "command", [["train"], ["evaluate"], ["recipes"], ["config"], ["ui"], ["data"], ["data", "list"]]
+    "command",
+    [["train"], ["evaluate"], ["recipes"], ["config"], ["ui"], ["data"], ["data", "list"]]
+    + [["embed"], ["index"], ["index", "build"], ["index", "search"]],
 )
 def test_help_has_an_example(command: list[str]) -> None:
     found = dml(*command, "--help")
