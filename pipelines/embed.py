@@ -56,8 +56,9 @@ def plan(run: str, images: str | None, assignments: dict[str, Any], console: Con
     unreadable = check.unreadable(config.data, console, labelled=images is None)
     with console.status("reading the data"):
         pictures = _pictures(config, bool(images), unreadable)
+    where = run if "://" in run else str(found)  # what comes from a bucket is a copy for the time being
     about = {
-        "model": {"run": run, "checkpoint": str(found), "fingerprint": embedder.fingerprint(found)},
+        "model": {"run": run, "checkpoint": where, "fingerprint": embedder.fingerprint(found)},
         "config": model.model_dump(exclude_none=True),
         "root": pictures.files.root if pictures.files else None,
     }
@@ -177,12 +178,13 @@ def _table(images: LabelledImages, block: dict[str, Tensor], columns: pa.Schema)
 class Embeddings:
     """A file of `dml embed`, read row group by row group. ValueError where it is not one.
 
-    model: of its metadata: run, checkpoint, fingerprint.  rows, dim: how many vectors of how many numbers.
+    source: absolute, or a URL.  model: run, checkpoint and fingerprint, from its metadata.  rows, dim: how many vectors
+    of how many numbers.
     """
 
     def __init__(self, source: str):
         try:
-            files, path = pyarrow.fs.FileSystem.from_uri(source if "://" in source else str(Path(source).resolve()))
+            files, path = pyarrow.fs.FileSystem.from_uri(source)
             self.file = parquet.ParquetFile(files.open_input_file(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{source}: cannot be read ({str(error).splitlines()[0]})") from None

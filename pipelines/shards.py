@@ -67,8 +67,9 @@ def build(
     folder = Path(out).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out {out}: it exists already; remove it or choose another name")
-    plan, file = None, source if "://" in source else str(Path(source).resolve())
+    plan = None
     if source.endswith(".parquet"):
+        file = source if "://" in source else str(Path(source).expanduser().resolve())
         if assignments:
             raise ValueError(f"{', '.join(assignments)} cannot act: the pictures of {source} are embedded already")
         embeddings = embed.Embeddings(file)
@@ -93,7 +94,7 @@ def build(
         if plan:
             Path(file).unlink()
     except BaseException:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return {"index": str(folder), **about.model_dump()}
 
