@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipelines import cli_data, cli_search, tables
+from pipelines import cli_data, cli_search, cli_submit, tables
 from pipelines.console import Assignments, Json, in_words, messages, stop
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 app.command()(cli_search.embed)
 app.add_typer(cli_search.app, name="index")
+app.command()(cli_submit.submit)
 
 
 def _config(arguments: list[str] | None) -> Any:
@@ -194,11 +195,11 @@ def config(arguments: Assignments = None, as_json: Json = False) -> None:
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     """Serve MLflow's page over the runs of this folder. Example: dml ui --port 5001"""
     with in_words():
-        from pipelines.tracking import default_uri, prepare
+        from pipelines.tracking import default_uri, prepare, shown
 
         uri = default_uri(Path.cwd())
         if uri.startswith("http"):
-            print(f"the runs are on the server {uri}")
+            print(f"the runs are on the server {shown(uri)}")
             return
         prepare(uri)
     messages.print(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C ends it)")

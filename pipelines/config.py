@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipelines.sections import Backbone, Batch, Data, Iaa, Loss, Namr, Optimizer, Positive, Section, Sgar
+from pipelines.sections import Address, Backbone, Batch, Data, Iaa, Loss, Namr, Optimizer, Positive, Section, Sgar
 
 METHODS = ("iaa", "sgar", "namr")
 # What results do not depend on: it may differ when a run is continued, and sets no two runs apart.
@@ -40,7 +40,7 @@ class Config(Section):
     says, when a worker's node is about to be taken away."""
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
     """Of the run and its folder; the same name again continues it. none: made from set, method, loss, seed and time."""
-    storage: str = "runs"
+    storage: Address = "runs"
     """Folder of run folders; must be seen by all nodes of a cluster."""
     model_name: str | None = None
     """Registered model to add this run's as a version to; none: dml-SET."""

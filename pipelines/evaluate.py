@@ -19,7 +19,7 @@ from dml_core.gather import rank, world_size
 from dml_core.learner import Learner
 from dml_core.retrieval.metrics import sharded_retrieval_metrics
 from dml_core.retrieval.neighbors import block_rows
-from pipelines import build, checkpoint, features
+from pipelines import build, checkpoint, features, launch
 from pipelines.config import Config
 from pipelines.progress import Reporter
 from pipelines.recipe import parse
@@ -170,10 +170,11 @@ def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Output
 
 def of_checkpoint(job: dict[str, Any]) -> Sources:
     """A checkpoint's learner, as one worker of several has it. job: as of evaluate_loop."""
-    config, folder = parse(job["config"]), Path(job["checkpoint"])
+    config = parse(job["config"])
     torch.set_num_threads(1)
-    learner = build.learner(config, len(checkpoint.read_class_names(folder)), read_weights=False)
-    checkpoint.load_weights(folder, learner)
+    with launch.unpacked(job["checkpoint"]) as folder:
+        learner = build.learner(config, len(checkpoint.read_class_names(folder)), read_weights=False)
+        checkpoint.load_weights(folder, learner)
     learner.to(device(config), torch.float64 if config.precision == "float64" else torch.float32).eval()
     progress = Reporter(job["board"] if rank() == 0 else None)
     return Sources(config, learner, device(config), job["cpus"], progress)
@@ -182,7 +183,7 @@ def of_checkpoint(job: dict[str, Any]) -> Sources:
 def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
     """Test metrics of a checkpoint, as one worker of several.
 
-    job: config (a dict), checkpoint (a folder that every worker sees), unreadable (pictures to leave out), cpus, board.
+    job: config (a dict), checkpoint (launch.held), unreadable (pictures to leave out), cpus, board.
     """
     sources = of_checkpoint(job)
     return tested(sources.learner, build.splits(sources.config, job["unreadable"]), sources)

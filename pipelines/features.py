@@ -1,4 +1,7 @@
-"""Features of a frozen backbone: computed once, by all workers, and kept on each node's disk."""
+"""Features of a frozen backbone: computed once, by all workers, and kept on each node's disk.
+
+Where runs are stored in a bucket, the features are kept there too, for nodes that come later.
+"""
 
 import hashlib
 import os
@@ -6,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs
 import torch
 from torch import Tensor
 
@@ -49,9 +53,19 @@ def cached(
     folder: on this node's disk.  writes: true on one rank of each node.  progress: called with (done, of).
     """
     path = folder / "features" / f"{_key(config, learner, views)}.npy"
+    files, root = pyarrow.fs.FileSystem.from_uri(config.storage)
+    bucket = None if isinstance(files, pyarrow.fs.LocalFileSystem) else f"{root}/features/{path.name}"
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    if writes and bucket and not path.is_file() and files.get_file_info(bucket).is_file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.fs.copy_files(bucket, str(partial), files, pyarrow.fs.LocalFileSystem())
+        os.replace(partial, path)
     missing = all_sum(torch.tensor([float(writes and not path.is_file())], device=device))
     if missing.item():
-        _compute(learner, views, path, device, writes, processes, progress)
+        _compute(learner, views, path, partial, device, writes, processes, progress)
+        if rank() == 0 and bucket:
+            files.create_dir(f"{root}/features")
+            pyarrow.fs.copy_files(str(path), bucket, pyarrow.fs.LocalFileSystem(), files)
         all_sum(missing)  # wait until every node has its file
     return path
 
@@ -60,13 +74,13 @@ def _compute(
     learner: Learner,
     views: Views | StreamedViews,
     path: Path,
+    partial: Path,
     device: torch.device,
     writes: bool,
     processes: int,
     progress: Callable[[int, int], None],
 ) -> None:
     count, dtype, size = len(views.images), next(learner.parameters()).dtype, BATCH[device.type]
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     file = None
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)

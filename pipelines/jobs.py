@@ -1,10 +1,13 @@
 """What the driver does around the workers: checks, the run's folder, MLflow's run, the outcome."""
 
+import atexit
 import contextlib
 import hashlib
 import io
 import json
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Container, Sequence
 from datetime import datetime
@@ -101,7 +104,7 @@ def train(config: Config, console: Console, here: bool = False, part: Part | Non
         finally:
             tracking.end_run(uri, run_id, status)
     unsent = metrics.pop("unsent")
-    best = f"{folder.path}/{checkpoint.folder_name(int(metrics['best_epoch']))}"
+    best = checkpoint.folder_name(int(metrics["best_epoch"]))
     model = None
     try:
         if test:
@@ -113,7 +116,7 @@ def train(config: Config, console: Console, here: bool = False, part: Part | Non
     outcome = Outcome(
         run_id=run_id,
         experiment=config.data.name,
-        checkpoint=best,
+        checkpoint=f"{config.storage}/{config.name}/{best}",
         metrics=metrics,
         seconds=time.monotonic() - started,
         images_per_second=metrics["train/images_per_second"],
@@ -130,9 +133,17 @@ def train(config: Config, console: Console, here: bool = False, part: Part | Non
 
 
 def find_checkpoint(run: str) -> Path:
-    """The folder of an MLflow run id, a checkpoint folder or models:/NAME@ALIAS. ValueError: not there, or torn."""
+    """The folder, on this machine, of an MLflow run id, a checkpoint folder here or in a bucket, or models:/NAME@ALIAS.
+    ValueError: not there, or torn."""
     found = Path(run)
-    if not found.is_dir():
+    if "://" in run:
+        found = Path(tempfile.mkdtemp(prefix="dml-"))
+        atexit.register(shutil.rmtree, found, ignore_errors=True)
+        try:
+            pyarrow.fs.copy_files(run, str(found))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{run}: cannot be read ({str(error).splitlines()[0]})") from None
+    elif not found.is_dir():
         uri = tracking.default_uri(Path.cwd())
         tracking.prepare(uri)
         found = tracking.find_checkpoint(uri, run)
@@ -148,8 +159,8 @@ def evaluate(run: str, assignments: dict[str, Any], console: Console) -> dict[st
     unreadable = check.unreadable(config.data, console)
     with console.status("reading the data"):
         build.splits(config, unreadable)
-    job = {"checkpoint": str(found), "unreadable": unreadable}
     with launch.cluster(config, None), launch.scratch_storage() as scratch:
+        job = {"checkpoint": launch.held(found), "unreadable": unreadable}
         config = launch.resolve_devices(config)
         metrics = launch.run(evaluate_loop, config, job, scratch, "evaluate", console)
     return {"checkpoint": str(found), "metrics": metrics}
@@ -269,7 +280,7 @@ def _log_model(uri: str, run_id: str, config: Config, folder: RunFolder, best: s
     example = io.BytesIO()
     to_pil_image(splits.tests["test"].query.picture(0, config.data.image_size)).save(example, "PNG")
     name = config.model_name or f"dml-{config.data.name}"
-    with checkpoint.fetched(folder.filesystem, best) as local:
+    with checkpoint.fetched(folder.filesystem, f"{folder.path}/{best}") as local:
         return tracking.log_model(uri, run_id, local, name, example.getvalue(), config.embedding_dim, _version())
 
 

@@ -9,8 +9,9 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Reports wait for the controller's next look at its workers: two seconds by default.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -23,6 +24,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # after Ctrl-C a thread of Ray's would start a Ray of its own
 
+import numpy as np
+import pyarrow.fs
 import ray
 import ray.train
 import torch
@@ -158,11 +161,18 @@ def run(
     cpus = max(1, int(cores // high))
     failures = (3 if nodes > 1 else 0) if config.max_failures is None else config.max_failures
     per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {})
-    board = Board.remote()  # type: ignore[attr-defined]
+    # Where this process is: that node is lost last.
+    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
+    board = Board.options(label_selector=here).remote()  # type: ignore[attr-defined]
     settings = {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": board, "report": None}
     trainer = TorchTrainer(
-        _enter,
-        train_loop_config={"loop": (loop.__module__, loop.__qualname__), "job": job | settings},
+        # Not as train_loop_config, which Ray shows on its page: the tracking server's address may hold a password.
+        partial(
+            _enter,
+            (loop.__module__, loop.__qualname__),
+            job | settings,
+            storage == config.storage and f"{storage}/{name}",
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=bool(config.use_gpu),
@@ -213,10 +223,31 @@ def apart(function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def _enter(given: dict[str, Any]) -> Any:
-    """In a worker. Ray's controller unpacks what it hands on: by name, it need not import networks and losses first."""
-    module, name = given["loop"]
-    return getattr(importlib.import_module(module), name)(given["job"])
+def _enter(loop: tuple[str, str], job: dict[str, Any], folder: str | Literal[False]) -> Any:
+    """In a worker. loop: by name, as Ray's controller, which unpacks it too, need not import networks and losses.
+    folder: of the run, that this node must see."""
+    if folder:
+        files, path = pyarrow.fs.FileSystem.from_uri(folder)
+        if files.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+            node = ray.util.get_node_ip_address()
+            raise FileNotFoundError(
+                f"storage: node {node} does not see {folder}; a shared folder, s3:// or gs:// is needed"
+            )
+    return getattr(importlib.import_module(loop[0]), loop[1])(job)
+
+
+def held(folder: Path) -> list[Any]:
+    """A folder's files in Ray's memory, for `unpacked` on any node: workers need not see our disk."""
+    return [ray.put({path.name: np.fromfile(path, np.uint8) for path in folder.iterdir() if path.is_file()})]
+
+
+@contextlib.contextmanager
+def unpacked(files: list[Any]) -> Iterator[Path]:
+    """The folder that is `held`, for the time of the block."""
+    with scratch_storage() as folder:
+        for name, content in ray.get(files[0]).items():
+            content.tofile(Path(folder, name))
+        yield Path(folder)
 
 
 @contextlib.contextmanager

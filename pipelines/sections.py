@@ -1,10 +1,26 @@
 """The sections of a config: data, batch, backbone, loss, the methods, optimizer. config.py puts them together."""
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+SECRET = re.compile(r"://[^/?#]*@|[?&][^=&]*(secret|token|signature|password|credential|access_key|sig)[^=&]*=", re.I)
+
+
+def without_secrets(address: str) -> str:
+    """ValueError for an address that holds a password, a key or a signature: it would be kept in MLflow, checkpoints
+    and logs."""
+    if "://" in address and SECRET.search(address):
+        raise ValueError(
+            "the address holds a secret, which MLflow and checkpoints would keep; give it by the environment "
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ~/.netrc, ...)"
+        )
+    return address
+
+
+Address = Annotated[str, AfterValidator(without_secrets)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -24,10 +40,10 @@ class Data(Section):
         "glyphs"
     )
     """The set: embedded characters, your own (a class-per-folder tree, a table of paths), or a benchmark."""
-    root: str | None = None
+    root: Address | None = None
     """Its folder, or a URL (s3://, gs://, abfs://, https://) for `folder` and `table`; `glyphs` needs none. `table`: by
     default the table's own folder."""
-    table: str | None = None
+    table: Address | None = None
     """`table`: a CSV or Parquet file, local or a URL, with the columns path, label, and perhaps split and role."""
     download: bool = False
     """Fetch a benchmark into `root` where that is possible without an account."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -37,19 +38,25 @@ def default_uri(folder: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
 
 
+def shown(uri: str) -> str:
+    """Without the password that it may hold."""
+    return re.sub(r"://[^/@]*@", "://***@", uri)
+
+
 def prepare(uri: str) -> None:
     """Make the database, or reach the server. ValueError within seconds if it does not answer.
 
     Done once, before any worker: several writers that meet on a fresh sqlite file break it.
     """
     if not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "databricks")):
-        raise ValueError(f"MLFLOW_TRACKING_URI={uri}: not an http(s) server or a database (sqlite:///FILE)")
+        raise ValueError(f"MLFLOW_TRACKING_URI={shown(uri)}: not an http(s) server or a database (sqlite:///FILE)")
     try:
         with _brief():
             _client(uri).search_experiments(max_results=1)
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"MLflow at {uri} does not answer ({reason}); set MLFLOW_TRACKING_URI or start it") from None
+        reason = shown(str(error).splitlines()[0][:200])
+        told = f"MLflow at {shown(uri)} does not answer ({reason})"
+        raise ValueError(f"{told}; set MLFLOW_TRACKING_URI or start it") from None
 
 
 def start_run(
@@ -140,7 +147,9 @@ def find_checkpoint(uri: str, run: str) -> Path:
             model = f"models:/{outputs.model_outputs[-1].model_id}"
         local = Path(mlflow.artifacts.download_artifacts(model))
     except MlflowException as error:
-        raise ValueError(f"{run}: not a checkpoint folder, and unknown to MLflow at {uri} ({error.message})") from None
+        raise ValueError(
+            f"{run}: not a checkpoint folder, and unknown to MLflow at {shown(uri)} ({error.message})"
+        ) from None
     return next(path.parent for path in local.rglob("manifest.json"))
 
 
@@ -166,7 +175,7 @@ def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
         try:
             runs = _all_runs(client, experiment.experiment_id) if experiment else [client.get_run(name)]
         except MlflowException:
-            raise ValueError(f"{name}: neither a run nor an experiment of MLflow at {uri}") from None
+            raise ValueError(f"{name}: neither a run nor an experiment of MLflow at {shown(uri)}") from None
         for run in runs:
             if "group" in run.data.tags:
                 found[run.info.run_id] = _logged(run)

@@ -77,7 +77,12 @@ def begin(config: Config, options: Options, console: Console) -> Outcome:
     sweep = Sweep(str(config.name), f"{config.storage}/{config.name}", uri, run_id, config, options)
     folder.write(
         "sweep.json",
-        {"run_id": run_id, "uri": uri, "options": options._asdict(), "config": config.model_dump(exclude_none=True)},
+        {
+            "run_id": run_id,
+            "uri": tracking.shown(uri),
+            "options": options._asdict(),
+            "config": config.model_dump(exclude_none=True),
+        },
     )
     return _sweep(sweep, space, folder, console)
 
@@ -93,9 +98,12 @@ def resume(name: str, storage: str, console: Console) -> Outcome:
         return Outcome(**outcome)
     options = Options(**begun["options"])
     config, space = space_of(options.space, parse(begun["config"]))
-    tracking.prepare(begun["uri"])
-    tracking.resume_run(begun["uri"], begun["run_id"], {})
-    sweep = Sweep(name, f"{config.storage}/{name}", begun["uri"], begun["run_id"], config, options)
+    uri, own = begun["uri"], tracking.default_uri(Path.cwd())
+    if tracking.shown(own) == uri:
+        uri = own  # with its password, which is kept nowhere
+    tracking.prepare(uri)
+    tracking.resume_run(uri, begun["run_id"], {})
+    sweep = Sweep(name, f"{config.storage}/{name}", uri, begun["run_id"], config, options)
     return _sweep(sweep, space, folder, console)
 
 

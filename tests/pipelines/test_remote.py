@@ -1,24 +1,30 @@
-"""A training whose pictures are on the web, and a server that goes away in the middle of an epoch."""
+"""Trainings whose pictures are on the web or whose runs are in a bucket, and a server that goes away on the way."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import mlflow
 import numpy as np
 import psutil
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from PIL import Image
+from pyarrow.fs import FileSelector, FileSystem
 from rich.console import Console
 
 from dml_core.data import files, transforms
 from dml_core.data.loading import Views
 from dml_core.data.own import load_folder
+from pipelines import features as features_of_backbones
 from pipelines import jobs
 from pipelines.launch import RunFailed
 from pipelines.recipe import load
 
 QUIET = Console(file=io.StringIO())
+PLANTED = "planted-secret-8f3a"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,53 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.append(f"{name}/{number}.jpg,{name}")
     (root / "table.csv").write_text("\n".join(lines))
     return root
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """s3://... of an S3 server on this machine, whose keys the environment has."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, PLANTED)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="results")
+    yield "s3://results/runs"
+    server.stop()
+
+
+def test_runs_and_features_in_a_bucket(
+    local_ray: None, mlflow_server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is continued from the bucket, features are taken from it, and no key is left in any of the two."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    given = ["data.limit_classes=12", "batch.classes=4", "batch.images=4", "steps_per_epoch=3", "epochs=3"]
+    given += ["backbone.frozen=true", f"storage={bucket}", "name=far", "workers=1"]
+    outcome = jobs.train(load("glyphs", given), QUIET, here=True)
+    assert outcome.checkpoint.startswith(f"{bucket}/far/epoch_")
+    files, _ = FileSystem.from_uri(bucket)
+    kept = {info.path for info in files.get_file_info(FileSelector("results", recursive=True)) if info.is_file}
+    (features,) = [path for path in kept if path.startswith("results/runs/features/")]
+
+    monkeypatch.setenv("DML_CACHE", str(tmp_path / "another node"))
+    files.delete_file("results/runs/far/result.json")
+    files.delete_dir("results/runs/far/epoch_00003")
+    monkeypatch.setattr(features_of_backbones, "_compute", None)
+    again = jobs.train(load("glyphs", given), QUIET, here=True)
+    assert again.metrics["test/map_at_r"] == outcome.metrics["test/map_at_r"]
+    assert Path(tmp_path / "another node" / "features" / Path(features).name).is_file()
+    # Ray's workers, which began before, have neither the keys nor this address in their environment.
+    found = jobs.evaluate(outcome.checkpoint, {"workers": 1, "storage": str(tmp_path)}, QUIET)
+    assert found["metrics"]["test/map_at_r"] == outcome.metrics["test/map_at_r"]
+
+    texts = [path for path in kept if path.endswith((".json", ".yaml"))]
+    assert texts and not any(PLANTED.encode() in files.open_input_stream(path).read() for path in kept)
+    with pytest.raises(ValueError, match="the address holds a secret") as told:
+        load("glyphs", [f"storage=s3://key:{PLANTED}@results/runs"])
+    assert PLANTED not in str(told.value)
 
 
 def test_a_bucket_that_goes_away_fails_the_run_which_then_goes_on(

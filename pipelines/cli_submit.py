@@ -1,0 +1,80 @@
+"""`dml submit`: commands as jobs on a Ray cluster, and what has become of them."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from pipelines.console import Json, in_words, messages, stop
+
+Address = Annotated[
+    str | None, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server: http://HOST:8265")
+]
+
+
+def submit(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="-- train|tune|... [ARGS]... | list | logs ID | stop ID", show_default=False)
+    ],
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Print the job's output, and exit with its code.")] = False,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="For the job; Ray's page shows it: no secrets.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a command on a Ray cluster: the working folder travels without data, results and secrets.
+
+    Example: dml submit --address http://127.0.0.1:8265 --wait -- train glyphs workers=4 storage=s3://bucket/runs
+    Then: dml submit list, dml submit logs ID [--wait], dml submit stop ID
+    """
+    with in_words():
+        if address is None:
+            raise ValueError("--address URL is needed, or RAY_API_SERVER_ADDRESS: the job server's, http://HOST:8265")
+        from pipelines import submit as s
+
+        verb, rest = arguments[0], arguments[1:]
+        if verb == "list":
+            found = s.jobs(address)
+            if as_json:
+                print(json.dumps([job._asdict() for job in found]))
+            else:
+                for job in found:
+                    print(f"{job.job_id}  {job.status:<9}  {job.entrypoint}")
+            return
+        if verb in ("logs", "stop"):
+            if len(rest) != 1:
+                raise ValueError(f"dml submit {verb} takes one job id, not {len(rest)}; dml submit list names them")
+            job_id = rest[0]
+        else:
+            given = [pair.partition("=") for pair in env or []]
+            if wrong := [key for key, separator, _ in given if not (key and separator)]:
+                raise ValueError(f"--env {wrong[0]}: not KEY=VALUE")
+            job_id = s.submit(address, arguments, {key: value for key, _, value in given}, messages).job_id
+        if verb == "stop":
+            job = s.stop(address, job_id)
+            messages.print(f"{job_id} is being stopped")
+        elif wait:
+            job = _followed(address, job_id)
+        else:
+            if verb == "logs":
+                print(s.logs(address, job_id), end="")
+            job = s.ended(s.connect(address), job_id)
+    if as_json:
+        print(json.dumps(job._asdict()))
+    if wait and verb != "stop":
+        raise typer.Exit(job.code or 0)
+
+
+def _followed(address: str, job_id: str):  # type: ignore[no-untyped-def]
+    """Its output until it ends; Ctrl-C asks whether to stop it."""
+    from pipelines import submit as s
+
+    try:
+        return s.follow(address, job_id)
+    except KeyboardInterrupt:
+        if sys.stdin.isatty() and typer.confirm(f"\nStop {job_id}?", default=False, err=True):
+            s.stop(address, job_id)
+            stop(130, f"{job_id} is being stopped")
+        stop(130, f"{job_id} goes on: dml submit logs {job_id} --wait, dml submit stop {job_id}")

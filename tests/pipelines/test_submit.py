@@ -1,0 +1,171 @@
+"""`dml submit` against a real `ray start --head` with its job server, and what travels to it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from pipelines import submit
+from pipelines.cli import app
+
+PLANTED = "planted-secret-51c7"
+SMALL = ["glyphs", "data.limit_classes=8", "batch.classes=3", "batch.images=4", "epochs=1", "steps_per_epoch=2"]
+
+
+class Head(str):
+    """The address of the job server. session: the folder of its Ray."""
+
+    session: Path
+
+
+@pytest.fixture(scope="module")
+def head(cache: Path) -> Iterator[Head]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="r") as folder:  # Ray's sockets need short paths
+        command = ["start", "--head", "--block", "--port=0", "--num-cpus=4", f"--temp-dir={folder}"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--disable-usage-stats"]
+        # See launch.start_local: processes of this Ray ask no other one on this machine about each other.
+        given = {"DML_CACHE": str(cache), "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9", "RAY_AUTH_MODE": "disabled"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        with open(Path(folder) / "log", "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ray.scripts.scripts", *command],
+                env=os.environ | given | {"PATH": path},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        made = Head(f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{made}/api/version", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, Path(folder, "log").read_text()
+                time.sleep(0.3)
+        made.session = next(Path(folder).glob("session_2*"))
+        yield made
+        everyone = [process, *psutil.Process(process.pid).children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        psutil.wait_procs(everyone[1:], timeout=30)
+        process.wait(10)
+
+
+def dml(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As typed in a shell, in the working folder."""
+    given = os.environ | {"RAY_AUTH_MODE": "disabled"} | environment
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=given, timeout=240)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's working folder: a recipe of their own, and what shall not travel."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extends: [glyphs]\nseed: 5\n")
+    for name in (".env", "deploy.key", "my-credentials.json", ".aws/config", "runs/old/config.yaml", ".venv/x.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(PLANTED)
+    (tmp_path / "picture.jpg").write_text(PLANTED)
+    (tmp_path / "linked.txt").symlink_to("/etc/hostname")
+    with open(tmp_path / "large.csv", "wb") as file:
+        file.truncate(submit.LARGEST + 1)
+    return tmp_path
+
+
+def test_what_travels(folder: Path) -> None:
+    found = submit.tree(folder)
+    assert found.files == [Path("mine.yaml")] and found.large == [Path("large.csv")]
+    assert set(map(str, found.secret)) == {".env", "deploy.key", "my-credentials.json", ".aws/config"}
+    subprocess.run(["git", "init", "-q"], check=True)
+    (folder / ".gitignore").write_text("notes/\n")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "x.txt").write_text("x")
+    (folder / "space.py").write_text("SPACE = {}")
+    assert set(map(str, submit.tree(folder).files)) == {"mine.yaml", ".gitignore", "space.py"}
+
+
+def test_a_job_trains_and_no_secret_travels(folder: Path, head: Head, mlflow_server) -> None:
+    """The address of the tracking server has a password in it, too, which it does not look at."""
+    uri = mlflow_server.uri.replace("http://", f"http://user:{PLANTED}@")
+    storage = f"storage={folder / 'shared'}"
+    done = dml(
+        *("submit", "--address", head, "--wait", "--json", "--env", f"MLFLOW_TRACKING_URI={mlflow_server.uri}"),
+        *("--", "train", "mine.yaml", *SMALL[1:], "workers=2", "name=sent", storage, "--json"),
+        AWS_SECRET_ACCESS_KEY=PLANTED,
+        MLFLOW_TRACKING_URI=uri,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stays here, may hold a secret: .aws/config, .env, deploy.key" in done.stderr
+    assert "Retrieval on unseen classes" in done.stdout and "WebSocket" not in done.stderr
+    outcome, job = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    assert job["status"] == "SUCCEEDED" and job["code"] == 0
+    run = mlflow.MlflowClient(mlflow_server.uri).get_run(outcome["run_id"])
+    assert run.info.status == "FINISHED" and run.data.params["seed"] == "5"
+    assert (folder / "shared" / "sent" / "result.json").is_file()
+    for place in (head.session, folder / "shared", mlflow_server.folder):
+        assert [path for path in place.rglob("*") if path.is_file() and PLANTED.encode() in path.read_bytes()] == []
+    assert PLANTED not in done.stdout + done.stderr
+
+    listed = dml("submit", "list", "--address", head, "--json")
+    assert job["job_id"] in {entry["job_id"] for entry in json.loads(listed.stdout)}
+    assert outcome["run_id"] in dml("submit", "logs", job["job_id"], "--address", head).stdout
+
+
+def test_a_job_that_fails_and_one_that_is_stopped(folder: Path, head: Head, mlflow_server) -> None:
+    given = ["submit", "--address", head, "--env", f"MLFLOW_TRACKING_URI={mlflow_server.uri}"]
+    failed = dml(*given, "--wait", "--", "train", "nothing.yaml", "storage=/tmp")
+    assert failed.returncode == 2 and "nothing.yaml: no such file" in failed.stdout
+    long = dml(*given, "--json", "--", "train", *SMALL[:-2], "epochs=10000", f"storage={folder / 'shared'}")
+    job_id = json.loads(long.stdout.splitlines()[-1])["job_id"]
+    follow = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "submit", "logs", job_id, "--address", head, "--wait"],
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    assert follow.stdout is not None
+    follow.stdout.readline()
+    follow.send_signal(signal.SIGINT)
+    _, told = follow.communicate(timeout=60)
+    assert follow.returncode == 130 and f"{job_id} goes on" in told
+    assert "is being stopped" in dml("submit", "stop", job_id, "--address", head).stderr
+    deadline = time.monotonic() + 60
+    while dml("submit", "logs", job_id, "--address", head, "--json").stdout.count('"STOPPED"') == 0:
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["submit", "--", "train"], "--address URL is needed"),
+        (["submit", "--address", "127.0.0.1:8265", "--", "train"], "the job server's, such as http://"),
+        (["submit", "--address", "http://127.0.0.1:9", "--", "train"], "no job server of Ray's answers"),
+        (["submit", "--address", "http://127.0.0.1:9", "--", "rm"], "after -- comes one of train, tune"),
+        (["submit", "--address", "http://127.0.0.1:9", "--env", "X", "--", "train"], "--env X: not KEY=VALUE"),
+        (["submit", "logs", "--address", "http://127.0.0.1:9"], "takes one job id, not 0"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 2 and message in found.stderr and found.stderr.startswith("bad input: "), found.output
+    assert found.stderr.count("\n") == 1
