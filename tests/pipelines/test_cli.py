@@ -20,13 +20,13 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: Non
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["train"], ["evaluate"], ["recipes"], ["config"], ["ui"], ["data"], ["data", "list"]]
-    + [["embed"], ["index"], ["index", "build"], ["index", "search"]],
-)
-def test_help_has_an_example(command: list[str]) -> None:
-    found = dml(*command, "--help")
+COMMANDS = ["train", "evaluate", "recipes", "config", "ui", "data", "data list"]
+COMMANDS += ["embed", "index", "index build", "index search"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str) -> None:
+    found = dml(*command.split(), "--help")
     assert found.exit_code == 0 and "Example: dml " in found.stdout.replace("\n", " ")
 
 

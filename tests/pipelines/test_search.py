@@ -132,18 +132,18 @@ def index(exact, vectors: Path, tracked_folder: Path) -> Path:
 
 
 def test_a_picture_finds_itself(index: Path, vectors: Path, pictures: Path) -> None:
-    frame = pd.read_parquet(vectors)
+    rows = parquet.read_table(vectors, columns=["id", "path", "label"]).to_pylist()
     shutil.copytree(index, index.parent / "moved")  # the model goes with it
-    for row in (0, 123):
-        image = pictures / frame["path"][row]
+    for row in (rows[0], rows[123]):
+        image = pictures / row["path"]
         aware = answer("index", "search", index.parent / "moved", "--image", image, "-k", "5")
         plain = answer("index", "search", index, "--image", image, "--plain")
         assert aware["ranking"] == "structure-aware" and len(aware["hits"]) == 5 and len(plain["hits"]) == 10
-        first = {"place": 1, "id": row, "path": frame["path"][row], "label": frame["label"].replace(np.nan, None)[row]}
+        first = {"place": 1, **row}
         assert aware["hits"][0].pop("distance") < 2e-3 and aware["hits"][0] == first
         assert plain["hits"][0].pop("similarity") == pytest.approx(1, abs=1e-5) and plain["hits"][0] == first
     printed = dml("index", "search", index, "--image", image)
-    assert printed.exit_code == 0 and frame["path"][row] in printed.stdout and "distance" in printed.stdout
+    assert printed.exit_code == 0 and row["path"] in printed.stdout and "distance" in printed.stdout
 
 
 def test_index_of_a_run_embeds_its_own_set(exact, tmp_path: Path) -> None:
