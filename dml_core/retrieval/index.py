@@ -63,7 +63,7 @@ def build(vectors: Any, kind: str, options: Options) -> Any:
         cells = options.nlist or default_cells(rows)
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
         index.train(vectors)
-        # An eighth of the cells, for a sixth of the time: 97% recall in classes of a hundred items, structure-aware 95%,
+        # An eighth of the cells, a sixth of the time: 97% recall in classes of a hundred items, structure-aware 95%,
         # where a sixteenth misses twice as much. Never fewer than eight: the cells of small sets hold few items.
         index.nprobe = min(cells, options.nprobe or max(8, cells // 8))
     else:
