@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pipelines.config import FREE
 from pipelines.tracking import LoggedRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS = ("test/recall_at_1", "test/map_at_r")
 RESAMPLES = 10_000
@@ -213,18 +216,14 @@ def chosen_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
     return found[0]
 
 
-def page(title: str, lines: Sequence[Line], baseline: str, warnings: Sequence[str]) -> str:
-    """One HTML page without anything from elsewhere: the table, and every run as a point."""
-    import base64
-    import html
-    import io
-
+def figure(lines: Sequence[Line]) -> "Figure":
+    """Every run as a point, and below them the mean and its interval; a panel for each metric."""
     from matplotlib.figure import Figure
 
     metrics = [*dict.fromkeys(line.metric for line in lines)]
     groups = [*dict.fromkeys(line.group for line in lines)]
-    figure = Figure(figsize=(5 * len(metrics), 1 + 0.45 * len(groups)), layout="constrained")
-    for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+    made = Figure(figsize=(5 * len(metrics), 1 + 0.45 * len(groups)), layout="constrained")
+    for axis, metric in zip(made.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         for line in (line for line in lines if line.metric == metric):
             height = len(groups) - groups.index(line.group)
             axis.plot([100 * v for v in line.values.values()], [height] * len(line.values), "o", alpha=0.5, ms=5)
@@ -232,10 +231,19 @@ def page(title: str, lines: Sequence[Line], baseline: str, warnings: Sequence[st
                 axis.plot([100 * end for end in line.interval], [height - 0.2] * 2, "-", color="black", lw=1)
             axis.plot([100 * line.mean], [height - 0.2], "|", color="black", ms=10)
         axis.set(title=metric, xlabel="%", yticks=[len(groups) - i for i in range(len(groups))], ylim=(0.4, None))
-        axis.set_yticklabels(groups if axis is figure.axes[0] else [])
+        axis.set_yticklabels(groups if axis is made.axes[0] else [])
         axis.grid(axis="x", alpha=0.3)
+    return made
+
+
+def page(title: str, lines: Sequence[Line], baseline: str, warnings: Sequence[str]) -> str:
+    """One HTML page without anything from elsewhere: the table, and every run as a point."""
+    import base64
+    import html
+    import io
+
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    figure(lines).savefig(drawn, format="svg", metadata={"Date": None})
     picture = base64.b64encode(drawn.getvalue().encode()).decode()
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(line)) + "</tr>" for line in lines

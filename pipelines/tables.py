@@ -9,6 +9,12 @@ if TYPE_CHECKING:
     from pipelines.jobs import Outcome as Trained
     from pipelines.tune import Outcome as Tuned
 
+# Prefixes of test metrics, and what is measured in each way.
+WAYS = {"features": "raw features", "untrained": "untrained", "test": "trained"}
+WAYS |= {"test_rerank": "trained, re-ranked", "test_exact": "trained, exact"}
+COLUMNS = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8"}
+COLUMNS |= {"map_at_r": "MAP@R", "r_precision": "R-Precision"}
+
 
 def trained(output: Console, outcome: "Trained") -> None:
     output.print(retrieval(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics))
@@ -50,17 +56,13 @@ def _tell(output: Console, *lines: str) -> None:
 
 def retrieval(title: str, metrics: dict[str, float]) -> Table:
     """A line for each way of retrieving that there is, in percent."""
-    ways = {"features": "raw features", "untrained": "untrained", "test": "trained"}
-    ways |= {"test_rerank": "trained, re-ranked", "test_exact": "trained, exact"}
-    columns = {"recall_at_1": "R@1", "recall_at_2": "R@2", "recall_at_4": "R@4", "recall_at_8": "R@8"}
-    columns |= {"map_at_r": "MAP@R", "r_precision": "R-Precision"}
     table = Table(title=title)
     table.add_column("")
-    for column in columns.values():
+    for column in COLUMNS.values():
         table.add_column(column, justify="right")
-    for prefix, way in ways.items():
+    for prefix, way in WAYS.items():
         if f"{prefix}/map_at_r" in metrics:
-            table.add_row(way, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in columns))
+            table.add_row(way, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in COLUMNS))
     return table
 
 

@@ -147,9 +147,8 @@ def find_checkpoint(uri: str, run: str) -> Path:
             model = f"models:/{outputs.model_outputs[-1].model_id}"
         local = Path(mlflow.artifacts.download_artifacts(model))
     except MlflowException as error:
-        raise ValueError(
-            f"{run}: not a checkpoint folder, and unknown to MLflow at {shown(uri)} ({error.message})"
-        ) from None
+        told = f"not a checkpoint folder, and unknown to MLflow at {shown(uri)}"
+        raise ValueError(f"{run}: {told} ({error.message})") from None
     return next(path.parent for path in local.rglob("manifest.json"))
 
 
@@ -165,6 +164,22 @@ class LoggedRun(NamedTuple):
     started: int
     params: dict[str, str]
     metrics: dict[str, float]
+    tags: dict[str, str] = {}
+
+
+def find_run(uri: str, name: str) -> LoggedRun | None:
+    """Of a run id, or of models:/NAME@ALIAS the run that made it; None where MLflow knows it not."""
+    mlflow.set_tracking_uri(uri)
+    with contextlib.suppress(MlflowException):
+        run_id = mlflow.models.get_model_info(name).run_id if name.startswith("models:/") else name
+        return _logged(_client(uri).get_run(run_id))
+    return None
+
+
+def read_text(uri: str, run_id: str, name: str) -> str:
+    """An artifact of the run."""
+    mlflow.set_tracking_uri(uri)
+    return mlflow.artifacts.load_text(f"runs:/{run_id}/{name}")
 
 
 def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
@@ -183,12 +198,9 @@ def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
 
 
 def _logged(run: mlflow.entities.Run) -> LoggedRun:
-    tags = run.data.tags
-    return LoggedRun(
-        *(run.info.run_id, run.info.run_name, run.info.experiment_id),
-        *(tags.get("group", ""), tags.get("seed", "0"), run.info.status, run.info.start_time),
-        *(run.data.params, run.data.metrics),
-    )
+    tags, info = run.data.tags, run.info
+    about = info.run_id, info.run_name, info.experiment_id, tags.get("group", ""), tags.get("seed", "0")
+    return LoggedRun(*about, info.status, info.start_time, run.data.params, run.data.metrics, tags)
 
 
 def _all_runs(client: mlflow.MlflowClient, experiment: str, wanted: str = "") -> list[mlflow.entities.Run]:
@@ -229,8 +241,7 @@ class Tracker:
         self.client, self.run_id = _client(uri), run_id
         self.seen: dict[str, int] = {}
         self.pending: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self.unsent = 0
-        self.patience = float("inf")
+        self.unsent, self.patience = 0, float("inf")
         self.thread = threading.Thread(target=self._send_all, daemon=True)
         self.thread.start()
         for record in history:
@@ -268,10 +279,8 @@ class Tracker:
 
     def _send(self, record: dict[str, Any]) -> None:
         now = record["time"]
-        first = record.get("first_step", 0)
-        metrics = [
-            Metric("train/step_loss", value, now, step) for step, value in enumerate(record.get("step_loss", []), first)
-        ]
+        losses = enumerate(record.get("step_loss", []), record.get("first_step", 0))
+        metrics = [Metric("train/step_loss", value, now, step) for step, value in losses]
         metrics += [Metric(key, value, now, record["step"]) for key, value in record["metrics"].items()]
         new = [m for m in metrics if m.step > self.seen.get(m.key, -1)]
         for start in range(0, len(new), METRICS_A_CALL):
