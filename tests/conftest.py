@@ -24,7 +24,7 @@ class ByRay(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        if file in {f"tests/pipelines/test_{name}.py" for name in ("resume", "search", "train")}:
+        if file in {f"tests/pipelines/test_{name}.py" for name in ("cluster", "resume", "search", "train")}:
             return "exact"
         return "pipelines" if file.startswith("tests/pipelines/") else file
 

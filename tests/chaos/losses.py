@@ -23,7 +23,7 @@ def lose(kind: str, cluster: Machines, training: Training, rng: random.Random) -
         training.kill()
         return training.again()
     if kind == "node":
-        cluster.lose(rng.choice(cluster.nodes))
+        cluster.lose(rng.choice([node for node in cluster.nodes if cluster.workers(node)] or cluster.nodes))
         cluster.add(cpus=2)
     elif found := [worker for node in cluster.nodes for worker in cluster.workers(node)]:
         rng.choice(found).kill()

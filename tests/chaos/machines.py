@@ -51,6 +51,9 @@ class Machines:
         below = psutil.Process(raylet(node)).children(recursive=True)
         return [p for p in below if "RayTrainWorker" in "".join(quietly(p.cmdline))]
 
+    def all_workers(self) -> set[int]:
+        return {worker.pid for node in self.nodes for worker in self.workers(node)}
+
     def processes(self) -> list[psutil.Process]:
         """All that belong to the cluster."""
         roots = [psutil.Process(raylet(node)) for node in [self.cluster.head_node, *self.nodes]]

@@ -73,7 +73,7 @@ def test_faults_on_three_machines(kind: str, tmp_path: Path, mlflow_server) -> N
         asked = [*arguments, f"workers={workers}", "max_failures=5", "timeout=20", "name=faults"]
         training = Training(tmp_path, cluster.address, asked)
         training.wait_for(lambda: newest(run))
-        started, at = time.monotonic(), newest(run)
+        started, at, before = time.monotonic(), newest(run), cluster.all_workers()
         if kind == "hang":
             cluster.workers(cluster.nodes[1])[0].suspend()
         elif kind == "notice":
@@ -84,7 +84,7 @@ def test_faults_on_three_machines(kind: str, tmp_path: Path, mlflow_server) -> N
             cluster.add()
             time.sleep(5)
             assert training.process.poll() is None
-            at = newest(run)
+            started, at = time.monotonic(), newest(run)
             cluster.lose(leaving)
         elif kind == "torn":
             training.kill()
@@ -97,10 +97,12 @@ def test_faults_on_three_machines(kind: str, tmp_path: Path, mlflow_server) -> N
             if kind == "replaced":
                 time.sleep(5)
                 cluster.add()
+        training.wait_for(lambda: cluster.all_workers() and not before & cluster.all_workers())
+        print(f"{kind}: {time.monotonic() - started:.1f} s from the loss to new workers", flush=True)
         training.wait_for(lambda: newest(run) > at)
-        print(f"{kind}: {time.monotonic() - started:.1f} s from the loss to the next checkpoint", flush=True)
+        print(f"{kind}: {time.monotonic() - started:.1f} s from the loss to their first checkpoint", flush=True)
         if kind == "elastic":
-            assert sum(len(cluster.workers(node)) for node in cluster.nodes) == 2
+            assert len(cluster.all_workers()) == 2
         training.wait_for_end(600)
         outcome = json.loads(training.out.read_text().splitlines()[-1])
     assert_as_undisturbed(mlflow_server.uri, outcome, expected)
