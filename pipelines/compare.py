@@ -1,6 +1,7 @@
 """Whether a gain is real: runs grouped by config, seeds paired, intervals and p-values instead of one number each."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -222,7 +223,9 @@ def figure(lines: Sequence[Line]) -> "Figure":
 
     metrics = [*dict.fromkeys(line.metric for line in lines)]
     groups = [*dict.fromkeys(line.group for line in lines)]
-    made = Figure(figsize=(5 * len(metrics), 1 + 0.45 * len(groups)), layout="constrained")
+    names = [textwrap.fill(group, 44) for group in groups]
+    height = max(0.45, 0.2 * max(name.count("\n") + 1 for name in names))  # inches of one
+    made = Figure(figsize=(5 * len(metrics), 1 + height * len(groups)), layout="constrained")
     for axis, metric in zip(made.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         for line in (line for line in lines if line.metric == metric):
             height = len(groups) - groups.index(line.group)
@@ -231,7 +234,7 @@ def figure(lines: Sequence[Line]) -> "Figure":
                 axis.plot([100 * end for end in line.interval], [height - 0.2] * 2, "-", color="black", lw=1)
             axis.plot([100 * line.mean], [height - 0.2], "|", color="black", ms=10)
         axis.set(title=metric, xlabel="%", yticks=[len(groups) - i for i in range(len(groups))], ylim=(0.4, None))
-        axis.set_yticklabels(groups if axis is made.axes[0] else [])
+        axis.set_yticklabels(names if axis is made.axes[0] else [])
         axis.grid(axis="x", alpha=0.3)
     return made
 

@@ -21,6 +21,7 @@ FEWEST = 8  # different scores, below which Optuna's forest of trees has nothing
 
 def study(space: "Space", trials: Sequence["Trial"]) -> optuna.Study:
     """The finished trials as one of Optuna's studies: what was ended early has a score of fewer epochs."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     found = optuna.create_study(direction="maximize")
     distributions = OptunaSearch.convert_search_space(space)
     for trial in trials:
