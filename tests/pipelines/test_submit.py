@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -133,23 +134,29 @@ def test_a_job_that_fails_and_one_that_is_stopped(folder: Path, head: Head, mlfl
     assert failed.returncode == 2 and "nothing.yaml: no such file" in failed.stdout
     long = dml(*given, "--json", "--", "train", *SMALL[:-2], "epochs=10000", f"storage={folder / 'shared'}")
     job_id = json.loads(long.stdout.splitlines()[-1])["job_id"]
-    follow = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "submit", "logs", job_id, "--address", head, "--wait"],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
-    assert follow.stdout is not None
-    follow.stdout.readline()
-    follow.send_signal(signal.SIGINT)
-    _, told = follow.communicate(timeout=60)
-    assert follow.returncode == 130 and f"{job_id} goes on" in told
+    code, told = interrupted(head, job_id, subprocess.DEVNULL)
+    assert code == 130 and f"{job_id} goes on" in told
+    answers, terminal = pty.openpty()
+    os.write(answers, b"y\n")
+    code, told = interrupted(head, job_id, terminal)
+    assert code == 130 and f"Stop {job_id}?" in told and "is being stopped" in told
     assert "is being stopped" in dml("submit", "stop", job_id, "--address", head).stderr
     deadline = time.monotonic() + 60
     while dml("submit", "logs", job_id, "--address", head, "--json").stdout.count('"STOPPED"') == 0:
         assert time.monotonic() < deadline
+
+
+def interrupted(head: Head, job_id: str, stdin: int) -> tuple[int, str]:
+    """Exit code and messages of somebody who follows a job and types Ctrl-C."""
+    command = [sys.executable, "-m", "pipelines.cli", "submit", "logs", job_id, "--address", head, "--wait"]
+    given = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    pipe = subprocess.PIPE
+    follow = subprocess.Popen(command, env=given, stdin=stdin, stdout=pipe, stderr=pipe, text=True)
+    assert follow.stdout is not None
+    follow.stdout.readline()
+    follow.send_signal(signal.SIGINT)
+    _, told = follow.communicate(timeout=60)
+    return follow.returncode, told
 
 
 @pytest.mark.parametrize(
