@@ -67,7 +67,7 @@ class Pair(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """numbers: metrics of the run's tests.  looked_at, of: test pictures.  points: of the map."""
+    """numbers: metrics of the run's tests.  looked_at, of: test pictures."""
 
     numbers: dict[str, float]
     looked_at: int
@@ -101,6 +101,7 @@ def findings_loop(job: dict[str, Any]) -> Findings:
     task = part(whole)
     query = embedded(task.query, sources, learner, untrained)
     gallery = embedded(task.gallery, sources, learner, untrained) if task.gallery else query
+    torch.set_num_threads(sources.cpus)
     images, targets = task.query, task.gallery or task.query
     labels, of_gallery = torch.from_numpy(images.labels), torch.from_numpy(targets.labels)
     counts = torch.bincount(of_gallery, minlength=len(images.class_names))[labels] - int(task.gallery is None)

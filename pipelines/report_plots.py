@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullLocator
 from ray.tune.search.sample import Categorical, LogUniform
 
 from pipelines import compare
@@ -27,7 +28,7 @@ SERIES = ("#040404", "#050505", "#060606")
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", "#000000": "ink"} | dict(zip(SERIES, ("one", "two", "three")))
 DASHES, MARKERS = ("-", "--", ":"), ("o", "^", "s")
 STYLE: Any = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "dml", "lines.linewidth": 1.6, "legend.frameon": False}
+STYLE |= {"svg.fonttype": "none", "lines.linewidth": 1.6, "legend.frameon": False}
 SMALL = (3.3, 2.3)  # inches
 
 
@@ -38,16 +39,19 @@ def drawing(figure: Figure, alt: str) -> Markup:
     for axis in figure.axes:
         axis.set_facecolor("none")
         axis.tick_params(which="both", color=LINE, labelcolor=MUTED)
-        for edge in (*axis.spines.values(), *axis.get_xgridlines(), *axis.get_ygridlines()):
+        edges: list[Any] = [*axis.spines.values(), *axis.get_xgridlines(), *axis.get_ygridlines()]
+        for edge in edges:
             edge.set_color(LINE)
-    for text in figure.findobj(Text):
-        text.set(color=INK if text.get_color() in (INK, "black") else MUTED)  # type: ignore[attr-defined]
+    texts: list[Any] = figure.findobj(Text)
+    for text in texts:
+        text.set_color(INK if text.get_color() in (INK, "black") else MUTED)
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", metadata=nothing, bbox_inches="tight", pad_inches=0.04)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', _opening(alt), svg, count=1)
+    with rc_context({"svg.hashsalt": alt}):  # ids of its own, and the same at every call
+        figure.savefig(file, format="svg", metadata=nothing, bbox_inches="tight", pad_inches=0.04)
+    _, size, rest = re.split(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', file.getvalue(), maxsplit=1)
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = f'<svg {spaces} {size} role="img" aria-label="{escape(alt)}">{rest}'
     svg = re.sub(r' id="[a-zA-Z]+[\w.]*_\d+"', "", svg)  # such as axes_1, that all figures have
     svg = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", svg)
     for colour, name in VARIABLES.items():
@@ -55,17 +59,12 @@ def drawing(figure: Figure, alt: str) -> Markup:
     return Markup(svg)
 
 
-def _opening(alt: str) -> str:
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return rf'<svg {spaces} viewBox="\1" role="img" aria-label="{escape(alt)}">'.replace("\\1", r"\g<1>")
-
-
 @rc_context(STYLE)
 def panel(title: str = "", **settings: Any) -> tuple[Figure, Any]:
     figure = Figure(SMALL, layout="constrained")
     axis = figure.subplots()
     axis.set(title=title, **settings)
-    axis.title.set_color(INK)
+    axis.title.set(color=INK, parse_math=False)
     return figure, axis
 
 
@@ -152,7 +151,12 @@ def of_all_settings(figure: Figure, alt: str) -> Markup:
             axis.remove()
             continue
         axis.set_title("")
-        for bar in axis.patches:
+        axis.set_title("", loc="left")
+        if bars := axis.patches:
+            names = [label.get_text() for label in axis.get_yticklabels()]
+            widths = (bar.get_width() for bar in bars)  # type: ignore[attr-defined]
+            alt += ": " + ", ".join(f"{name} {width:.2f}" for name, width in zip(names, widths))
+        for bar in bars:
             bar.set_color(SERIES[0])
         if legend := axis.get_legend():
             legend.remove()
@@ -173,6 +177,9 @@ def slices(space: Space, trials: Sequence[Trial]) -> list[Markup]:
             values = [*map(str, values)]
         elif isinstance(domain.get_sampler(), LogUniform):
             axis.set_xscale("log")
+            axis.xaxis.set(
+                major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator()
+            )
         axis.plot(values, scores, "o", color=SERIES[0], ms=4.5, alpha=0.8, mew=0)
         axis.grid(axis="y", lw=0.6)
         best = max(range(len(ended)), key=lambda i: scores[i] or 0.0)

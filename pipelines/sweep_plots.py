@@ -41,7 +41,7 @@ def figures(space: "Space", trials: Sequence["Trial"]) -> dict[str, Figure]:
     if len({trial.value for trial in found.trials}) >= FEWEST:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         drawn["importance"] = partial(plots.plot_param_importances, evaluator=evaluator)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plt.rc_context():  # Optuna leaves its style behind
         warnings.simplefilter("ignore")
         for name, draw in drawn.items():
             axes: Any = draw(found, target_name="val/map_at_r")

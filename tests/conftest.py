@@ -24,7 +24,8 @@ class ByRay(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        if file in {f"tests/pipelines/test_{name}.py" for name in ("cluster", "resume", "search", "train")}:
+        exact = ("cluster", "findings", "report", "resume", "search", "train")
+        if file in {f"tests/pipelines/test_{name}.py" for name in exact}:
             return "exact"
         return "pipelines" if file.startswith("tests/pipelines/") else file
 

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+KEYS = {"Tab": 9, "Escape": 27, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
 
@@ -23,6 +24,7 @@ class Page:
 
     def __init__(self, port: int):
         self.loop, self.sent = asyncio.new_event_loop(), 0
+        self.events: list[dict[str, Any]] = []
         self.session = self._wait(self._open())
         made = self._wait(self._new(port))
         self.socket = self._wait(self._connect(made["webSocketDebuggerUrl"]))
@@ -43,6 +45,25 @@ class Page:
             assert time.monotonic() < deadline, f"{script}\n{self.run('document.body.innerText')}"
             time.sleep(0.2)
         return found
+
+    def listen(self) -> None:
+        """From here on `told` knows of requests, exceptions and the console."""
+        for domain in ("Network", "Runtime", "Log"):
+            self._call(f"{domain}.enable")
+
+    def told(self, *methods: str) -> list[dict[str, Any]]:
+        """What the browser has told by itself, of some sorts."""
+        return [event["params"] for event in self.events if event["method"] in methods]
+
+    def look(self, width: int, dark: bool) -> None:
+        """The window's width, and what colours its user prefers."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def press(self, key: str) -> None:
+        for kind in ("rawKeyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
 
     def keep(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
@@ -72,7 +93,8 @@ class Page:
     async def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
         await self.socket.send_json(asked)
         while (answer := json.loads((await self.socket.receive()).data)).get("id") != asked["id"]:
-            pass
+            if "method" in answer:
+                self.events.append(answer)
         return answer["result"]
 
 
