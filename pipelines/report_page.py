@@ -26,7 +26,7 @@ SWEEP = {"tested": "Winner against defaults", "settings": "Settings", "trials": 
 DRAWN = {
     "parallel_coordinates": "Each trial as a line through its score and settings, the stronger the better",
     "importance": "Importance of each setting for the score (fANOVA)",
-    "changes": "Settings that changed on the way, a line for each trial",
+    "changes": "Settings that changed on the way, a line for each trial, the stronger the better it ended",
 }
 
 

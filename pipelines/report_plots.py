@@ -13,6 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 from ray.tune.search.sample import Categorical, LogUniform
@@ -138,7 +139,7 @@ def compared(lines: Sequence[compare.Line]) -> Markup:
 
 
 def of_all_settings(figure: Figure, alt: str) -> Markup:
-    """One of Optuna's figures. A trial's line is the stronger, the better it ended; bars are of one colour."""
+    """A figure of sweep_plots. A trial's line is the stronger, the better it ended; bars are of one colour."""
     for lines in figure.findobj(LineCollection):
         scores = lines.get_array()  # type: ignore[attr-defined]
         if scores is not None:
@@ -152,12 +153,15 @@ def of_all_settings(figure: Figure, alt: str) -> Markup:
             continue
         axis.set_title("")
         axis.set_title("", loc="left")
-        if bars := axis.patches:
+        bars = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
+        if bars:
             names = [label.get_text() for label in axis.get_yticklabels()]
-            widths = (bar.get_width() for bar in bars)  # type: ignore[attr-defined]
-            alt += ": " + ", ".join(f"{name} {width:.2f}" for name, width in zip(names, widths))
+            alt += ": " + ", ".join(f"{name} {bar.get_width():.2f}" for name, bar in zip(names, bars))
         for bar in bars:
             bar.set_color(SERIES[0])
+        steps = [patch for patch in axis.patches if isinstance(patch, StepPatch)]  # the best is drawn last
+        for place, step in enumerate(steps, 1):
+            step.set_edgecolor(to_rgba(SERIES[0], 0.12 + 0.88 * (place / len(steps)) ** 2))
         if legend := axis.get_legend():
             legend.remove()
     for text in figure.findobj(Text):

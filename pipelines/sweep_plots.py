@@ -64,10 +64,18 @@ def changes(trials: Sequence["Trial"]) -> Figure:
             1, len(keys), figsize=(max(8, 3 * len(keys)), 5), squeeze=False, layout="constrained"
         )
     for axis, key in zip(grid[0], keys, strict=True):
-        for trial, found in zip(finished, all_changes, strict=True):
-            values = {0: trial.point[key]} | {epoch: new[key] for epoch, new in found.items() if key in new}
-            ends = [*values, trial.epochs]
-            axis.stairs([*values.values()], ends, baseline=None, color=scale.to_rgba(np.array(trial.score)), lw=2)
+        paths = [
+            {0: trial.point[key]} | {epoch: new[key] for epoch, new in found.items() if key in new}
+            for trial, found in zip(finished, all_changes, strict=True)
+        ]
+        choices = {value for path in paths for value in path.values()}
+        names = [] if all(isinstance(value, int | float) for value in choices) else sorted(map(str, choices))
+        if names:
+            axis.set_yticks(range(len(names)), names)
+        for trial, path in zip(finished, paths, strict=True):
+            heights = [names.index(str(value)) if names else value for value in path.values()]
+            ends = [*path, trial.epochs]
+            axis.stairs(heights, ends, baseline=None, color=scale.to_rgba(np.array(trial.score)), lw=2)
         axis.set(title=key, xlabel="epoch")
     figure.colorbar(scale, ax=grid[0].tolist(), label="val/map_at_r")
     plt.close(figure)

@@ -68,7 +68,7 @@ def test_numbers_are_the_runs(exact, page: Path) -> None:
     run = report.Run("", Path(exact[1].checkpoint), config, [], logged)
     history = report._history(run)
     assert len(history) == config.epochs  # of the last checkpoint, whichever was best
-    drawn = curves(history, 1)
+    drawn = curves(history, int(metrics["best_epoch"]))
     assert {"train/loss", "train/base", "train/sgar_rank", "train/namr_rank", "train/lr"} < {*drawn}
     assert {"train/gradient_norm", "val/recall_at_1", "val/map_at_r"} < {*drawn}
     told = f"train/loss from {history[0]['metrics']['train/loss']:.4g} to {history[-1]['metrics']['train/loss']:.4g}"
