@@ -50,9 +50,10 @@ def drawing(figure: Figure, alt: str) -> Markup:
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context({"svg.hashsalt": alt}):  # ids of its own, and the same at every call
         figure.savefig(file, format="svg", metadata=nothing, bbox_inches="tight", pad_inches=0.04)
-    _, size, rest = re.split(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', file.getvalue(), maxsplit=1)
+    opening = re.compile(r'<svg [^>]*? width="([\d.]+)pt"[^>]*? (viewBox="[^"]*")[^>]*>')
+    _, points, size, rest = opening.split(file.getvalue(), maxsplit=1)
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    svg = f'<svg {spaces} {size} role="img" aria-label="{escape(alt)}">{rest}'
+    svg = f'<svg {spaces} {size} style="--inches:{float(points) / 72:.2f}" role="img" aria-label="{escape(alt)}">{rest}'
     svg = re.sub(r' id="[a-zA-Z]+[\w.]*_\d+"', "", svg)  # such as axes_1, that all figures have
     svg = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", svg)
     for colour, name in VARIABLES.items():
@@ -151,8 +152,6 @@ def of_all_settings(figure: Figure, alt: str) -> Markup:
         if axis.get_label() == "<colorbar>":
             axis.remove()
             continue
-        axis.set_title("")
-        axis.set_title("", loc="left")
         bars = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
         if bars:
             names = [label.get_text() for label in axis.get_yticklabels()]
@@ -162,6 +161,9 @@ def of_all_settings(figure: Figure, alt: str) -> Markup:
         steps = [patch for patch in axis.patches if isinstance(patch, StepPatch)]  # the best is drawn last
         for place, step in enumerate(steps, 1):
             step.set_edgecolor(to_rgba(SERIES[0], 0.12 + 0.88 * (place / len(steps)) ** 2))
+        if not steps:  # whose title is the setting
+            axis.set_title("")
+            axis.set_title("", loc="left")
         if legend := axis.get_legend():
             legend.remove()
     for text in figure.findobj(Text):
