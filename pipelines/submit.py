@@ -12,16 +12,22 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
-logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+from pipelines.launch import RunFailed
+
+for _name in ("dashboard_sdk", "job.sdk"):  # how files travel; what matters is told by us
+    logging.getLogger(f"ray.dashboard.modules.{_name}").setLevel(logging.WARNING)
+logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
 COMMANDS = ("train", "tune", "evaluate", "compare", "embed", "index")
 LARGEST = 10 * 2**20  # bytes of a file
+PATIENCE = 60.0  # seconds
 MOST = 100 * 2**20  # bytes of all: Ray keeps them in its head's memory
 LEFT_OUT = (
     *(".git", ".venv", "venv", "node_modules", "__pycache__", "*.egg-info", "build", "dist", ".ipynb_checkpoints"),
@@ -74,7 +80,7 @@ def tree(folder: Path) -> Tree:
 
 
 def submit(address: str, arguments: Sequence[str], environment: Mapping[str, str], console: Console) -> Job:
-    """Start `dml ARGUMENTS` on the cluster. ValueError: no command of ours, or no job server."""
+    """Start `dml ARGUMENTS` on the cluster. ValueError: no command of ours, or no job server; RunFailed: it refuses."""
     if not arguments or arguments[0] not in COMMANDS:
         raise ValueError(f"-- {' '.join(arguments[:1]) or 'nothing'}: after -- comes one of {', '.join(COMMANDS)}")
     client, folder = connect(address), Path.cwd()
@@ -93,9 +99,21 @@ def submit(address: str, arguments: Sequence[str], environment: Mapping[str, str
             (travels / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / path, travels / path)
         given = {"working_dir": travels, "env_vars": dict(environment)}
-        job_id = client.submit_job(entrypoint=entrypoint, runtime_env=given)
+        job_id = _started(client, entrypoint, given)
     console.print(f"{job_id}: {len(found.files)} files sent; dml submit logs {job_id} --address {address}")
     return Job(job_id, JobStatus.PENDING, None, entrypoint)
+
+
+def _started(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """The job's id. A cluster that has just been started answers before it can take a job: then once more."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise RunFailed(f"the job server refuses: {str(error).strip().splitlines()[-1]}") from error
+            time.sleep(1)
 
 
 def follow(address: str, job_id: str) -> Job:

@@ -75,7 +75,7 @@ class Server:
         with open(self.folder / "server.log", "ab") as log:
             command = [sys.executable, "-m", "mlflow", "server", *where]
             self.process = subprocess.Popen(command, env=lean, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(240):
+        for _ in range(720):  # three minutes, for machines that do much else
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1)
                 return

@@ -34,9 +34,10 @@ class Neighbors(NamedTuple):
 
 
 def block_rows(total: int) -> int:
-    """Rows of a block of a set of `total`: BLOCK, and more for large sets, where many small products cost more."""
+    """Rows of a block of a set of `total`: BLOCK, and more for large sets, where many small products cost more; at most
+    four times that: 4096 x 4096 similarities are in no cache, and take twice as long as in tiles of 1024 x 4096."""
     rows = BLOCK
-    while rows < GALLERY_BLOCK and rows * 32 < total:
+    while rows < 4 * BLOCK and rows * 32 < total:
         rows *= 2
     return rows
 

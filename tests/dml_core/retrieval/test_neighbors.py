@@ -103,7 +103,7 @@ def test_every_row_has_one_owner(total: int, world: int) -> None:
 
 
 def test_block_rows_grow_with_the_set() -> None:
-    assert [block_rows(n) for n in (1, 8192, 8193, 20_000, 10**6)] == [256, 256, 512, 1024, 4096]
+    assert [block_rows(n) for n in (1, 8192, 8193, 20_000, 10**6)] == [256, 256, 512, 1024, 1024]
 
 
 def test_larger_query_blocks() -> None:
