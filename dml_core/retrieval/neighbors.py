@@ -129,13 +129,17 @@ def _candidates(similarity: Tensor, floor: Tensor, k: int) -> tuple[Tensor, Tens
 
     The k-th greatest maximum of a group is a bound that at least k items reach. Everything that reaches it is taken,
     ties included: which of several equal items torch.topk returns is undefined, the value of its last one is not.
+    Once the best are good, what exceeds them is so little that no bound is needed.
     Rows ascend, and columns ascend within a row.
     """
     groups = similarity.unflatten(1, (-1, GROUP))
     peak = groups.amax(2)
-    exact = peak if k <= peak.shape[1] else similarity
-    bound = exact.topk(min(k, exact.shape[1]), dim=1).values[:, -1:]
-    row, group = ((peak > floor) & (peak >= bound)).nonzero(as_tuple=True)
+    promising, bound = peak > floor, torch.full_like(floor, -torch.inf)
+    if promising.sum() > k * len(promising):
+        exact = peak if k <= peak.shape[1] else similarity
+        bound = exact.topk(min(k, exact.shape[1]), dim=1).values[:, -1:]
+        promising &= peak >= bound
+    row, group = promising.nonzero(as_tuple=True)
     value = groups[row, group]
     pair, lane = ((value > floor[row]) & (value >= bound[row])).nonzero(as_tuple=True)
     return row[pair], group[pair] * GROUP + lane, value[pair, lane]
