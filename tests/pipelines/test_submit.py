@@ -31,14 +31,19 @@ class Head(str):
     session: Path
 
 
-@pytest.fixture(scope="module")
-def head(cache: Path) -> Iterator[Head]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(cache: Path) -> Iterator[Head]:
+    port, agent = free_port(), free_port()
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="r") as folder:  # Ray's sockets need short paths
         command = ["start", "--head", "--block", "--port=0", "--num-cpus=4", f"--temp-dir={folder}"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--disable-usage-stats"]
+        command += [f"--dashboard-agent-listen-port={agent}"]  # what takes jobs: another Ray's may hold its usual port
         # See launch.start_local: processes of this Ray ask no other one on this machine about each other.
         given = {"DML_CACHE": str(cache), "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9", "RAY_AUTH_MODE": "disabled"}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
