@@ -13,6 +13,10 @@ Assignments = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=
 messages = Console(stderr=True)
 
 
+class RunFailed(Exception):
+    """Workers failed on the way; the message is one line."""
+
+
 def stop(code: int, message: str) -> NoReturn:
     messages.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(code)
@@ -21,8 +25,6 @@ def stop(code: int, message: str) -> NoReturn:
 @contextmanager
 def in_words(hint: str = "") -> Iterator[None]:
     """One clear line, and the exit code, for each way to fail."""
-    from pipelines.launch import RunFailed
-
     try:
         yield
     except ValueError as error:

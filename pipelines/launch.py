@@ -33,11 +33,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from pipelines.config import Config
+from pipelines.console import RunFailed
 from pipelines.progress import Bar, Board
-
-
-class RunFailed(Exception):
-    """Workers failed on the way; the message is one line."""
 
 
 @contextlib.contextmanager

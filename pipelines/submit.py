@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
-from pipelines.launch import RunFailed
+from pipelines.console import RunFailed
 
 for _name in ("dashboard_sdk", "job.sdk"):  # how files travel; what matters is told by us
     logging.getLogger(f"ray.dashboard.modules.{_name}").setLevel(logging.WARNING)
