@@ -46,6 +46,7 @@ def head(cache: Path) -> Iterator[Head]:
         command += [f"--dashboard-agent-listen-port={agent}"]  # what takes jobs: another Ray's may hold its usual port
         # See launch.start_local: processes of this Ray ask no other one on this machine about each other.
         given = {"DML_CACHE": str(cache), "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9", "RAY_AUTH_MODE": "disabled"}
+        given["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "1"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         with open(Path(folder) / "log", "wb") as log:
             process = subprocess.Popen(
