@@ -22,14 +22,16 @@ class Machines:
         # See launch.start_local: processes of this cluster ask no other Ray on this machine about each other.
         os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.nodes = [self.add(cpus) for _ in range(nodes)]
+        self.nodes = list[Node]()
+        for _ in range(nodes):
+            self.add(cpus)
 
     @property
     def address(self) -> str:
         return self.cluster.address
 
-    def add(self, cpus: int = 1) -> Node:
-        return self.cluster.add_node(num_cpus=cpus)
+    def add(self, cpus: int = 1) -> None:
+        self.nodes.append(self.cluster.add_node(num_cpus=cpus))
 
     def lose(self, node: Node) -> None:
         """As a machine that loses power."""
