@@ -30,7 +30,10 @@ class Config(Section):
     precision: Literal["float32", "bf16", "float64"] | None = None
     """none: bf16 autocast on GPUs, float32 on CPUs."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of initial weights, batches, augmentations and synthetics. The split of classes has one of its own:
+    `data.split_seed`."""
     epochs: Positive = 20
+    """Passes over the training set, of `steps_per_epoch` steps each."""
     steps_per_epoch: Positive | None = None
     """none: as many as show each training image once."""
     evaluate_every: Positive = 1
@@ -50,6 +53,7 @@ class Config(Section):
     timeout: Positive = 600
     """Seconds that workers wait for one that is silent before they take it for lost."""
     embedding_dim: Positive = 512
+    """D: numbers in an embedding."""
     method: list[Literal["iaa", "sgar", "namr"]] = []
     """Methods over the base loss, in any combination."""
     data: Data = Data()

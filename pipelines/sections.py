@@ -36,6 +36,8 @@ class Section(BaseModel):
 
 
 class Data(Section):
+    """The pictures, and how their classes are divided into train, validation and test."""
+
     name: Literal["glyphs", "folder", "table", "cub", "cars", "sop", "inshop", "vehicleid", "grocery", "omniglot"] = (
         "glyphs"
     )
@@ -62,6 +64,7 @@ class Data(Section):
     validation_fraction: Fraction = 0.2
     """Share of the other classes to validate on; 0: none, and the last epoch is the best."""
     folds: Annotated[int, Field(ge=2)] = 4
+    """Equal parts of the classes that `fold` chooses from."""
     fold: Annotated[int, Field(ge=0)] | None = None
     """Validate on this one, from 0, of `folds` equal parts of the other classes, in place of a share."""
     split_seed: Annotated[int, Field(ge=0)] = 0
@@ -104,6 +107,8 @@ class Data(Section):
 
 
 class Batch(Section):
+    """The global batch of P x K images, whatever the number of workers."""
+
     classes: Annotated[int, Field(ge=2)] = 32
     """P: classes in a global batch."""
     images: Positive = 4
@@ -114,6 +119,8 @@ class Batch(Section):
 
 
 class Backbone(Section):
+    """The network from images to features."""
+
     name: str = "resnet50"
     """`small` (for pictures of about 32 pixels), `efficientnet_lite0`, a torchvision name, or timm:NAME."""
     weights: str = "imagenet"
@@ -185,16 +192,21 @@ class Sgar(Section):
     max_gap: Annotated[float, Field(gt=0)] | None = None
     """delta': how far, at most; none: one-sided."""
     scale: Annotated[float, Field(gt=0)] = 32.0
+    """Sharpness of the ranking: how much the worst pair of synthetics outweighs the others."""
     gate: Annotated[float, Field(ge=-1, le=1)] = 0.05
     """Least cosine of a sample to its class proxy for it to be a source."""
     anchor_scale: Annotated[float, Field(gt=0)] = 32.0
+    """Sharpness of the anchor term, which keeps synthetics in their class."""
     anchor_margin: float = 0.1
+    """Least cosine of a synthetic to its class proxy, softly."""
     directions: Literal["independent", "shared"] = "independent"
     """One draw for each sample, or one for all of a step (as published)."""
     weight: Annotated[float, Field(ge=0)] = 0.23
     """lam: of both terms in the sum."""
     ratio_rank: Annotated[float, Field(ge=0)] = 0.9
+    """Factor of the ranking term beside `weight`."""
     ratio_anchor: Annotated[float, Field(ge=0)] = 0.9
+    """Factor of the anchor term beside `weight`."""
 
 
 class Namr(Section):
@@ -215,7 +227,10 @@ class Namr(Section):
 
 
 class Optimizer(Section):
+    """How the gradient changes the parameters, and the learning rate over the epochs."""
+
     name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """PyTorch's optimizer of that name."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Learning rate of the backbone; head and loss have multiples of it."""
     head_multiplier: Annotated[float, Field(gt=0)] = 10.0
@@ -223,6 +238,7 @@ class Optimizer(Section):
     loss_multiplier: Annotated[float, Field(gt=0)] = 100.0
     """Of the base loss's own parameters, such as proxies."""
     weight_decay: Annotated[float, Field(ge=0)] = 4e-4
+    """Of weight matrices; norms, biases and the base loss's parameters are not decayed."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """sgd only (default 0.9)."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
@@ -230,7 +246,9 @@ class Optimizer(Section):
     warmup: Annotated[float, Field(ge=0)] = 0.0
     """Epochs of linear rise at the start."""
     milestones: list[Positive] | None = None
+    """schedule=step: epochs after which the learning rate falls."""
     gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """schedule=step: what it is multiplied by at each of them."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient of a step."""
 
