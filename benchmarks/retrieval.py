@@ -9,9 +9,11 @@ python benchmarks/retrieval.py --processes P [--size N] [--dim D] [--images PER_
 With --processes a group of P processes (gloo, a thread each) holds the set in shards, as the workers of a training do,
 and each makes its own rows only. The bare product runs in the same processes in the middle of the search: after one
 gallery block in S (default: as many as keep it to some 16) each multiplies its own queries by that block, in the tiles
-that are the fastest, and throws the result away; its time is counted apart and scaled to all blocks. Memory is summed
-over all processes: VmHWM counts a page that two of them share twice; PSS counts it once and is looked at twice a
-second. Before that the metrics of a small set are compared, bit for bit, with those of one process.
+that are the fastest, and throws the result away; its time is counted apart and scaled to all blocks: the product of
+all by all, of which the search needs only half (dml_core/retrieval/mutual.py). CPU: seconds of all processes, to be
+looked at where others use the machine. Memory is summed over all processes: VmHWM counts a page that two of them share
+twice; PSS counts it once and is looked at twice a second. Before that the metrics of a small set are compared, bit for
+bit, with those of one process.
 """
 
 import argparse
@@ -55,6 +57,21 @@ def bare_product(z: torch.Tensor) -> None:
         torch.mm(query, z.T, out=product[: len(query)])
 
 
+class Spent(NamedTuple):
+    """Seconds by the clock, and of CPU: other work on the machine lengthens the first."""
+
+    clock: float
+    cpu: float
+
+    def plus(self, after: "Spent", before: "Spent") -> "Spent":
+        return Spent(*(a + b - c for a, b, c in zip(self, after, before, strict=True)))
+
+
+def spent() -> Spent:
+    """So far, by this process."""
+    return Spent(time.perf_counter(), time.process_time())
+
+
 def seconds(task: Callable[[], object]) -> float:
     start = time.perf_counter()
     task()
@@ -78,7 +95,8 @@ class Sample:
     """The bare product, in the middle of the search: of this process's queries and one gallery block in `every`."""
 
     def __init__(self, queries: torch.Tensor, every: int):
-        self.queries, self.every, self.seen, self.rows, self.seconds = queries, every, 0, 0, 0.0
+        self.queries, self.every, self.seen, self.rows = queries, every, 0, 0
+        self.spent = Spent(0.0, 0.0)
         self.product = torch.empty(TILE, TILE)
         self.blocks, neighbors.gallery_blocks = neighbors.gallery_blocks, self.interrupted
 
@@ -86,7 +104,9 @@ class Sample:
         for offset, block in self.blocks(*arguments):  # type: ignore[arg-type]
             yield offset, block
             if self.seen % self.every == self.every // 2:  # spread, and not the first of all
-                self.seconds += seconds(lambda block=block: self.multiply(block))  # type: ignore[misc]
+                before = spent()
+                self.multiply(block)
+                self.spent = self.spent.plus(spent(), before)
                 self.rows += len(block)
             self.seen += 1
 
@@ -147,23 +167,26 @@ def in_group(rank: int, world: int, store: str, task: Task) -> None:
     blocks = -(-task.size // GALLERY_BLOCK)
     sample = Sample(z, min(blocks, task.sample or max(1, blocks // 16)))
     dist.barrier()
-    started = time.perf_counter()
+    started = spent()
     metrics = sharded_retrieval_metrics(z, labels)
-    took = time.perf_counter() - started
+    took = Spent(0.0, 0.0).plus(spent(), started)
     sample.end()
-    # Of all processes: what the slowest took, without the samples, and what the product took the mean of them.
-    product = sample.seconds * task.size / sample.rows
-    found = gather(torch.tensor([took - sample.seconds, product], dtype=torch.float64).view(1, 2))
+    # Of all processes: by the clock what the slowest took, without the samples, and the product's mean; CPUs of all.
+    mine = [[t - s, s * task.size / sample.rows] for t, s in zip(took, sample.spent, strict=True)]
+    found = gather(torch.tensor(mine, dtype=torch.float64).view(1, 2, 2))
     most = all_sum(torch.tensor([float(proc("self/status", "VmHWM"))])).item()
     if rank == 0:
         assert memory is not None
         pss, gib = memory.end(), 2**30
-        search, bare = found[:, 0].max().item(), found[:, 1].mean().item()
+        search, bare = found[:, 0, 0].max().item(), found[:, 0, 1].mean().item()
+        search_cpu, bare_cpu = found[:, 1].sum(0).tolist()
         share = "all blocks" if sample.rows == task.size else f"{sample.rows / task.size:.1%} of the gallery's blocks"
         rate = 2 * task.size**2 * task.dim / bare / 1e9
         print(f"{task.size:,} x {task.dim}, {task.images} a class, {world} processes of a thread each")
-        print(f"matrix product     {bare:9.1f} s   {rate:.0f} GFLOP/s in all, measured on {share}")
-        print(f"sharded metrics    {search:9.1f} s   {search / bare:.2f} x matrix product")
+        told = f"{rate:.0f} GFLOP/s in all, measured on {share}; CPU {bare_cpu:.1f} s"
+        print(f"matrix product     {bare:9.1f} s   {told}")
+        times = f"{search / bare:.2f} x matrix product; CPU {search_cpu:.1f} s, {search_cpu / bare_cpu:.2f} x"
+        print(f"sharded metrics    {search:9.1f} s   {times}")
         memories = f"{pss / gib:9.2f} GiB PSS ({libraries / gib:.2f} before the set), {most / gib:.2f} GiB VmHWM"
         print(f"peak memory        {memories}")
         print(

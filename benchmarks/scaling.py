@@ -203,7 +203,7 @@ def besides() -> None:
             f"{busy(SET, world)} GPUs busy, {seconds:.2f} s, sums {sums / 1e6:.1f} MB"
         )
         size, own = QUERIES * DIM * 4, most(QUERIES, world)
-        seconds = own / GPU_FORWARD + size / rate + 2 * own * QUERIES * DIM / GPU_FLOPS
+        seconds = own / GPU_FORWARD + size / rate + own * QUERIES * DIM / GPU_FLOPS  # each pair is multiplied once
         rows["evaluation"].append(f"{busy(QUERIES, world)} GPUs busy, {seconds:.2f} s, gallery {size / 1e6:,.0f} MB")
         weights = (BACKBONE + FEATURES * DIM) * 4 * 3
         rows["checkpoint"].append(f"{weights / 1e6:,.0f} MB by rank 0, {weights / STORAGE:.1f} s")

@@ -32,6 +32,15 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+def collect(x: Tensor, destination: int) -> list[Tensor]:
+    """What each rank gave, of one shape, in rank order; on other ranks than `destination` x alone."""
+    if world_size() == 1:
+        return [x]
+    parts = [torch.empty_like(x) for _ in range(world_size())] if rank() == destination else None
+    dist.gather(x.contiguous(), parts, destination)
+    return parts or [x]
+
+
 def own_rows(x: Tensor) -> Tensor:
     """The rows of a gathered x that this rank gave."""
     return x.chunk(world_size())[rank()]

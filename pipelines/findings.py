@@ -17,8 +17,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from dml_core.data.datasets import LabelledImages, Retrieval
 from dml_core.learner import Learner
-from dml_core.retrieval.metrics import average_precision_at_r, recall_at_k
 from dml_core.retrieval.neighbors import GALLERY_BLOCK, nearest
+from dml_core.retrieval.scores import average_precision_at_r, recall_at_k
 from dml_core.retrieval.structure import index_vectors, query_vectors
 from pipelines import build, evaluate, scatter
 

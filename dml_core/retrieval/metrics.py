@@ -20,50 +20,14 @@ from torch.nn import functional as F
 
 from dml_core import gather
 from dml_core.retrieval import neighbors
-from dml_core.retrieval.neighbors import Relevant, block_rows, owned_rows, pad_rows
+from dml_core.retrieval.mutual import mutual_neighbors
+from dml_core.retrieval.neighbors import block_rows, owned_rows, pad_rows
+from dml_core.retrieval.scores import average_precision_at_r, cmc, mean_average_precision, r_precision, recall_at_k
 from dml_core.retrieval.structure import index_vectors, query_vectors
 
 CMC_RANKS = (1, 5, 10, 20)
 CLUSTERING = ("nmi", "ami")
 RANKING = ("map", "cmc")
-
-
-def recall_at_k(relevant: Tensor, k: int) -> Tensor:
-    """1 where one of the k nearest is relevant. relevant: (Q, places) bool, best first. Returns (Q,) float64."""
-    return relevant[:, :k].any(1).double()
-
-
-def r_precision(relevant: Tensor, count: Tensor) -> Tensor:
-    """Share of relevant items among the R nearest. relevant: (Q, >= R) bool; count: (Q,) R. Returns (Q,) float64."""
-    return _within(relevant, count).sum(1).double() / count.clamp(min=1)
-
-
-def average_precision_at_r(relevant: Tensor, count: Tensor) -> Tensor:
-    """(1 / R) sum_{i <= R} P(i) [i relevant], P(i) the precision of the i nearest. As r_precision."""
-    hit = _within(relevant, count)
-    place = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
-    return (hit.cumsum(1) * hit / place.double()).sum(1) / count.clamp(min=1)
-
-
-def _within(relevant: Tensor, count: Tensor) -> Tensor:
-    return relevant & (torch.arange(relevant.shape[1], device=relevant.device) < count[:, None])
-
-
-def cmc(relevant: Tensor) -> Tensor:
-    """Cumulative match: at place i, 1 if the first relevant item is at i or before. (Q, places) bool -> float64."""
-    return relevant.cummax(1).values.double()
-
-
-def mean_average_precision(relevant: Relevant, outranked: Tensor) -> Tensor:
-    """Average precision over the full ranking: (1 / R) sum over relevant items of P(rank). Returns (Q,) float64.
-
-    outranked: (Q, R + 1) how many irrelevant items rank above exactly the first 0, ..., R of `relevant`. The rank of a
-    relevant item is its rank among the relevant ones plus the irrelevant ones above it, so no ranking is ever sorted.
-    """
-    above = outranked.flip(1).cumsum(1).flip(1)[:, 1:]
-    place = torch.arange(above.shape[1], device=above.device)
-    rank = (relevant.total[:, None] - place).clamp(min=0)
-    return (rank / (rank + above).clamp(min=1).double()).sum(1) / relevant.total.clamp(min=1)
 
 
 def clustering_metrics(embeddings: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float]:
@@ -204,12 +168,14 @@ def _metrics(
             yield number, offset, similarity
 
     places = max([1, *ks, rerank or 0, *(CMC_RANKS if "cmc" in extra else ())])
-    best = [
-        neighbors.no_neighbors(block, min(len(targets), max(places, int(count.max()))))
-        for block, count in zip(blocks, counts, strict=True)
-    ]
-    for number, offset, similarity in stream():
-        neighbors.update(best[number], similarity, offset)
+    depth = [min(len(targets), max(places, int(count.max()))) for count in all_counts.split(rows)]
+    if query is shard and in_gallery is None:  # one set, ranked by cosine: what i is to j, j is to i
+        gallery_blocks = neighbors.gallery_blocks(shard, len(targets), rank, world)
+        best = mutual_neighbors(blocks, gallery_blocks, depth, rows, rank, world)
+    else:
+        best = [neighbors.no_neighbors(block, k) for block, k in zip(blocks, depth[rank::world], strict=True)]
+        for number, offset, similarity in stream():
+            neighbors.update(best[number], similarity, offset)
     if rerank:
         products = [found.similarity[:, :rerank].clone() for found in best]
         for number, offset, similarity in stream(adaptive_blocks, adaptive[1]):

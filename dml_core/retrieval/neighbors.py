@@ -132,8 +132,7 @@ def _candidates(similarity: Tensor, floor: Tensor, k: int) -> tuple[Tensor, Tens
     Once the best are good, what exceeds them is so little that no bound is needed.
     Rows ascend, and columns ascend within a row.
     """
-    groups = similarity.unflatten(1, (-1, GROUP))
-    peak = groups.amax(2)
+    groups, peak = similarity.unflatten(1, (-1, GROUP)), _peaks(similarity)
     promising, bound = peak > floor, torch.full_like(floor, -torch.inf)
     if promising.sum() > k * len(promising):
         exact = peak if k <= peak.shape[1] else similarity
@@ -143,6 +142,14 @@ def _candidates(similarity: Tensor, floor: Tensor, k: int) -> tuple[Tensor, Tens
     value = groups[row, group]
     pair, lane = ((value > floor[row]) & (value >= bound[row])).nonzero(as_tuple=True)
     return row[pair], group[pair] * GROUP + lane, value[pair, lane]
+
+
+def _peaks(similarity: Tensor) -> Tensor:
+    """(Q, G / GROUP) the greatest of each group of columns, read in the order of memory: a turned matrix takes a
+    fortieth of the time so."""
+    if similarity.stride(1) == 1:
+        return similarity.unflatten(1, (-1, GROUP)).amax(2)
+    return similarity.T.unflatten(0, (-1, GROUP)).amax(1).T.contiguous()
 
 
 def _place_in_row(row: Tensor, count: Tensor) -> Tensor:
