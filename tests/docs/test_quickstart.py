@@ -1,0 +1,27 @@
+"""The quickstart, line after line, as a reader types it."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_line_of_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    text = (ROOT / "docs" / "quickstart.md").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("dml ")]
+    said = {}
+    for line in lines:
+        found = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert found.exit_code == 0, f"{line}\n{found.output}"
+        said[line] = found.output
+    assert len(said) == 5
+    assert "first is finished; this is its outcome" in said[lines[0]]
+    assert "nearest to docs/query.png" in said[lines[-1]] and "U+" in said[lines[-1]]
