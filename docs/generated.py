@@ -19,7 +19,7 @@ from typer.cli import get_docs_for_click
 
 from dml_core import base_losses
 from pipelines.cli import app
-from pipelines.config import Config
+from pipelines.config import FREE, Config
 
 ROOT = Path(__file__).parents[1]
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -159,7 +159,8 @@ def config_reference() -> str:
     for group in groups():
         lines += [f"## {group.name or 'The run'}\n", f"{group.text}\n"]
         for key in group.keys:
-            lines += [f"### `{key.name}`\n", f"{key.text}\n", f"{key.allowed}; default: **{key.default}**\n"]
+            may = "; may differ when a run is [continued](resume.md#what-may-change)" if key.name in FREE else ""
+            lines += [f"### `{key.name}`\n", f"{key.text}\n", f"{key.allowed}; default: **{key.default}**{may}\n"]
         if group.name == "loss":
             lines += ["### `loss.ARGUMENT`\n", "Whatever the loss takes, with the default that it has here:\n"]
             for name in (*base_losses.SHORT, *base_losses.LOSSES):
