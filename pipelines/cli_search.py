@@ -97,13 +97,13 @@ def index_search(
         table.add_column(head, overflow="fold")
     for hit in found["hits"]:
         table.add_row(str(hit["place"]), f"{hit[score]:.4f}", hit["label"] or "", hit["path"] or f"id {hit['id']}")
-    (messages if as_json else Console()).print(table)
-    if as_json:
-        print(json.dumps(found))
+    took = found["milliseconds"]
+    _end(as_json, found, table, f"query embedded in {took['embed']:.1f} ms, searched in {took['search']:.1f} ms")
 
 
-def _end(as_json: bool, made: dict[str, Any], *lines: str) -> None:
+def _end(as_json: bool, made: dict[str, Any], *lines: str | Table) -> None:
     output = messages if as_json else Console()
-    output.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    for line in lines:
+        output.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
     if as_json:
         print(json.dumps(made))

@@ -10,7 +10,7 @@ from rich.console import Console
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
 Assignments = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", show_default=False)]
 
-messages = Console(stderr=True)
+messages = Console(stderr=True, force_jupyter=False)  # plain lines in a notebook, too: no widgets
 
 
 class RunFailed(Exception):

@@ -1,5 +1,6 @@
 """A checkpoint folder as an embedding model: pictures in, unit vectors out. Also MLflow's way to load it."""
 
+import base64
 import hashlib
 import json
 import shutil
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dml_core.data import transforms
-from dml_core.data.pictures import decode
+from dml_core.data.pictures import BadPicture, decode
 from dml_core.learner import Learner
 from pipelines import build, checkpoint
 
@@ -45,7 +46,8 @@ def copy_model(folder: Path, into: Path) -> None:
 class Embedder:
     """predict(pictures) -> (N, D) float32 unit vectors. Loaded from a checkpoint; one device, no Ray."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
         if not checkpoint.whole(folder):
             raise ValueError(f"{folder}: not a whole checkpoint folder")
         self.config = checkpoint.read_config(folder)
@@ -57,13 +59,27 @@ class Embedder:
     @torch.inference_mode()
     def vectors(self, pictures: list[bytes]) -> dict[str, Tensor]:
         """Encoded pictures (JPEG, PNG, ...) to "vector" (N, D) and, with NAMR, "structure" (N, D)."""
-        view = self.view
-        views = torch.stack([view.transform(decode(picture, view.side, "the input")) for picture in pictures])
+        transform, side = self.view
+        named = ((f"number {number} of the input", picture) for number, picture in enumerate(pictures, 1))
+        views = torch.stack([transform(decode(picture, side, name)) for name, picture in named])
         return vectors(self.learner, views)
 
     def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> np.ndarray:
-        """inputs: a DataFrame with a column `image` of encoded pictures (bytes)."""
-        return self.vectors(list(inputs["image"]))["vector"].numpy()
+        """inputs: a DataFrame with a column `image` of encoded pictures (bytes). For MLflow, whose error it raises."""
+        try:
+            return self.vectors([*map(_plain, inputs["image"])])["vector"].numpy()
+        except BadPicture as error:
+            from pipelines.tracking import bad_request
+
+            raise bad_request(str(error)) from None
+
+
+def _plain(content: bytes) -> bytes:
+    """Of base64, in which MLflow's server leaves `inputs` and `instances`. No picture's own bytes are base64."""
+    try:
+        return base64.b64decode(content, validate=True)
+    except ValueError:
+        return content
 
 
 def _load_pyfunc(path: str) -> Embedder:

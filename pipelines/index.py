@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -111,6 +112,24 @@ class Index:
             found.append(Item(**row))
         return found
 
+    def ask(self, picture: bytes, k: int = 10, plain: bool = False) -> dict[str, Any]:
+        """The k items nearest to an encoded picture: "ranking", "hits", and the "milliseconds" of embedding it and of
+        the search.
+
+        plain: not by structure, where the index has it. BadPicture where it cannot be read.
+        """
+        aware, model = self.about.structure and not plain, self.model
+        started = perf_counter()
+        query = model.vectors([picture])
+        embedded = perf_counter()
+        found = self.search(query["vector"], min(k, self.about.rows), query["structure"] if aware else None)
+        items = self.items([i for i in found.id[0].tolist() if i >= 0])
+        took = {"embed": 1000 * (embedded - started), "search": 1000 * (perf_counter() - embedded)}
+        score = "distance" if aware else "similarity"
+        scored = zip(items, found.score[0].tolist(), strict=False)
+        hits = [{"place": place, score: value, **item._asdict()} for place, (item, value) in enumerate(scored, 1)]
+        return {"ranking": "structure-aware" if aware else "plain", "milliseconds": took, "hits": hits}
+
     @cached_property
     def model(self) -> Embedder:
         """What embeds queries as the items were. ValueError where it is damaged, or another."""
@@ -157,16 +176,9 @@ def search(folder: str, image: Path, k: int, plain: bool) -> dict[str, Any]:
     index = open_index(folder)
     if plain and not index.about.structure:
         raise ValueError(f"--plain cannot act: {folder} was not built with --structure")
-    aware = index.about.structure and not plain
     try:
-        query = index.model.vectors([image.read_bytes()])
+        return {"index": folder, **index.ask(image.read_bytes(), k, plain)}
     except OSError as error:
         raise ValueError(f"--image {image}: {error.strerror}") from None
     except BadPicture as error:
         raise ValueError(f"--image {image}: {error.bad[0][1]}") from None
-    hits = index.search(query["vector"], min(k, index.about.rows), query["structure"] if aware else None)
-    ids = [i for i in hits.id[0].tolist() if i >= 0]
-    score = "distance" if aware else "similarity"
-    found = zip(index.items(ids), hits.score[0].tolist(), strict=False)
-    ranked = [{"place": place, score: value, **item._asdict()} for place, (item, value) in enumerate(found, 1)]
-    return {"index": folder, "ranking": "structure-aware" if aware else "plain", "hits": ranked}

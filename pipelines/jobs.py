@@ -23,6 +23,7 @@ from torchvision.transforms.functional import to_pil_image
 from dml_core.data.datasets import Splits
 from pipelines import build, check, checkpoint, launch, tracking
 from pipelines.config import FREE, Config, flatten
+from pipelines.console import messages
 from pipelines.evaluate import evaluate_loop
 from pipelines.recipe import replaced, to_yaml
 from pipelines.train import train_loop
@@ -57,7 +58,7 @@ class Part(NamedTuple):
     callbacks: Sequence[ray.train.UserCallback] = ()
 
 
-def train(config: Config, console: Console, here: bool = False, part: Part | None = None) -> Outcome:
+def train(config: Config, console: Console = messages, here: bool = False, part: Part | None = None) -> Outcome:
     """Train, test and log; or continue, or repeat the outcome of, the run of the same name.
 
     here: in this process, as the only worker, instead of on a cluster.
@@ -84,7 +85,8 @@ def train(config: Config, console: Console, here: bool = False, part: Part | Non
             console.print(f"continuing {config.name}")
             tracking.resume_run(uri, earlier["run_id"], {"workers": str(config.workers)})
         else:
-            console.print(f"{folder.path}  (if interrupted, name={config.name} continues it)", highlight=False)
+            told = f"{folder.path}  (if interrupted, name={config.name} continues it)"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
         run_id = earlier["run_id"] if earlier else _start_run(uri, config, splits, unreadable, part)
         begun = {"run_id": run_id, "config": config.model_dump(exclude_none=True), "unreadable": unreadable}
         folder.write("run.json", begun)

@@ -1,6 +1,7 @@
 """Recipes in YAML, with key=value on top, to a config; what is wrong in one line."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load(recipe: str, assignments: list[str]) -> Config:
-    """A recipe's name or YAML file, with key=value on top. ValueError is one line that says what to change."""
+def load(recipe: str, assignments: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """A recipe's name or YAML file, with key=value on top, in texts or as {"data.root": "PICTURES", "epochs": 5}.
+    ValueError is one line that says what to change."""
     tree = _read(_recipe_file(recipe))
     overrides = assigned(assignments)
     return parse(_merge(_drop_what_overrides_silence(tree, overrides), overrides))
@@ -30,9 +32,13 @@ def data_section(name: str, assignments: list[str]) -> Data:
     return parse(assigned([*keys, f"data.name={name}"])).data
 
 
-def assigned(assignments: list[str]) -> dict[str, Any]:
-    """key=value texts as a nested dictionary; dots in a key make the levels."""
+def assigned(assignments: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """key=value, in texts or as a dictionary, as a nested one; dots in a key make the levels."""
     tree: dict[str, Any] = {}
+    if isinstance(assignments, Mapping):
+        for key, value in assignments.items():
+            _assign(tree, key.split("."), value, f"{key}={value}")
+        return tree
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator or not key:

@@ -31,6 +31,7 @@ logging.getLogger("mlflow").setLevel(logging.ERROR)
 
 METRICS_A_CALL = 1000  # MLflow's limit for one log_batch
 PARAMS_A_CALL = 100
+bad_request = MlflowException.invalid_parameter_value  # (message): MLflow's server answers 400 with it
 
 
 def default_uri(folder: Path) -> str:
@@ -115,12 +116,11 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
     import numpy as np
     import pandas as pd
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
     mlflow.set_tracking_uri(uri)
-    signature = ModelSignature(
-        Schema([ColSpec(DataType.binary, "image")]), Schema([TensorSpec(np.dtype("float32"), (-1, dim))])
-    )
+    output = TensorSpec(np.dtype("float32"), (-1, dim))
+    signature = ModelSignature(Schema([ColSpec("binary", "image")]), Schema([output]))
     with _brief(), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="model",

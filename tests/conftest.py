@@ -24,7 +24,7 @@ class ByRay(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        exact = ("cluster", "findings", "report", "resume", "search", "train")
+        exact = ("cluster", "export", "findings", "report", "resume", "search", "train")
         if file in {f"tests/pipelines/test_{name}.py" for name in exact}:
             return "exact"
         return "pipelines" if file.startswith("tests/pipelines/") else file

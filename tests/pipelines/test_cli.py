@@ -21,7 +21,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: Non
 
 
 COMMANDS = ["train", "evaluate", "recipes", "config", "ui", "data", "data list"]
-COMMANDS += ["embed", "index", "index build", "index search", "report"]
+COMMANDS += ["embed", "index", "index build", "index search", "report", "export"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

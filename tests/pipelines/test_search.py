@@ -144,6 +144,8 @@ def test_a_picture_finds_itself(index: Path, vectors: Path, pictures: Path) -> N
         assert plain["hits"][0].pop("similarity") == pytest.approx(1, abs=1e-5) and plain["hits"][0] == first
     printed = dml("index", "search", index, "--image", image)
     assert printed.exit_code == 0 and row["path"] in printed.stdout and "distance" in printed.stdout
+    assert all(0 < aware["milliseconds"][part] < 10_000 for part in ("embed", "search"))
+    assert " ms, searched in " in printed.stdout
 
 
 def test_index_of_a_run_embeds_its_own_set(exact, tmp_path: Path) -> None:
