@@ -14,7 +14,8 @@ from pipelines.sections import Address, Backbone, Batch, Data, Iaa, Loss, Namr, 
 METHODS = ("iaa", "sgar", "namr")
 # What results do not depend on: it may differ when a run is continued, and sets no two runs apart.
 FREE = (
-    *("workers", "use_gpu", "name", "storage", "max_failures", "timeout", "checkpoint_every", "model_name"),
+    *("workers", "use_gpu", "name", "storage", "max_failures", "timeout", "wait_for_nodes", "checkpoint_every"),
+    "model_name",
     *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
 )
 
@@ -52,6 +53,9 @@ class Config(Section):
     with a notice. none: 3 on a cluster of several nodes, 0 on one machine."""
     timeout: Positive = 600
     """Seconds that workers wait for one that is silent before they take it for lost."""
+    wait_for_nodes: Annotated[int, Field(ge=0)] = 0
+    """Seconds to wait for machines that the cluster has not yet, which its autoscaler is asked for; then, or with 0 at
+    once, a cluster that is too small for `workers`, or has no GPU for `use_gpu=true`, is refused."""
     embedding_dim: Positive = 512
     """D: numbers in an embedding."""
     method: list[Literal["iaa", "sgar", "namr"]] = []

@@ -103,7 +103,7 @@ def embed(plan: Plan, out: str, console: Console) -> dict[str, Any]:
     job = {"given": plan.given, "unreadable": plan.unreadable, "parts": out}
     try:
         with launch.cluster(config, None), launch.scratch_storage() as scratch:
-            job["checkpoint"] = launch.held(plan.checkpoint)
+            job["checkpoint"] = launch.held(plan.checkpoint, embedder.FILES)
             resolved = launch.resolve_devices(config)
             workers = int(launch.run(embed_loop, resolved, job, scratch, "embed", console)["workers"])
         _join(files, path, schema(config).with_metadata({ABOUT: json.dumps(plan.about)}), plan.rows, workers)

@@ -21,7 +21,7 @@ from rich.console import Console
 from torchvision.transforms.functional import to_pil_image
 
 from dml_core.data.datasets import Splits
-from pipelines import build, check, checkpoint, launch, tracking
+from pipelines import build, check, checkpoint, embedder, launch, tracking
 from pipelines.config import FREE, Config, flatten
 from pipelines.console import messages
 from pipelines.evaluate import evaluate_loop
@@ -77,6 +77,8 @@ def train(config: Config, console: Console = messages, here: bool = False, part:
     tracking.prepare(uri)
     with contextlib.nullcontext() if here else launch.cluster(config, folder.logs):
         config = launch.resolve_devices(config, here)
+        where = f"workers={config.workers} on {'GPUs' if config.use_gpu else 'CPUs'}, precision={config.precision}"
+        console.print(where, highlight=False)
         if earlier:
             _require_same(config, earlier["config"], folder.path)
             if result := folder.read("result.json"):
@@ -162,7 +164,7 @@ def evaluate(run: str, assignments: dict[str, Any], console: Console) -> dict[st
     with console.status("reading the data"):
         build.splits(config, unreadable)
     with launch.cluster(config, None), launch.scratch_storage() as scratch:
-        job = {"checkpoint": launch.held(found), "unreadable": unreadable}
+        job = {"checkpoint": launch.held(found, embedder.FILES), "unreadable": unreadable}
         config = launch.resolve_devices(config)
         metrics = launch.run(evaluate_loop, config, job, scratch, "evaluate", console)
     return {"checkpoint": str(found), "metrics": metrics}

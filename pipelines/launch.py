@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,12 @@ import pyarrow.fs
 import ray
 import ray.train
 import torch
+from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from pipelines.config import Config
-from pipelines.console import RunFailed
+from pipelines.console import RunFailed, messages
 from pipelines.progress import Bar, Board
 
 
@@ -62,12 +64,31 @@ def cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bool = 
         raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
     session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[attr-defined]
     try:
+        _await_nodes(config)
         yield
     finally:
         ray.shutdown()
         if logs is not None and not address and (session / "logs").is_dir():
             with contextlib.suppress(OSError):  # a full disk is told of by what failed on it, not by its logs
                 shutil.copytree(session / "logs", logs, dirs_exist_ok=True, ignore=_unreadable)
+
+
+def _await_nodes(config: Config) -> None:
+    """Until the cluster has what the least number of workers needs, `wait_for_nodes` seconds at most."""
+    need = {"CPU": 1} | ({"GPU": 1} if config.use_gpu else {})
+    few, many = config.worker_range
+    deadline = time.monotonic() + config.wait_for_nodes
+
+    def missing() -> bool:
+        has = ray.cluster_resources()
+        return any(has.get(name, 0) < few for name in need)
+
+    if missing() and config.wait_for_nodes:
+        messages.print(f"waiting for nodes, {config.wait_for_nodes} s at most: workers={config.workers}, each {need}")
+        request_resources(bundles=[need] * many)
+        while missing() and time.monotonic() < deadline:
+            time.sleep(1)
+        request_resources(bundles=[])  # from here on Ray Train asks for what it needs
 
 
 def start_local(cpus: int, dashboard: bool = False) -> None:
@@ -100,10 +121,10 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
     resources = {"CPU": 1, "GPU": torch.cuda.device_count()} if here else ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
     if config.use_gpu and gpus < workers[0]:
-        raise ValueError(f"use_gpu=true: {workers[0]} workers need as many GPUs, the cluster has {gpus}")
+        raise ValueError(f"use_gpu=true: {workers[0]} workers need as many GPUs, the cluster has {gpus}{_hint(config)}")
     use_gpu = gpus >= workers[0] if config.use_gpu is None else config.use_gpu
     if cpus < workers[0]:
-        raise ValueError(f"workers={config.workers}: each needs a CPU, the cluster has {cpus:g}")
+        raise ValueError(f"workers={config.workers}: each needs a CPU, the cluster has {cpus:g}{_hint(config)}")
     precision = config.precision or ("bf16" if use_gpu else "float32")
     data = config.data
     if data.loader == "auto":
@@ -112,6 +133,13 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
     elif data.loader == "ray" and not here and cpus <= workers[1]:
         raise ValueError(f"data.loader=ray: the cluster's {cpus:g} CPUs are all taken by workers={config.workers}")
     return config.model_copy(update={"use_gpu": use_gpu, "precision": precision, "data": data})
+
+
+def _hint(config: Config) -> str:
+    told = (
+        f" after {config.wait_for_nodes} s" if config.wait_for_nodes else "; wait_for_nodes=SECONDS asks an autoscaler"
+    )
+    return told if "RAY_ADDRESS" in os.environ else ""
 
 
 def _has_only_cpus(resources: dict[str, float]) -> bool:
@@ -233,14 +261,14 @@ def _enter(loop: tuple[str, str], job: dict[str, Any], folder: str | Literal[Fal
     return getattr(importlib.import_module(loop[0]), loop[1])(job)
 
 
-def held(folder: Path) -> list[Any]:
-    """A folder's files in Ray's memory, for `unpacked` on any node: workers need not see our disk."""
-    return [ray.put({path.name: np.fromfile(path, np.uint8) for path in folder.iterdir() if path.is_file()})]
+def held(folder: Path, names: Sequence[str]) -> list[Any]:
+    """Files of a folder in Ray's memory, for `unpacked` on any node: workers need not see our disk."""
+    return [ray.put({name: np.fromfile(folder / name, np.uint8) for name in names})]
 
 
 @contextlib.contextmanager
 def unpacked(files: list[Any]) -> Iterator[Path]:
-    """The folder that is `held`, for the time of the block."""
+    """A folder with the files that are `held`, for the time of the block."""
     with scratch_storage() as folder:
         for name, content in ray.get(files[0]).items():
             content.tofile(Path(folder, name))

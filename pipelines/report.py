@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow.fs
 from rich.console import Console
 
-from pipelines import build, check, checkpoint, compare, jobs, launch, report_page, tracking
+from pipelines import build, check, checkpoint, compare, embedder, jobs, launch, report_page, tracking
 from pipelines.config import FREE, Config, flatten
 from pipelines.findings import findings_loop
 from pipelines.recipe import parse, replaced
@@ -166,7 +166,7 @@ def _page_of_run(run: Run, made: str, console: Console) -> str:
     numbers = logged.metrics if logged and "test/map_at_r" in logged.metrics else None
     with launch.cluster(run.config, None), launch.scratch_storage() as scratch:
         config = launch.resolve_devices(run.config)
-        job: dict[str, Any] = {"checkpoint": launch.held(run.checkpoint), "unreadable": run.unreadable}
+        job: dict[str, Any] = {"checkpoint": launch.held(run.checkpoint, embedder.FILES), "unreadable": run.unreadable}
         job |= {"numbers": numbers, "epoch": max(0, state.epoch - 1)}
         found: Any = launch.run(findings_loop, config, job, scratch, "report", console)
     model = checkpoint.read_config(run.checkpoint)

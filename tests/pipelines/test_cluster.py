@@ -1,4 +1,5 @@
-"""Three machines, one of them lost on the way: the training nobody disturbed. More of it, and longer: tests/chaos."""
+"""No machine when it starts, then three, one of them lost on the way: the training nobody disturbed. More of it, and
+longer: tests/chaos."""
 
 import json
 import random
@@ -17,8 +18,14 @@ def test_a_lost_node_changes_nothing(
     exact: dict[int, jobs.Outcome], tracked_folder: Path, tmp_path: Path, mlflow_server
 ) -> None:
     run = tmp_path / "runs" / "lost"
-    with machines(3, cpus=2) as cluster:
-        training = Training(tmp_path, cluster.address, [*EXACT, "workers=2", "name=lost"])
+    with machines(0) as cluster:
+        refused = Training(tmp_path, cluster.address, [*EXACT, "workers=2", "use_gpu=true", "wait_for_nodes=1"])
+        assert refused.process.wait(120) == 2
+        assert "use_gpu=true: 2 workers need as many GPUs, the cluster has 0 after 1 s" in refused.log.read_text()
+        training = Training(tmp_path, cluster.address, [*EXACT, "workers=2", "name=lost", "wait_for_nodes=100"])
+        training.wait_for(lambda: "waiting for nodes, 100 s at most: workers=2" in training.log.read_text())
+        for _ in range(3):
+            cluster.add(cpus=2)
         training.wait_for(lambda: newest(run))
         seen = {process.pid for process in cluster.processes()}
         lose("node", cluster, training, random.Random(0))

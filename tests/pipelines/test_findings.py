@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dml_core.data.datasets import LabelledImages, Retrieval
-from pipelines import build, checkpoint, findings, launch, scatter, tables
+from pipelines import build, checkpoint, embedder, findings, launch, scatter, tables
 from pipelines.recipe import load
 
 
@@ -16,7 +16,8 @@ def found(exact) -> findings.Findings:
     """Of the same run by its checkpoint alone: measured anew, in this process."""
     folder = Path(exact[1].checkpoint)
     config, state = checkpoint.read_config(folder), checkpoint.read_state(folder)
-    job = {"config": config.model_dump(exclude_none=True), "checkpoint": launch.held(folder), "unreadable": []}
+    held = launch.held(folder, embedder.FILES)
+    job = {"config": config.model_dump(exclude_none=True), "checkpoint": held, "unreadable": []}
     return findings.findings_loop(job | {"cpus": 1, "board": None, "numbers": None, "epoch": state.epoch - 1})
 
 

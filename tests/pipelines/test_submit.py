@@ -123,7 +123,7 @@ def test_a_job_trains_and_no_secret_travels(folder: Path, head: Head, mlflow_ser
     outcome, job = (json.loads(line) for line in done.stdout.splitlines()[-2:])
     assert job["status"] == "SUCCEEDED" and job["code"] == 0
     run = mlflow.MlflowClient(mlflow_server.uri).get_run(outcome["run_id"])
-    assert run.info.status == "FINISHED" and run.data.params["seed"] == "5"
+    assert run.info.status == "FINISHED" and run.data.params["seed"] == "5", done.stdout
     assert (folder / "shared" / "sent" / "result.json").is_file()
     for place in (head.session, folder / "shared", mlflow_server.folder):
         assert [path for path in place.rglob("*") if path.is_file() and PLANTED.encode() in path.read_bytes()] == []
