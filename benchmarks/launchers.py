@@ -112,6 +112,8 @@ def under_ray(config: Config) -> None:
     from pipelines import launch
 
     assert config.name
+    Path(config.storage, config.name).mkdir()
+    Path(config.storage, config.name, "run.json").touch()  # looked for by the workers
     with launch.cluster(config, None):
         launch.run(marked_loop, config, JOB, config.storage, config.name, Console(file=io.StringIO()))
 

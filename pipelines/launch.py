@@ -31,12 +31,15 @@ import ray
 import ray.train
 import torch
 from ray.autoscaler.sdk import request_resources
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from pipelines.config import Config
 from pipelines.console import RunFailed, messages
+from pipelines.network import ByRaysNetwork
 from pipelines.progress import Bar, Board
+
+SHARED = "; a folder that all nodes share, s3:// or gs:// is needed"
 
 
 @contextlib.contextmanager
@@ -196,14 +199,14 @@ def run(
             _enter,
             (loop.__module__, loop.__qualname__),
             job | settings,
-            storage == config.storage and f"{storage}/{name}",
+            storage == config.storage and f"{storage}/{name}/run.json",
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=bool(config.use_gpu),
             resources_per_worker=per_worker,
         ),
-        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=config.timeout),
+        torch_config=ByRaysNetwork(backend="nccl" if config.use_gpu else "gloo", timeout_s=config.timeout),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
@@ -248,16 +251,14 @@ def apart(function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def _enter(loop: tuple[str, str], job: dict[str, Any], folder: str | Literal[False]) -> Any:
+def _enter(loop: tuple[str, str], job: dict[str, Any], written: str | Literal[False]) -> Any:
     """In a worker. loop: by name, as Ray's controller, which unpacks it too, need not import networks and losses.
-    folder: of the run, that this node must see."""
-    if folder:
-        files, path = pyarrow.fs.FileSystem.from_uri(folder)
+    written: a file of the driver's, that this node must see; folders Ray Train makes by itself."""
+    if written:
+        files, path = pyarrow.fs.FileSystem.from_uri(written)
         if files.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
             node = ray.util.get_node_ip_address()
-            raise FileNotFoundError(
-                f"storage: node {node} does not see {folder}; a shared folder, s3:// or gs:// is needed"
-            )
+            raise FileNotFoundError(f"storage: node {node} does not see {written}{SHARED}")
     return getattr(importlib.import_module(loop[0]), loop[1])(job)
 
 
@@ -290,6 +291,8 @@ def _reason(error: BaseException) -> str:
         # When one worker fails, the others fail waiting for it: theirs is not the reason.
         error = next((c for c in causes if "Connection closed by peer" not in str(c)), causes[0])
     error = _root(error)
+    if "Unable to set up cluster storage" in str(error):  # Ray Train's own look, on each node that has a worker
+        return f"storage: a node does not see the run's folder{SHARED}"
     lines = str(error).strip().splitlines() or [""]
     # What another process raised comes as its traceback, whose last line is the message.
     foreign = isinstance(error, ray.exceptions.RayError) or "DataLoader worker" in lines[0]
@@ -297,7 +300,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _root(error: BaseException) -> BaseException:
-    for attribute in ("_base_exc", "cause", "__cause__"):
+    for attribute in ("_base_exc", "controller_failure", "cause", "__cause__"):
         inner = getattr(error, attribute, None)
         if isinstance(inner, BaseException):
             return _root(inner)

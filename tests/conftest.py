@@ -24,7 +24,7 @@ class ByRay(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        exact = ("cluster", "export", "findings", "report", "resume", "search", "train")
+        exact = ("cluster", "demo", "export", "findings", "report", "resume", "search", "train")
         if file in {f"tests/pipelines/test_{name}.py" for name in exact}:
             return "exact"
         return "pipelines" if file.startswith("tests/pipelines/") else file
@@ -61,16 +61,17 @@ def local_ray(cache: Path) -> Iterator[None]:
 class Server:
     """An MLflow server that a test may stop and start again."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, host: str = "127.0.0.1"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.folder, self.uri, self.process = folder, f"http://127.0.0.1:{self.port}", None
+        self.host = host
 
     def start(self) -> None:
         where = ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
         where += ["--artifacts-destination", str(self.folder / "artifacts")]
-        where += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        where += ["--host", self.host, "--port", str(self.port), "--workers", "1"]
         lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with open(self.folder / "server.log", "ab") as log:
             command = [sys.executable, "-m", "mlflow", "server", *where]

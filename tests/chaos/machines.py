@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,11 @@ def nothing_left(pids: set[int], seconds: float = 30.0) -> None:
 class Training:
     """`dml train` on a cluster, as a user starts it from a folder of their own."""
 
-    def __init__(self, folder: Path, address: str, arguments: list[str]):
-        self.given = folder, address, arguments
+    def __init__(self, folder: Path, address: str, arguments: list[str], shell: Sequence[str] = ()):
+        """shell: what the command begins with, to be typed elsewhere."""
+        self.given = folder, address, arguments, shell
         self.log, self.out = folder / "log", folder / "out"
-        command = [sys.executable, "-m", "pipelines.cli", "train", *arguments, "--json"]
+        command = [*shell, sys.executable, "-m", "pipelines.cli", "train", *arguments, "--json"]
         with open(self.log, "ab") as log, open(self.out, "wb") as out:
             given = os.environ | {"RAY_ADDRESS": address}
             self.process = subprocess.Popen(
