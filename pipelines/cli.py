@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipelines import cli_data, cli_export, cli_report, cli_search, cli_submit, tables
+from pipelines import cli_data, cli_demo, cli_export, cli_report, cli_search, cli_submit, tables
 from pipelines.console import Assignments, Json, in_words, messages, stop
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.add_typer(cli_data.app, name="data")
 app.command()(cli_search.embed)
 app.add_typer(cli_search.app, name="index")
 app.command()(cli_report.report)
+app.command()(cli_demo.demo)
 app.command()(cli_export.export)
 app.command()(cli_submit.submit)
 

@@ -7,10 +7,10 @@ set: nobody ever holds more than a block, and the file does not tell how many wo
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,42 +27,46 @@ from pipelines import build, check, checkpoint, embedder, evaluate, jobs, launch
 from pipelines.config import Config, flatten
 from pipelines.recipe import replaced
 
+Part = Literal["given", "own", "test"]
 ABOUT = b"dml"  # key of the schema's metadata, whose value is JSON: what was embedded by what
 
 
 class Plan(NamedTuple):
     """What is to be embedded by what: checked, and nothing begun.
 
-    checkpoint: the model's folder, `model` its config.  config: that of this job.  given: whether the pictures are ones
-    that the user names, in place of the run's own set.  about: the file's metadata.
+    checkpoint: the model's folder, `model` its config.  config: that of this job.  part: see `pictures`.  about: the
+    file's metadata.
     """
 
     checkpoint: Path
     model: Config
     config: Config
-    given: bool
+    part: Part
     unreadable: list[str]
     rows: int
     about: dict[str, Any]
 
 
-def plan(run: str, images: str | None, assignments: dict[str, Any], console: Console) -> Plan:
-    """run: see jobs.find_checkpoint.  images: a folder or a table of pictures; None: the run's own set.  assignments:
-    config values to replace. ValueError where something is missing."""
+def plan(
+    run: str, images: str | None, assignments: dict[str, Any], console: Console, own: Literal["own", "test"] = "own"
+) -> Plan:
+    """run: see jobs.find_checkpoint.  images: a folder or a table of pictures; None: the run's own.  own: all of these,
+    or the test pictures.  assignments: config values to replace. ValueError where something is missing."""
     found = jobs.find_checkpoint(run)
     model = checkpoint.read_config(found)
     values = _of_images(model, images) if images else {}
+    part: Part = "given" if images else own
     config = jobs.absolute(replaced(model, values | flatten(assignments)))
     unreadable = check.unreadable(config.data, console, labelled=images is None)
     with console.status("reading the data"):
-        pictures = _pictures(config, bool(images), unreadable)
+        chosen = pictures(config, part, unreadable)
     where = run if "://" in run else str(found)  # what comes from a bucket is a copy for the time being
     about = {
         "model": {"run": run, "checkpoint": where, "fingerprint": embedder.fingerprint(found)},
         "config": model.model_dump(exclude_none=True),
-        "root": pictures.files.root if pictures.files else None,
+        "root": chosen.files.root if chosen.files else None,
     }
-    return Plan(found, model, config, bool(images), unreadable, len(pictures), about)
+    return Plan(found, model, config, part, unreadable, len(chosen), about)
 
 
 def _of_images(model: Config, images: str) -> dict[str, Any]:
@@ -73,11 +77,16 @@ def _of_images(model: Config, images: str) -> dict[str, Any]:
     return {"backbone.frozen": False, "data": place | kept}
 
 
-def _pictures(config: Config, given: bool, unreadable: list[str]) -> LabelledImages:
-    if given:
+def pictures(config: Config, part: Part, unreadable: Sequence[str] = ()) -> LabelledImages:
+    """Those that the config names, with or without labels; or the run's own set, or its test pictures, in its order."""
+    if part == "given":
         return build.collection(config.data, unreadable, labelled=False).images
-    train = build.splits(config, unreadable).train
-    return train.whole or train
+    splits = build.splits(config, unreadable)
+    whole = splits.train.whole or splits.train
+    if part == "own":
+        return whole
+    task = splits.tests["test"]
+    return whole.rows(np.sort(np.concatenate([side.places for side in (task.query, task.gallery) if side])))
 
 
 def target(out: str) -> tuple[str, pyarrow.fs.FileSystem, str]:
@@ -100,7 +109,7 @@ def embed(plan: Plan, out: str, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     out, files, path = target(out)
     config = plan.config
-    job = {"given": plan.given, "unreadable": plan.unreadable, "parts": out}
+    job = {"part": plan.part, "unreadable": plan.unreadable, "parts": out}
     try:
         with launch.cluster(config, None), launch.scratch_storage() as scratch:
             job["checkpoint"] = launch.held(plan.checkpoint, embedder.FILES)
@@ -129,10 +138,10 @@ def writer(sink: Any, columns: pa.Schema) -> parquet.ParquetWriter:
 def embed_loop(job: dict[str, Any]) -> dict[str, float]:
     """Write the blocks of one worker of several. Returns how many there are.
 
-    job: as of evaluate.evaluate_loop, and given (as in Plan), parts (the file beside which the parts go).
+    job: as of evaluate.evaluate_loop, and part (as in Plan), parts (the file beside which the parts go).
     """
     sources = evaluate.of_checkpoint(job)
-    images = _pictures(sources.config, job["given"], job["unreadable"])
+    images = pictures(sources.config, job["part"], job["unreadable"])
     files, path = pyarrow.fs.FileSystem.from_uri(job["parts"])
     columns = schema(sources.config)
     batches = evaluate.stream(images, sources, "embedding", partial(embedder.vectors, sources.learner))
@@ -179,8 +188,8 @@ def _table(images: LabelledImages, block: dict[str, Tensor], columns: pa.Schema)
 class Embeddings:
     """A file of `dml embed`, read row group by row group. ValueError where it is not one.
 
-    source: absolute, or a URL.  model: run, checkpoint and fingerprint, from its metadata.  rows, dim: how many vectors
-    of how many numbers.
+    source: absolute, or a URL.  model: run, checkpoint and fingerprint; root: of the paths; both from its metadata.
+    rows, dim: how many vectors of how many numbers.
     """
 
     def __init__(self, source: str):
@@ -194,7 +203,8 @@ class Embeddings:
         missing += [] if ABOUT in metadata else ["metadata of its model"]
         if missing:
             raise ValueError(f"{source}: not a file of dml embed: no {', no '.join(missing)}")
-        self.model = json.loads(metadata[ABOUT])["model"]
+        about = json.loads(metadata[ABOUT])
+        self.model, self.root = about["model"], about["root"]
         self.rows, self.dim = self.file.metadata.num_rows, columns.field("vector").type.list_size
         self.structure = "structure" in columns.names
 

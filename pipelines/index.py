@@ -40,7 +40,8 @@ class Shard(Section):
 
 
 class About(Section):
-    """index.json. options: those that were given.  run, fingerprint: of the model, see embedder.fingerprint."""
+    """index.json. options: those that were given.  run, fingerprint: of the model, see embedder.fingerprint.  root: of
+    the items' paths; None: they have none, or it was not noted."""
 
     kind: Literal["flat", "ivf", "hnsw"]
     dim: Positive
@@ -50,6 +51,7 @@ class About(Section):
     shards: list[Shard]
     run: str
     fingerprint: str
+    root: str | None = None
 
 
 class Hits(NamedTuple):

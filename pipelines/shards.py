@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -55,13 +55,19 @@ class Wanted(NamedTuple):
 
 
 def build(
-    source: str, out: str, wanted: Wanted, model: str | None, assignments: dict[str, Any], console: Console
+    source: str,
+    out: str,
+    wanted: Wanted,
+    model: str | None,
+    assignments: dict[str, Any],
+    console: Console,
+    own: Literal["own", "test"] = "own",
 ) -> dict[str, Any]:
     """Write an index. Returns what `dml index build --json` prints.
 
     source: a file of dml embed, or a run, whose own set is then embedded first.  out: the index's folder, which must be
     new or empty; seen by all nodes.  model: of a file, where the run that made it is now.  assignments: config values
-    for embedding.
+    for embedding.  own: of a run, its whole set or its test pictures.
     ValueError: bad input, before any worker starts. launch.RunFailed: on the way; then nothing is left of it.
     """
     folder = Path(out).expanduser().resolve()
@@ -79,7 +85,7 @@ def build(
     else:
         if model:
             raise ValueError(f"--model {model} cannot act: {source} is a run itself")
-        plan = embed.plan(source, None, assignments, console)
+        plan = embed.plan(source, None, assignments, console, own)
         wanted.check(plan.rows, plan.config.namr is not None, source)
         found, config, file = plan.checkpoint, plan.config, str(folder / "embeddings.parquet")
     try:
@@ -139,6 +145,7 @@ def _write(
         ],
         run=embeddings.model["run"],
         fingerprint=embeddings.model["fingerprint"],
+        root=embeddings.root,
     )
     (folder / "index.json.partial").write_text(about.model_dump_json(indent=1))
     os.replace(folder / "index.json.partial", folder / "index.json")

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-KEYS = {"Tab": 9, "Escape": 27, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+KEYS = {" ": 32, "Tab": 9, "Escape": 27, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
 
@@ -65,6 +65,11 @@ class Page:
     def press(self, key: str) -> None:
         for kind in ("rawKeyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+
+    def choose(self, field: str, file: Path) -> None:
+        """A file for an input, told by its selector."""
+        found = self._call("Runtime.evaluate", expression=f"document.querySelector('{field}')")
+        self._call("DOM.setFileInputFiles", files=[str(file)], objectId=found["result"]["objectId"])
 
     def keep(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))

@@ -1,47 +1,108 @@
-"""The same training by one worker and by two, which several tests look at."""
+"""The same training by one worker and by two, pictures embedded by it, and the command line, for several tests."""
 
 import io
+import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from rich.console import Console
+from torchvision.transforms.functional import to_pil_image
+from typer.testing import CliRunner
 
-from pipelines import jobs
+from pipelines import build, jobs
+from pipelines.cli import app
 from pipelines.recipe import load
+from pipelines.sections import Data
 
 QUIET = Console(file=io.StringIO())
 # Validation, with a checkpoint, after each of six epochs; the variation is estimated before the first and the fourth.
 EXACT = ["glyphs", "data.limit_classes=12", "batch.classes=4", "batch.images=4", "epochs=6", "steps_per_epoch=8"]
 EXACT += ["precision=float64", "method=[iaa,sgar,namr]", "iaa.start_epoch=0", "iaa.update_every=3"]
 
+ROWS = 300  # more than a block
+
+
+def dml(*arguments: str | Path):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def answer(*arguments: str | Path) -> dict[str, Any]:
+    found = dml(*arguments, "--json")
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def refused(*arguments: str | Path) -> str:
+    found = dml(*arguments)
+    assert found.exit_code == 2, found.output
+    assert found.stderr.startswith("bad input: ") and found.stderr.count("\n") == 1
+    return found.stderr
+
+
+@contextmanager
+def working_in(folder: Path, uri: str) -> Iterator[Path]:
+    """A working folder whose runs go to a server."""
+    before = Path.cwd()
+    os.chdir(folder)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+        del os.environ["MLFLOW_TRACKING_URI"]
+
 
 @pytest.fixture(scope="module")
 def tracked_folder(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working folder of the module's own, whose runs go to the server."""
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("work")
-    os.chdir(folder)
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow_server.uri
-    mlflow.set_tracking_uri(mlflow_server.uri)
-    yield folder
-    os.chdir(before)
-    del os.environ["MLFLOW_TRACKING_URI"]
+    """Of the module's own."""
+    with working_in(tmp_path_factory.mktemp("work"), mlflow_server.uri) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")
 def exact(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> dict[int, jobs.Outcome]:
     """Number of workers -> outcome, in float64 and with all methods; one worker is this process itself."""
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("exact")
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow_server.uri
-    os.chdir(folder)
-    mlflow.set_tracking_uri(mlflow_server.uri)
-    try:
+    with working_in(tmp_path_factory.mktemp("exact"), mlflow_server.uri):
         return {
             n: jobs.train(load(EXACT[0], [*EXACT[1:], f"workers={n}", f"name=exact{n}"]), QUIET, here=n == 1)
             for n in (1, 2)
         }
-    finally:
-        os.chdir(before)
-        del os.environ["MLFLOW_TRACKING_URI"]
+
+
+@pytest.fixture(scope="session")
+def pictures(cache: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Characters in class folders, some beside them, and a file that is no picture."""
+    images, folder = build.collection(Data()).images, tmp_path_factory.mktemp("searched") / "pictures"
+    for number in range(ROWS):
+        name = f"{images.class_names[images.labels[number]]}/{number:03d}.png" if number % 50 else f"{number:03d}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(images.picture(number, 32)).save(folder / name)
+    (folder / name).with_name("broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vectors(exact, pictures: Path, mlflow_server) -> Path:
+    """Embedded by two workers."""
+    out = pictures.parent / "out" / "vectors.parquet"
+    with working_in(pictures.parent, mlflow_server.uri):
+        asked = ["embed", exact[2].run_id, "--images", pictures, "--out", out]
+        found = answer(*asked, "workers=2", "data.on_bad_image=skip")
+    assert (found["rows"], found["dim"], found["structure"], found["left_out"]) == (ROWS, 128, True, 1)
+    assert found["file"] == str(out) and [*out.parent.iterdir()] == [out]
+    return out
+
+
+@pytest.fixture(scope="session")
+def index(vectors: Path, mlflow_server) -> Path:
+    """Of the approximate kind with cells, and structure-aware."""
+    out = vectors.parents[1] / "index"
+    with working_in(out.parent, mlflow_server.uri):
+        answer("index", "build", vectors, "--out", out, "--kind", "ivf", "--structure")
+    return out

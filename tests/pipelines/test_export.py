@@ -21,26 +21,15 @@ import onnxruntime
 import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
-from typer.testing import CliRunner
 
 from pipelines import build, checkpoint, export
-from pipelines.cli import app
 from pipelines.embedder import Embedder, fingerprint
 from pipelines.recipe import load
 from pipelines.sections import Data
+from tests.pipelines.conftest import answer, dml
 
 pytestmark = pytest.mark.usefixtures("tracked_folder")
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
-
-
-def dml(*arguments: str | Path):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def answer(*arguments: str | Path) -> dict[str, Any]:
-    found = dml(*arguments, "--json")
-    assert found.exit_code == 0, found.output
-    return json.loads(found.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

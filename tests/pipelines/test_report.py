@@ -1,6 +1,5 @@
 """Reports: what is on the page is what the run has, and a real browser shows it."""
 
-import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -8,33 +7,15 @@ from typing import Any
 
 import mlflow
 import pytest
-from typer.testing import CliRunner
 
 from pipelines import checkpoint, compare, report, report_page, spaces, tables
-from pipelines.cli import app
 from pipelines.recipe import load
 from pipelines.report_plots import curves
 from pipelines.tuner import Trial
 from tests.pipelines import browser
+from tests.pipelines.conftest import answer, refused
 
 pytestmark = pytest.mark.usefixtures("tracked_folder")
-
-
-def dml(*arguments: str | Path):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def answer(*arguments: str | Path) -> dict[str, Any]:
-    found = dml(*arguments, "--json")
-    assert found.exit_code == 0, found.output
-    return json.loads(found.stdout.splitlines()[-1])
-
-
-def refused(*arguments: str | Path) -> str:
-    found = dml(*arguments)
-    assert found.exit_code == 2, found.output
-    assert found.stderr.startswith("bad input: ") and found.stderr.count("\n") == 1
-    return found.stderr
 
 
 @pytest.fixture(scope="module")

@@ -9,59 +9,15 @@ import pandas as pd
 import pytest
 import torch
 from pyarrow import parquet
-from torchvision.transforms.functional import to_pil_image
-from typer.testing import CliRunner
 
 from dml_core.retrieval.neighbors import nearest
 from dml_core.retrieval.structure import index_vectors, query_vectors
 from pipelines import build, checkpoint
-from pipelines.cli import app
 from pipelines.embedder import Embedder
 from pipelines.index import open_index
-from pipelines.sections import Data
+from tests.pipelines.conftest import ROWS, answer, dml, refused
 
 pytestmark = pytest.mark.usefixtures("tracked_folder")
-ROWS = 300  # more than a block
-
-
-def dml(*arguments: str | Path):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def answer(*arguments: str | Path) -> dict:
-    found = dml(*arguments, "--json")
-    assert found.exit_code == 0, found.output
-    return json.loads(found.stdout.splitlines()[-1])
-
-
-def refused(*arguments: str | Path) -> str:
-    found = dml(*arguments)
-    assert found.exit_code == 2, found.output
-    assert found.stderr.startswith("bad input: ") and found.stderr.count("\n") == 1
-    return found.stderr
-
-
-@pytest.fixture(scope="module")
-def pictures(tracked_folder: Path) -> Path:
-    """Characters in class folders, some beside them, and a file that is no picture."""
-    images = build.collection(Data()).images
-    for number in range(ROWS):
-        name = f"{images.class_names[images.labels[number]]}/{number:03d}.png" if number % 50 else f"{number:03d}.png"
-        path = tracked_folder / "pictures" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(images.picture(number, 32)).save(path)
-    (path.parent / "broken.png").write_bytes(b"no picture")
-    return tracked_folder / "pictures"
-
-
-@pytest.fixture(scope="module")
-def vectors(exact, pictures: Path, tracked_folder: Path) -> Path:
-    """Embedded by two workers."""
-    run, out = exact[2].run_id, tracked_folder / "out" / "vectors.parquet"
-    found = answer("embed", run, "--images", pictures, "--out", out, "workers=2", "data.on_bad_image=skip")
-    assert (found["rows"], found["dim"], found["structure"], found["left_out"]) == (ROWS, 128, True, 1)
-    assert found["file"] == str(out) and [*out.parent.iterdir()] == [out]
-    return out
 
 
 def columns(file: Path) -> dict[str, np.ndarray]:
@@ -122,13 +78,6 @@ def test_flat_index_is_the_exact_ranking(vectors: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found.score[0], distance, atol=1e-3)
     with pytest.raises(ValueError, match="not built with --structure"):
         open_index(tmp_path / "plain").search(z, 20, s)
-
-
-@pytest.fixture(scope="module")
-def index(exact, vectors: Path, tracked_folder: Path) -> Path:
-    """Of the approximate kind with cells, and structure-aware."""
-    answer("index", "build", vectors, "--out", tracked_folder / "index", "--kind", "ivf", "--structure")
-    return tracked_folder / "index"
 
 
 def test_a_picture_finds_itself(index: Path, vectors: Path, pictures: Path) -> None:
