@@ -22,14 +22,29 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+class _Gather(torch.autograd.Function):
+    """All-gather along dim 0. Backward is its adjoint: the sum over ranks of the gradient of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        rows = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        return own_rows(all_sum(gradient.clone(memory_format=torch.contiguous_format)))
+
+
 def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order: (b, ...), the same shape on every rank -> (world * b, ...). Not differentiable:
-    learner.py hands the gradient of the rows that a rank gave back to it."""
-    if world_size() == 1:
-        return x
-    rows = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(rows, x.contiguous())
-    return torch.cat(rows)
+    """Rows of all ranks in rank order, differentiable: (b, ...), the same shape on every rank -> (world * b, ...).
+
+    Where every rank computes the same loss L of the gathered rows, each gets world * dL/dx. The mean over ranks that
+    DistributedDataParallel takes cancels that factor for what lies before the gather, and changes nothing for what lies
+    behind it (proxies, heads): every parameter gets dL/dp once. learner.py, which sums gradients itself, gathers rows
+    that need none.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
 
 
 def collect(x: Tensor, destination: int) -> list[Tensor]:
