@@ -39,8 +39,6 @@ from pipelines.console import RunFailed, messages
 from pipelines.network import ByRaysNetwork
 from pipelines.progress import Bar, Board
 
-SHARED = "; a folder that all nodes share, s3:// or gs:// is needed"
-
 
 @contextlib.contextmanager
 def cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bool = False) -> Iterator[None]:
@@ -258,7 +256,9 @@ def _enter(loop: tuple[str, str], job: dict[str, Any], written: str | Literal[Fa
         files, path = pyarrow.fs.FileSystem.from_uri(written)
         if files.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
             node = ray.util.get_node_ip_address()
-            raise FileNotFoundError(f"storage: node {node} does not see {written}{SHARED}")
+            raise FileNotFoundError(
+                f"storage: node {node} does not see {written}; a folder that all nodes share, s3:// or gs:// is needed"
+            )
     return getattr(importlib.import_module(loop[0]), loop[1])(job)
 
 
@@ -292,7 +292,7 @@ def _reason(error: BaseException) -> str:
         error = next((c for c in causes if "Connection closed by peer" not in str(c)), causes[0])
     error = _root(error)
     if "Unable to set up cluster storage" in str(error):  # Ray Train's own look, on each node that has a worker
-        return f"storage: a node does not see the run's folder{SHARED}"
+        return "storage: a node does not see the run's folder, which all nodes must share"
     lines = str(error).strip().splitlines() or [""]
     # What another process raised comes as its traceback, whose last line is the message.
     foreign = isinstance(error, ray.exceptions.RayError) or "DataLoader worker" in lines[0]

@@ -38,8 +38,9 @@ def commands(text: str) -> Iterator[tuple[str, bool]]:
     """Command lines of a page, and whether they are whole: what stands in a sentence need not be."""
     for code in fenced(text, "", "bash"):
         for line in code.replace("\\\n", " ").splitlines():
-            if found := re.search(r"\b(dml|make|python) .*", line.partition(" #")[0]):
-                yield found[0], True
+            begins = r"(?:^|&& |; )(?:[A-Z_]+=\S+ )*((?:dml|make|python) .*)"
+            if found := re.search(begins, line.partition(" #")[0]):
+                yield found[1], True
     for line in re.findall(r"`((?:dml|make|python) [^`\n]+)`", re.sub(r"(?ms)^```.*?^```$", "", text)):
         yield line.replace("\\|", "|"), False
 
