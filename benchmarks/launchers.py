@@ -131,11 +131,12 @@ def under_torchrun(config: Config) -> None:
 def in_turns(config: Config, turn: float) -> dict[str, list[Speed]]:
     """Speeds of both ways in ten parts of the time that both trained, after those of the whole of it."""
     with tempfile.TemporaryDirectory() as storage:
-        running = {way: Running(way, config, storage) for way in WAYS}
-        while not all(Path(storage, f"{way}.begun").exists() for way in WAYS):
-            assert not any(one.ended() for one in running.values())
-            time.sleep(0.2)
-        for one in running.values():
+        running = {}
+        for way in reversed(WAYS):  # Ray, which takes longer to start and likes it less to be stopped, comes last
+            one = running[way] = Running(way, config, storage)
+            while not Path(storage, f"{way}.begun").exists():
+                assert not one.ended()
+                time.sleep(0.2)
             one.send(signal.SIGSTOP)
         while not any(one.ended() for one in running.values()):
             for one in running.values():

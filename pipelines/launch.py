@@ -84,7 +84,7 @@ def _await_nodes(config: Config) -> None:
         has = ray.cluster_resources()
         return any(has.get(name, 0) < few for name in need)
 
-    if missing() and config.wait_for_nodes:
+    if config.wait_for_nodes and missing():
         messages.print(f"waiting for nodes, {config.wait_for_nodes} s at most: workers={config.workers}, each {need}")
         request_resources(bundles=[need] * many)
         while missing() and time.monotonic() < deadline:
