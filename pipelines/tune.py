@@ -18,6 +18,7 @@ from rich.console import Console
 from pipelines import build, compare, jobs, launch, population, sweep_plots, tracking, tuner
 from pipelines.config import Config
 from pipelines.recipe import parse, replaced, to_yaml
+from pipelines.run_folder import RunFolder
 from pipelines.spaces import Point, Space, own_point, points, space_of
 from pipelines.trials import CLOCK, EPOCHS, SCORE, Options, Sweep, fold_values, run_final, run_trial, warm
 
@@ -57,7 +58,7 @@ def begin(config: Config, options: Options, console: Console) -> Outcome:
         parts = [config.data.name, options.space.replace(".py", "").replace("/", "-"), options.search]
         config = replaced(config, {"name": "-".join([*parts, datetime.now().strftime("%Y%m%d-%H%M%S")])})
     config = jobs.absolute(config)
-    folder = jobs.RunFolder(config)
+    folder = RunFolder(config)
     if folder.read("sweep.json") or folder.read("run.json"):
         raise ValueError(
             f"name={config.name} is taken in {config.storage}; to continue a sweep: --resume {config.name}"
@@ -90,7 +91,7 @@ def begin(config: Config, options: Options, console: Console) -> Outcome:
 def resume(name: str, storage: str, console: Console) -> Outcome:
     """Go on with a sweep that was killed or stopped, or repeat the outcome of one that finished."""
     config = jobs.absolute(replaced(Config(), {"name": name, "storage": storage}))
-    folder = jobs.RunFolder(config)
+    folder = RunFolder(config)
     if (begun := folder.read("sweep.json")) is None:
         raise ValueError(f"--resume {name}: no sweep of that name in {storage}; storage=FOLDER says where")
     if outcome := folder.read("outcome.json"):
@@ -107,7 +108,7 @@ def resume(name: str, storage: str, console: Console) -> Outcome:
     return _sweep(sweep, space, folder, console)
 
 
-def _sweep(sweep: Sweep, space: Space, folder: jobs.RunFolder, console: Console) -> Outcome:
+def _sweep(sweep: Sweep, space: Space, folder: RunFolder, console: Console) -> Outcome:
     started, status, config = time.monotonic(), "FAILED", sweep.config
     here = config.worker_range[1] == 1
     console.print(f"{sweep.folder}  (if interrupted: dml tune --resume {sweep.name})", highlight=False)
