@@ -17,25 +17,32 @@ from torch.nn.functional import normalize
 from dml_core.data.sampling import BatchPlan
 from dml_core.learner import Learner
 from dml_core.synthesis import gaussian, radial
-from pipelines import build, checkpoint, evaluate, launch
-from pipelines.config import Config
-from pipelines.progress import Reporter
-from pipelines.recipe import load
-from pipelines.train import train_loop
+from pipelines.cluster.devices import resolve_devices
+from pipelines.cluster.launch import run_in_process
+from pipelines.cluster.progress import Reporter
+from pipelines.config.recipe import load_recipe
+from pipelines.config.schema import Config
+from pipelines.data.sets import load_splits
+from pipelines.data.sources import Sources
+from pipelines.models import run_folder
+from pipelines.models.build import build_learner
+from pipelines.models.checkpoint import load_weights
+from pipelines.models.run_folder import checkpoint_name
+from pipelines.training.loop import train_loop
 
 
 def trained(arguments: list[str], folder: str, methods: list[str]) -> tuple[Config, Learner, Tensor, Tensor]:
     """Config, learner with the best epoch's weights, all training features and labels."""
     name = "_".join(methods) or "plain"
     given = [*arguments[1:], f"method=[{','.join(methods)}]", f"storage={folder}", f"name={name}", "workers=1"]
-    config = launch.resolve_devices(load(arguments[0], given), here=True)
+    config = resolve_devices(load_recipe(arguments[0], given), here=True)
     job = {"run_id": None, "tracking_uri": None, "unreadable": [], "test": False}
-    metrics = launch.run_here(train_loop, config, job)
-    splits = build.splits(config)
-    learner = build.learner(config, len(splits.train.class_names))
-    best = Path(checkpoint.run_folder(config)[1]) / checkpoint.folder_name(int(metrics["best_epoch"]))
-    checkpoint.load_weights(best, learner)
-    sources = evaluate.Sources(config, learner, torch.device("cpu"), 1, Reporter(None))
+    metrics = run_in_process(train_loop, config, job)
+    splits = load_splits(config)
+    learner = build_learner(config, len(splits.train.class_names))
+    best = Path(run_folder.locate(config)[1]) / checkpoint_name(int(metrics["best_epoch"]))
+    load_weights(best, learner)
+    sources = Sources(config, learner, torch.device("cpu"), 1, Reporter(None))
     features = next(iter(sources.of(splits.train).batches([[(i, None) for i in range(len(splits.train))]])))
     return config, learner, features, torch.from_numpy(splits.train.labels)
 

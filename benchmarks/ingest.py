@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 from dml_core.data import transforms
 from dml_core.data.loading import Views
 from dml_core.data.own import load_folder
-from pipelines.streaming import StreamedViews
+from pipelines.data.streaming import StreamedViews
 
 SIZE, BATCH, SIDE = 224, 64, 1000
 

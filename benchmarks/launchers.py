@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from pipelines import checkpoint
-from pipelines.config import Config
-from pipelines.recipe import load, parse
+from pipelines.config.recipe import load_recipe, parse_config
+from pipelines.config.schema import Config
+from pipelines.models.checkpoint import read_history
+from pipelines.models.run_folder import checkpoint_name
 
 JOB = {"run_id": None, "tracking_uri": None, "unreadable": [], "test": False}
 WAYS = ("ray", "torchrun")
@@ -98,7 +99,7 @@ class Running:
 
 def marked_loop(job: dict[str, Any]) -> Any:
     """In a worker: training, after it has told that its process is there."""
-    from pipelines.train import train_loop
+    from pipelines.training.loop import train_loop
 
     Path(job["config"]["storage"], f"{job['config']['name']}.begun").touch()
     return train_loop(job)
@@ -109,13 +110,14 @@ def under_ray(config: Config) -> None:
     from launchers import marked_loop  # workers import it by this name
     from rich.console import Console
 
-    from pipelines import launch
+    from pipelines.cluster.launch import run_on_workers
+    from pipelines.cluster.session import open_cluster
 
     assert config.name
     Path(config.storage, config.name).mkdir()
     Path(config.storage, config.name, "run.json").touch()  # looked for by the workers
-    with launch.cluster(config, None):
-        launch.run(marked_loop, config, JOB, config.storage, config.name, Console(file=io.StringIO()))
+    with open_cluster(config, None):
+        run_on_workers(marked_loop, config, JOB, config.storage, config.name, Console(file=io.StringIO()))
 
 
 def under_torchrun(config: Config) -> None:
@@ -153,7 +155,7 @@ def in_turns(config: Config, turn: float) -> dict[str, list[Speed]]:
                 time.sleep(0.2)
         epochs = {}
         for way, one in running.items():
-            history = checkpoint.read_history(one.folder / checkpoint.folder_name(config.epochs))
+            history = read_history(one.folder / checkpoint_name(config.epochs))
             epochs[way] = [record["time"] / 1e3 for record in history][:-1]  # the last one is validated
     images = config.batch.classes * config.batch.images * (config.steps_per_epoch or 0)
     start, end = max(times[1] for times in epochs.values()), min(times[-1] for times in epochs.values())
@@ -174,9 +176,9 @@ def main() -> None:
         parser.add_argument(f"--{way}", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ray:
-        under_ray(parse(json.loads(options.ray)))
+        under_ray(parse_config(json.loads(options.ray)))
     elif options.torchrun:
-        under_torchrun(parse(json.loads(options.torchrun)))
+        under_torchrun(parse_config(json.loads(options.torchrun)))
     else:
         compare(options)
 
@@ -186,7 +188,7 @@ def compare(options: argparse.Namespace) -> None:
     fixed += ["use_gpu=false", "precision=float32", "data.loader=torch", *options.assignments]
     print("| workers | | Ray | torchrun | ratio (lowest, highest of ten parts) |\n|---|---|---|---|---|", flush=True)
     for workers in options.workers:
-        found = in_turns(load(options.recipe, [*fixed, f"workers={workers}"]), options.turn)
+        found = in_turns(load_recipe(options.recipe, [*fixed, f"workers={workers}"]), options.turn)
         for name, digits in (("images_per_second", 0), ("cpu", 2)):
             ours, bare = (np.array([getattr(speed, name) for speed in found[way]]) for way in WAYS)
             ratio = ours / bare if name == "images_per_second" else bare / ours

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from pipelines.console import RunFailed
+
 ROOT = Path(__file__).parents[1]
 LOSSES = ("triplet", "contrastive", "multi_similarity", "proxy_anchor")
 METHODS: tuple[tuple[str, ...], ...] = ((), ("iaa",), ("sgar",), ("namr",), ("iaa", "sgar", "namr"))
@@ -43,16 +45,17 @@ def begin() -> None:
 
 def run(assignments: list[str], test: bool) -> dict[str, float]:
     """One training in this process; what a diverged one scores is nothing."""
-    from pipelines import launch
-    from pipelines.recipe import load
-    from pipelines.train import train_loop
+    from pipelines.cluster.devices import resolve_devices
+    from pipelines.cluster.launch import run_in_process
+    from pipelines.config.recipe import load_recipe
+    from pipelines.training.loop import train_loop
 
     with tempfile.TemporaryDirectory() as storage:
-        config = load(assignments[0], [*assignments[1:], "workers=1", "name=run", f"storage={storage}"])
+        config = load_recipe(assignments[0], [*assignments[1:], "workers=1", "name=run", f"storage={storage}"])
         job = {"run_id": None, "tracking_uri": None, "unreadable": [], "test": test}
         try:
-            metrics = launch.run_here(train_loop, launch.resolve_devices(config, here=True), job)
-        except launch.RunFailed as error:
+            metrics = run_in_process(train_loop, resolve_devices(config, here=True), job)
+        except RunFailed as error:
             if "not finite" not in str(error):
                 raise
             return {"val/best_map_at_r": 0.0}

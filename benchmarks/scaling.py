@@ -113,11 +113,11 @@ def behind_the_backbone(batch: int, repeats: int) -> tuple[float, int]:
     from losses import grown
 
     from dml_core.heads import linear
-    from pipelines import build
-    from pipelines.recipe import load
+    from pipelines.config.recipe import load_recipe
+    from pipelines.models.build import build_learner
 
-    config = load("cub-iaa", ["data.root=unused", "backbone.name=small", "backbone.weights=none"])
-    learner = build.learner(config, CLASSES)
+    config = load_recipe("cub-iaa", ["data.root=unused", "backbone.name=small", "backbone.weights=none"])
+    learner = build_learner(config, CLASSES)
     learner.head = linear(FEATURES, DIM)
     assert learner.iaa is not None
     seen = torch.arange(8 * CLASSES) % CLASSES

@@ -16,13 +16,21 @@ from torch import Tensor
 
 from dml_core.learner import Learner
 from dml_core.synthesis import gaussian, radial
-from pipelines import build, checkpoint, launch
-from pipelines.config import Config
-from pipelines.recipe import load
-from pipelines.train import train_loop
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from pipelines.cluster.devices import resolve_devices
+from pipelines.cluster.launch import run_in_process
+from pipelines.config.recipe import load_recipe
+from pipelines.config.schema import Config
+from pipelines.data.sets import load_splits
+from pipelines.data.sources import views_of
+from pipelines.models import run_folder
+from pipelines.models.build import build_learner
+from pipelines.models.checkpoint import load_weights
+from pipelines.models.run_folder import checkpoint_name
+from pipelines.training.loop import train_loop
 
 RUN = ["data.limit_classes=80", "method=[iaa,sgar]", "epochs=12", "evaluate_every=12", "workers=1", "name=run"]
 COLORS = "#1b6ca8", "#b5b5b5", "#8a8a8a"
@@ -31,8 +39,8 @@ INTENSITIES = ("#fdd49e", "#fdbb84", "#fc8d59", "#e34a33", "#b30000")
 
 @torch.inference_mode()
 def embeddings(learner: Learner, config: Config) -> tuple[Tensor, Tensor]:
-    images = build.splits(config).train
-    views = build.views(config, images)
+    images = load_splits(config).train
+    views = views_of(config, images)
     parts = [learner.embed(x) for x in views.batches([[(i, None)] for i in range(len(images))])]
     return torch.cat(parts), torch.from_numpy(images.labels)
 
@@ -66,14 +74,14 @@ def draw(axes: list[plt.Axes], learner: Learner, config: Config, title: str) -> 
 def main(path: str) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 9))
     with tempfile.TemporaryDirectory() as storage:
-        config = launch.resolve_devices(load("glyphs", [*RUN, f"storage={storage}"]), here=True)
-        learner = build.learner(config, len(build.splits(config).train.class_names))
+        config = resolve_devices(load_recipe("glyphs", [*RUN, f"storage={storage}"]), here=True)
+        learner = build_learner(config, len(load_splits(config).train.class_names))
         draw(axes[0], learner, config, "before training")
-        metrics = launch.run_here(
+        metrics = run_in_process(
             train_loop, config, {"run_id": None, "tracking_uri": None, "unreadable": [], "test": False}
         )
-        folder = Path(checkpoint.run_folder(config)[1])
-        checkpoint.load_weights(folder / checkpoint.folder_name(int(metrics["best_epoch"])), learner)
+        folder = Path(run_folder.locate(config)[1])
+        load_weights(folder / checkpoint_name(int(metrics["best_epoch"])), learner)
         draw(axes[1], learner, config, "after training")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -18,8 +18,9 @@ from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 
 from dml_core import base_losses
-from pipelines.cli import app
-from pipelines.config import FREE, Config
+from pipelines.cli import main
+from pipelines.config.identity import FREE_KEYS
+from pipelines.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -106,7 +107,7 @@ def shown(path: str) -> str:
 
 def command_reference() -> str:
     """By typer, as `dml --help` has it; examples as code."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(main.app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dml", title="Commands")
     return re.sub(r"(?m)\s*(?:Example|Then): (dml .+)$", r"\n\n```\n\1\n```\n", text)
 
@@ -159,7 +160,7 @@ def config_reference() -> str:
     for group in groups():
         lines += [f"## {group.name or 'The run'}\n", f"{group.text}\n"]
         for key in group.keys:
-            may = "; may differ when a run is [continued](resume.md#what-may-change)" if key.name in FREE else ""
+            may = "; may differ when a run is [continued](resume.md#what-may-change)" if key.name in FREE_KEYS else ""
             lines += [f"### `{key.name}`\n", f"{key.text}\n", f"{key.allowed}; default: **{key.default}**{may}\n"]
         if group.name == "loss":
             lines += ["### `loss.ARGUMENT`\n", "Whatever the loss takes, with the default that it has here:\n"]

@@ -1,0 +1,18 @@
+"""The pipeline around dml_core: data, training on Ray, sweeps, tracking, serving and the command line, in wings.
+
+A wing imports only wings on lines below its own:
+
+    cli
+    reports
+    serving | sweeps
+    runs
+    training
+    data | models
+    cluster | compare
+    config
+    tracking, pages, console, environment
+
+`environment` sets variables that Ray, Ray Tune and MLflow read when they are imported, hence is imported first.
+"""
+
+from pipelines import environment as environment

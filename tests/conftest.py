@@ -51,7 +51,7 @@ def local_ray(cache: Path) -> Iterator[None]:
     os.environ["DML_CACHE"] = str(cache)
     import ray
 
-    from pipelines.launch import start_local
+    from pipelines.cluster.session import start_local
 
     start_local(4)
     yield

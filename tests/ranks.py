@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-mp.set_forkserver_preload(["pipelines.train", "torch._dynamo"])
+mp.set_forkserver_preload(["pipelines.training.loop", "torch._dynamo"])
 
 
 def run(function: Callable[..., Any], world: int, *arguments: Any) -> None:

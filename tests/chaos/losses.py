@@ -7,7 +7,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from pipelines import jobs
+from pipelines.runs.outcome import TrainOutcome
 from tests.chaos.machines import Machines, Training
 
 
@@ -30,7 +30,7 @@ def lose(kind: str, cluster: Machines, training: Training, rng: random.Random) -
     return training
 
 
-def assert_as_undisturbed(uri: str, outcome: dict[str, Any], expected: jobs.Outcome) -> None:
+def assert_as_undisturbed(uri: str, outcome: dict[str, Any], expected: TrainOutcome) -> None:
     """Each step once in MLflow, and all losses and metrics to 1e-9."""
     client, curves = mlflow.MlflowClient(uri), []
     for run_id in (outcome["run_id"], expected.run_id):

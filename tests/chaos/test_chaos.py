@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import checkpoint, jobs
-from pipelines.recipe import load
+from pipelines.config.recipe import load_recipe
+from pipelines.models.checkpoint import is_whole
+from pipelines.runs.outcome import TrainOutcome
+from pipelines.runs.train import run_training
 from tests.chaos.losses import assert_as_undisturbed, lose, newest
 from tests.chaos.machines import Training, machines, nothing_left
 from tests.pipelines.conftest import QUIET
@@ -32,8 +34,10 @@ def to_server(mlflow_server, tmp_path_factory: pytest.TempPathFactory):
     os.environ.update(before)
 
 
-def undisturbed(arguments: list[str], folder: Path) -> jobs.Outcome:
-    return jobs.train(load(arguments[0], [*arguments[1:], "workers=1", f"storage={folder}", "name=calm"]), QUIET, True)
+def undisturbed(arguments: list[str], folder: Path) -> TrainOutcome:
+    return run_training(
+        load_recipe(arguments[0], [*arguments[1:], "workers=1", f"storage={folder}", "name=calm"]), QUIET, True
+    )
 
 
 @pytest.mark.timeout(3600)
@@ -90,7 +94,7 @@ def test_faults_on_three_machines(kind: str, tmp_path: Path, mlflow_server) -> N
             training.kill()
             weights = run / newest(run) / "learner.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-            at = max(path.parent.name for path in run.glob("epoch_*/manifest.json") if checkpoint.whole(path.parent))
+            at = max(path.parent.name for path in run.glob("epoch_*/manifest.json") if is_whole(path.parent))
             training = training.again()
         else:
             cluster.lose(cluster.nodes[-1])
@@ -106,4 +110,4 @@ def test_faults_on_three_machines(kind: str, tmp_path: Path, mlflow_server) -> N
         training.wait_for_end(600)
         outcome = json.loads(training.out.read_text().splitlines()[-1])
     assert_as_undisturbed(mlflow_server.uri, outcome, expected)
-    assert checkpoint.whole(Path(outcome["checkpoint"]))
+    assert is_whole(Path(outcome["checkpoint"]))

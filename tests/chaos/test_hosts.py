@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import jobs
-from pipelines.recipe import load
+from pipelines.config.recipe import load_recipe
+from pipelines.runs.train import run_training
 from tests.chaos.hosts import NET, Host, hosts
 from tests.chaos.losses import assert_as_undisturbed, newest
 from tests.chaos.machines import Training, quietly
@@ -45,7 +45,7 @@ def test_a_folder_that_a_host_does_not_see_and_a_cable_that_is_pulled(
     monkeypatch.setenv("DML_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     given = [f"storage={tmp_path / 'calm'}", "name=calm", "workers=1"]
-    expected = jobs.train(load(SHORT[0], [*SHORT[1:], *given]), QUIET, True)
+    expected = run_training(load_recipe(SHORT[0], [*SHORT[1:], *given]), QUIET, True)
     unseen = tmp_path / "unseen"
     unseen.mkdir()
     with hosts([[], [unseen], [unseen]]) as (address, (head, *others)):

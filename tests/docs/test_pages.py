@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import typer
 
-from pipelines.cli import app
-from pipelines.recipe import data_section, load
-from pipelines.spaces import space_of
+from pipelines.cli import main
+from pipelines.config.recipe import data_section, load_recipe
+from pipelines.sweeps.spaces import space_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DML = typer.main.get_command(app)
+DML = typer.main.get_command(main.app)
 ASSIGNMENT = re.compile(r"[a-z][\w.]*=")
 
 specification = importlib.util.spec_from_file_location("generated", ROOT / "docs" / "generated.py")
@@ -64,7 +64,7 @@ def check(words: list[str], whole: bool = True) -> None:
         recipes = [word for word in told["arguments"] or [] if "=" not in word]
         # One of the reader's own, or what stands for one, has the keys of any.
         recipes = ["glyphs" if name.endswith(".yaml") or name.isupper() else name for name in recipes]
-        config = load(*recipes or ["glyphs"], [word for word in told["arguments"] or [] if "=" in word])
+        config = load_recipe(*recipes or ["glyphs"], [word for word in told["arguments"] or [] if "=" in word])
         if name == "tune" and told["space"] and not told["space"].endswith(".py"):
             space_of(told["space"], config)
     elif name == "data check":

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from pipelines.cli import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ def test_every_line_of_the_quickstart(tmp_path: Path, monkeypatch: pytest.Monkey
     lines = [line for line in text.splitlines() if line.startswith("dml ")]
     said = {}
     for line in lines:
-        found = CliRunner().invoke(app, shlex.split(line)[1:])
+        found = CliRunner().invoke(main.app, shlex.split(line)[1:])
         assert found.exit_code == 0, f"{line}\n{found.output}"
         said[line] = found.output
     assert len(said) == 5

@@ -14,10 +14,12 @@ from rich.console import Console
 from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
-from pipelines import build, jobs
-from pipelines.cli import app
-from pipelines.recipe import load
-from pipelines.sections import Data
+from pipelines.cli import main
+from pipelines.config.recipe import load_recipe
+from pipelines.config.sections import Data
+from pipelines.data.sets import load_collection
+from pipelines.runs.outcome import TrainOutcome
+from pipelines.runs.train import run_training
 
 QUIET = Console(file=io.StringIO())
 # Validation, with a checkpoint, after each of six epochs; the variation is estimated before the first and the fourth.
@@ -28,7 +30,7 @@ ROWS = 300  # more than a block
 
 
 def dml(*arguments: str | Path):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main.app, [str(argument) for argument in arguments])
 
 
 def answer(*arguments: str | Path) -> dict[str, Any]:
@@ -66,11 +68,11 @@ def tracked_folder(local_ray: None, mlflow_server, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
-def exact(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> dict[int, jobs.Outcome]:
+def exact(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> dict[int, TrainOutcome]:
     """Number of workers -> outcome, in float64 and with all methods; one worker is this process itself."""
     with working_in(tmp_path_factory.mktemp("exact"), mlflow_server.uri):
         return {
-            n: jobs.train(load(EXACT[0], [*EXACT[1:], f"workers={n}", f"name=exact{n}"]), QUIET, here=n == 1)
+            n: run_training(load_recipe(EXACT[0], [*EXACT[1:], f"workers={n}", f"name=exact{n}"]), QUIET, here=n == 1)
             for n in (1, 2)
         }
 
@@ -78,7 +80,7 @@ def exact(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def pictures(cache: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Characters in class folders, some beside them, and a file that is no picture."""
-    images, folder = build.collection(Data()).images, tmp_path_factory.mktemp("searched") / "pictures"
+    images, folder = load_collection(Data()).images, tmp_path_factory.mktemp("searched") / "pictures"
     for number in range(ROWS):
         name = f"{images.class_names[images.labels[number]]}/{number:03d}.png" if number % 50 else f"{number:03d}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

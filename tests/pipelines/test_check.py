@@ -11,9 +11,9 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipelines import jobs
-from pipelines.cli import app
-from pipelines.recipe import load
+from pipelines.cli import main
+from pipelines.config.recipe import load_recipe
+from pipelines.runs.train import run_training
 
 pytestmark = pytest.mark.usefixtures("tracked_folder")
 QUIET = Console(file=io.StringIO())
@@ -33,7 +33,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def check(*arguments: str) -> tuple[int, dict]:
-    found = CliRunner().invoke(app, ["data", "check", *arguments, "--json"])
+    found = CliRunner().invoke(main.app, ["data", "check", *arguments, "--json"])
     return found.exit_code, json.loads(found.stdout.splitlines()[-1])
 
 
@@ -83,7 +83,7 @@ def test_wrong_counts_of_a_benchmark(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
-    found = CliRunner().invoke(app, ["data", "check", *arguments])
+    found = CliRunner().invoke(main.app, ["data", "check", *arguments])
     assert found.exit_code == 2 and message in found.stderr and found.stderr.count("\n") == 1
 
 
@@ -91,15 +91,15 @@ def test_skip_leaves_out_what_cannot_be_read_and_says_so(root: Path) -> None:
     for number in range(3):
         (root / "class 2" / f"{number}.jpg").write_bytes(b"no picture")
     given = [*SMALL, f"data.root={root}", "data.validation_fraction=0"]
-    config = load("glyphs", [*given, "data.on_bad_image=skip", "name=skipping"])
-    outcome = jobs.train(config, QUIET, here=True)
+    config = load_recipe("glyphs", [*given, "data.on_bad_image=skip", "name=skipping"])
+    outcome = run_training(config, QUIET, here=True)
     assert outcome.metrics["data/left_out"] == 3
     client = mlflow.MlflowClient()
     assert client.get_run(outcome.run_id).data.metrics["data/left_out"] == 3
     left_out = mlflow.artifacts.load_text(f"runs:/{outcome.run_id}/left_out.txt").split("\n")
     assert left_out == [f"class 2/{number}.jpg" for number in range(3)]
-    assert jobs.train(config, QUIET) == outcome
-    from pipelines.launch import RunFailed
+    assert run_training(config, QUIET) == outcome
+    from pipelines.cluster.launch import RunFailed
 
     with pytest.raises(RunFailed, match="unreadable picture"):
-        jobs.train(load("glyphs", [*given, "name=failing", "steps_per_epoch=20"]), QUIET, here=True)
+        run_training(load_recipe("glyphs", [*given, "name=failing", "steps_per_epoch=20"]), QUIET, here=True)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines import checkpoint
-from pipelines.recipe import load
+from pipelines.config.recipe import load_recipe
+from pipelines.models import checkpoint
+from pipelines.models.checkpoint import TrainingState, is_whole, read_class_names, read_config
+from pipelines.models.run_folder import checkpoint_name, keep_checkpoint, newest_checkpoint
 
 
 class Parts:
@@ -29,12 +31,12 @@ class Parts:
 
 
 def save(folder: Path, parts: Parts, epoch: int = 2) -> Path:
-    state = checkpoint.State(epoch, 1, 0.5)
+    state = TrainingState(epoch, 1, 0.5)
     history = [{"step": 1, "metrics": {"a": 0.1}}]
-    folder = folder / checkpoint.folder_name(epoch)
+    folder = folder / checkpoint_name(epoch)
     names = ("x", "ü/y")
     checkpoint.save(
-        *(folder, load("glyphs", []), names, parts.network, parts.optimizer, parts.schedule, state, history),
+        *(folder, load_recipe("glyphs", []), names, parts.network, parts.optimizer, parts.schedule, state, history),
         *({"m": 1 / 3}, torch.tensor([[0.1, 0.2]], dtype=torch.float64)),
     )
     return folder
@@ -49,33 +51,33 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     one.step()
     other.step()
     assert all((a == b).all() for a, b in zip(one.network.parameters(), other.network.parameters(), strict=True))
-    assert found.state == checkpoint.State(2, 1, 0.5) and found.steps.tolist() == [[0.1, 0.2]]
+    assert found.state == TrainingState(2, 1, 0.5) and found.steps.tolist() == [[0.1, 0.2]]
     assert json.loads((folder / "metrics.json").read_text()) == {"m": 1 / 3}
-    assert checkpoint.read_config(folder) == load("glyphs", [])
-    assert checkpoint.read_class_names(folder) == ("x", "ü/y")
+    assert read_config(folder) == load_recipe("glyphs", [])
+    assert read_class_names(folder) == ("x", "ü/y")
 
 
 def test_torn_checkpoints_are_passed_over(tmp_path: Path) -> None:
     parts, files = Parts(0), pyarrow.fs.LocalFileSystem()
-    assert checkpoint.newest(files, str(tmp_path / "none")) is None
+    assert newest_checkpoint(files, str(tmp_path / "none")) is None
     folders = [save(tmp_path, parts, epoch) for epoch in (1, 2, 3, 10)]
-    assert checkpoint.newest(files, str(tmp_path)) == "epoch_00010"
+    assert newest_checkpoint(files, str(tmp_path)) == "epoch_00010"
     (folders[3] / "manifest.json").unlink()
     weights = folders[2] / "learner.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert checkpoint.newest(files, str(tmp_path)) == "epoch_00002"
+    assert newest_checkpoint(files, str(tmp_path)) == "epoch_00002"
     (folders[1] / "optimizer.pt").unlink()
-    assert checkpoint.newest(files, str(tmp_path)) == "epoch_00001"
+    assert newest_checkpoint(files, str(tmp_path)) == "epoch_00001"
 
 
 def test_the_best_and_the_last_two_are_kept(tmp_path: Path) -> None:
     files, run = pyarrow.fs.LocalFileSystem(), tmp_path / "run"
     for epoch, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5)):
         made = save(tmp_path / "made", Parts(0), epoch)
-        checkpoint.keep(files, str(run), made, checkpoint.State(epoch, best, 0.5))
+        keep_checkpoint(files, str(run), made, TrainingState(epoch, best, 0.5))
         kept = {int(path.name[-1]) for path in run.iterdir()}
         assert kept == {best, epoch, *({epoch - 1} if epoch > 1 else ())}
-        assert all(checkpoint.whole(path) for path in run.iterdir())
+        assert all(is_whole(path) for path in run.iterdir())
 
 
 def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path: Path) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # no file above 100 bytes
     try:
         with pytest.raises(OSError, match="Error writing"):
-            checkpoint.keep(files, str(run), made, checkpoint.State(1, 1, 0.5))
+            keep_checkpoint(files, str(run), made, TrainingState(1, 1, 0.5))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)

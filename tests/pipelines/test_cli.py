@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from pipelines.cli import main
 
 
 def dml(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(main.app, list(arguments))
 
 
 @pytest.fixture(autouse=True)

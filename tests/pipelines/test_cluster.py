@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import jobs
+from pipelines.runs.outcome import TrainOutcome
 from tests.chaos.losses import assert_as_undisturbed, lose, newest
 from tests.chaos.machines import Training, machines, nothing_left
 from tests.pipelines.conftest import EXACT
@@ -15,7 +15,7 @@ from tests.pipelines.conftest import EXACT
 
 @pytest.mark.timeout(900)
 def test_a_lost_node_changes_nothing(
-    exact: dict[int, jobs.Outcome], tracked_folder: Path, tmp_path: Path, mlflow_server
+    exact: dict[int, TrainOutcome], tracked_folder: Path, tmp_path: Path, mlflow_server
 ) -> None:
     run = tmp_path / "runs" / "lost"
     with machines(0) as cluster:

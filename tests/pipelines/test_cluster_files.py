@@ -135,11 +135,11 @@ def test_manifest(file: str, kind: str) -> None:
 
 def test_the_job_is_a_command_of_ours() -> None:
     """Its recipe and keys are those of the command line."""
-    from pipelines.recipe import load
+    from pipelines.config.recipe import load_recipe
 
     words = shlex.split(yaml.safe_load((KUBERAY / "rayjob.yaml").read_text())["spec"]["entrypoint"])
     assert words[:2] == ["dml", "train"]
-    config = load(words[2], [word for word in words[3:] if not word.startswith("--")])
+    config = load_recipe(words[2], [word for word in words[3:] if not word.startswith("--")])
     assert config.worker_range == (2, 2) and config.storage.startswith("/mnt/dml")
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipelines import compare as c
-from pipelines import tracking
-from pipelines.cli import app
-from pipelines.tracking import LoggedRun
+from pipelines.cli import main
+from pipelines.compare import statistics
+from pipelines.compare.statistics import chosen_baseline, compare_groups, p_value, warnings_about
+from pipelines.compare.wording import Line
+from pipelines.tracking.runs import LoggedRun, start_run
 
 
 def run(group: str, seed: int, value: float, **more) -> LoggedRun:
@@ -22,9 +23,9 @@ def run(group: str, seed: int, value: float, **more) -> LoggedRun:
                      params, {"test/map_at_r": value})  # fmt: skip
 
 
-def lines(runs: list[LoggedRun], baseline: str | None = None) -> list[c.Line]:
-    groups, _ = c.grouped(runs)
-    return c.compare(groups, c.chosen_baseline(groups, baseline), ["test/map_at_r"])
+def lines(runs: list[LoggedRun], baseline: str | None = None) -> list[Line]:
+    groups, _ = statistics.grouped(runs)
+    return compare_groups(groups, chosen_baseline(groups, baseline), ["test/map_at_r"])
 
 
 @pytest.mark.parametrize("size", [2, 3, 6, 8])
@@ -32,26 +33,26 @@ def test_p_is_that_of_all_flips_of_signs(size: int) -> None:
     gains = np.random.default_rng(size).normal(0.4, 1, size)
     means = [abs((gains * signs).mean()) for signs in itertools.product((1, -1), repeat=size)]
     expected = np.mean(np.array(means) >= abs(gains.mean()) - 1e-12)
-    assert c.p_value(gains) == pytest.approx(expected)
-    assert c.p_value(np.abs(gains)) == pytest.approx(2 / 2**size)
+    assert p_value(gains) == pytest.approx(expected)
+    assert p_value(np.abs(gains)) == pytest.approx(2 / 2**size)
 
 
 def test_single_and_equal_values() -> None:
-    assert c.p_value(np.ones(1)) is None and c.interval(np.ones(1)) is None
-    assert c.p_value(np.zeros(6)) == 1 and c.interval(np.full(4, 0.25)) == (0.25, 0.25)
+    assert p_value(np.ones(1)) is None and statistics.interval(np.ones(1)) is None
+    assert p_value(np.zeros(6)) == 1 and statistics.interval(np.full(4, 0.25)) == (0.25, 0.25)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     rng, held = np.random.default_rng(0), 0
     for _ in range(200):
-        low, high = c.interval(rng.normal(0.5, 0.1, 12))
+        low, high = statistics.interval(rng.normal(0.5, 0.1, 12))
         held += low <= 0.5 <= high
     assert 0.87 <= held / 200 <= 0.99
 
 
 def test_holm() -> None:
-    made = [c.Line("g", "m", {}, 0, 0, None, p=p) for p in (0.01, None, 0.04, 0.03)]
-    assert [line.p for line in c.adjusted(made)] == [
+    made = [Line("g", "m", {}, 0, 0, None, p=p) for p in (0.01, None, 0.04, 0.03)]
+    assert [line.p for line in statistics.adjusted(made)] == [
         pytest.approx(0.03),
         None,
         pytest.approx(0.06),
@@ -85,24 +86,24 @@ def test_doubts_are_told() -> None:
     runs = [run("a", s, 0.4 + s) for s in (0, 1, 2)] + [run("a", 3, 0, status="FAILED")]
     runs += [run("a", 2, 0.7, started=99)]
     runs += [run("b", s, 0.5 + s, params={"epochs": "9", "method": "['iaa']"}) for s in (1, 2, 4)]
-    groups, warnings = c.grouped(runs)
+    groups, warnings = statistics.grouped(runs)
     assert groups[0].runs["2"].started == 99
-    told = "\n".join(warnings + c.doubts(groups, groups[0]))
+    told = "\n".join(warnings + warnings_about(groups, groups[0]))
     assert "1 runs did not finish and are left out: a-s3" in told and "seed 2 comes twice in one config" in told
     assert (
         "3 seeds; an interval needs at least 5" in told and "its seeds differ from the baseline's; 2 are shared" in told
     )
     assert "another budget than the baseline: epochs=9 against 5" in told and "no difference can reach p = 0.05" in told
-    assert c.compare(groups, groups[0], ["test/map_at_r"])[1].shared == 2
+    assert compare_groups(groups, groups[0], ["test/map_at_r"])[1].shared == 2
 
 
 def test_baseline_by_label_name_or_default() -> None:
     runs = [run("x", 0, 0.1, params={"method": "['iaa']"}), run("y", 0, 0.1)]
-    groups, _ = c.grouped(runs)
-    assert c.chosen_baseline(groups, None).key == "y"
-    assert c.chosen_baseline(groups, "iaa").key == "x" and c.chosen_baseline(groups, "y-s0").key == "y"
+    groups, _ = statistics.grouped(runs)
+    assert chosen_baseline(groups, None).key == "y"
+    assert chosen_baseline(groups, "iaa").key == "x" and chosen_baseline(groups, "y-s0").key == "y"
     with pytest.raises(ValueError, match="2 configs are meant by it, one is needed: method="):
-        c.chosen_baseline(groups, "method")
+        chosen_baseline(groups, "method")
 
 
 def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,11 +114,11 @@ def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.Mo
     for method, bonus in (("[]", 0.0), ("['namr']", 0.02)):
         for seed in range(6):
             params, tags = {"method": method, "seed": seed}, {"group": method, "seed": str(seed)}
-            made = tracking.start_run(mlflow_server.uri, "compared", f"{method}{seed}", params, tags, "d", "s")
+            made = start_run(mlflow_server.uri, "compared", f"{method}{seed}", params, tags, "d", "s")
             client.log_metric(made, "test/map_at_r", 0.4 + bonus + 0.01 * seed + 1e-4 * (seed % 3))
             client.log_metric(made, "test/recall_at_1", 0.8 + 0.01 * seed)
             client.set_terminated(made, "FINISHED")
-    found = CliRunner().invoke(app, ["compare", "compared", "--html", "page.html", "--json"])
+    found = CliRunner().invoke(main.app, ["compare", "compared", "--html", "page.html", "--json"])
     assert found.exit_code == 0, found.output
     report = json.loads(found.stdout.splitlines()[-1])
     assert report["baseline"] == "method=[]" and len(report["lines"]) == 4 and report["warnings"] == []
@@ -131,15 +132,15 @@ def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.Mo
     )
     kept = mlflow.artifacts.load_text(f"runs:/{report['run_id']}/comparison.html")
     assert kept == page
-    again = CliRunner().invoke(app, ["compare", "compared", "--no-log"])
+    again = CliRunner().invoke(main.app, ["compare", "compared", "--no-log"])
     assert (
         again.exit_code == 0 and "baseline: method=[]" in again.stdout
     )  # the comparison's own run is no run to compare
     some = [run.info.run_id for run in client.search_runs([client.get_experiment_by_name("compared").experiment_id])]
-    by_id = CliRunner().invoke(app, ["compare", *some, "--json"])
+    by_id = CliRunner().invoke(main.app, ["compare", *some, "--json"])
     kept_in = client.get_run(json.loads(by_id.stdout.splitlines()[-1])["run_id"]).info.experiment_id
     assert kept_in == client.get_run(made).info.experiment_id
     wrong = [["nothing"], ["compared", "--baseline", "sgar"], ["compared", "--metric", "test/none"]]
     for arguments in wrong:
-        bad = CliRunner().invoke(app, ["compare", *arguments])
+        bad = CliRunner().invoke(main.app, ["compare", *arguments])
         assert bad.exit_code == 2 and bad.stderr.count("\n") == 1, bad.stderr

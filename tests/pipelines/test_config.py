@@ -1,42 +1,42 @@
 import pytest
 
-from pipelines import recipe as recipes
-from pipelines.recipe import load
+from pipelines.config.recipe import load_recipe, parse_config, recipe_names, to_yaml
 
 
-@pytest.mark.parametrize("recipe", recipes.recipes())
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_recipe_builds_and_survives_a_round_trip(recipe: str, tmp_path) -> None:
-    config = load(recipe, [f"data.root={tmp_path}"] if recipe != "glyphs" else [])
+    config = load_recipe(recipe, [f"data.root={tmp_path}"] if recipe != "glyphs" else [])
     path = tmp_path / "again.yaml"
-    path.write_text(recipes.to_yaml(config))
-    assert load(str(path), []) == config
-    assert recipes.parse(config.model_dump(exclude_none=True)) == config
+    path.write_text(to_yaml(config))
+    assert load_recipe(str(path), []) == config
+    assert parse_config(config.model_dump(exclude_none=True)) == config
 
 
 @pytest.mark.parametrize("method", ["iaa", "sgar", "namr"])
 def test_paper_recipes_make_their_learners(method: str) -> None:
-    from pipelines import build
+    from pipelines.models.build import build_learner
+    from pipelines.training.optimizer import build_optimizer
 
     networks = {"iaa": "resnet50", "sgar": "googlenet", "namr": "resnet50"}
     for data in ("cub", "cars", "sop", "inshop", "vehicleid"):
-        config = load(f"{data}-{method}", ["data.root=somewhere", "data.fold=1"])
+        config = load_recipe(f"{data}-{method}", ["data.root=somewhere", "data.fold=1"])
         assert config.method == [method] and config.data.name == data and config.backbone.name == networks[method]
-    learner = build.learner(config, 20, read_weights=False)
+    learner = build_learner(config, 20, read_weights=False)
     assert getattr(learner, method) is not None and learner.head[1].out_features == 512
-    assert len(build.optimizer(config, learner).param_groups) > 1
+    assert len(build_optimizer(config, learner).param_groups) > 1
 
 
 def test_recipes_of_ones_own_extend_ours(tmp_path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: [cub-iaa]\nepochs: 3\niaa: {draws: 5}\ndata: {root: x}\n")
-    config = load(str(tmp_path / "mine.yaml"), ["seed=4"])
+    config = load_recipe(str(tmp_path / "mine.yaml"), ["seed=4"])
     assert (config.epochs, config.iaa.draws, config.iaa.neighbors, config.seed) == (3, 5, 25, 4)
     (tmp_path / "bad.yaml").write_text("extends: [cubb]\n")
     with pytest.raises(ValueError, match="it extends cubb, which is not there"):
-        load(str(tmp_path / "bad.yaml"), [])
+        load_recipe(str(tmp_path / "bad.yaml"), [])
 
 
 def test_default_recipe_is_glyphs_with_sgar() -> None:
-    config = load("glyphs", [])
+    config = load_recipe("glyphs", [])
     assert config.data.name == "glyphs" and config.method == ["sgar"] and config.sgar is not None
 
 
@@ -86,38 +86,40 @@ def test_default_recipe_is_glyphs_with_sgar() -> None:
 )
 def test_bad_input_is_one_line_that_names_the_key(assignments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as found:
-        load("glyphs", assignments)
+        load_recipe("glyphs", assignments)
     assert "\n" not in str(found.value)
 
 
 def test_changes_hold_from_the_end_of_their_epoch(tmp_path) -> None:
-    config = load("glyphs", ["changes.4.loss.alpha=3", "changes.2.sgar.intensity=0.2", "changes.4.sgar.intensity=0.3"])
+    config = load_recipe(
+        "glyphs", ["changes.4.loss.alpha=3", "changes.2.sgar.intensity=0.2", "changes.4.sgar.intensity=0.3"]
+    )
     assert [config.at(epoch).sgar.intensity for epoch in range(6)] == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
-    assert config.at(3) == load("glyphs", ["sgar.intensity=0.2"]) and config.at(4).loss.arguments == {"alpha": 3}
-    (tmp_path / "again.yaml").write_text(recipes.to_yaml(config))
-    assert load(str(tmp_path / "again.yaml"), []) == config
+    assert config.at(3) == load_recipe("glyphs", ["sgar.intensity=0.2"]) and config.at(4).loss.arguments == {"alpha": 3}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_recipe(str(tmp_path / "again.yaml"), []) == config
     assert config.flat()["changes.4.sgar.intensity"] == 0.3
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean glyphs"):
-        load("glyps", [])
+        load_recipe("glyps", [])
     with pytest.raises(ValueError, match="no such file"):
-        load("mine.yaml", [])
+        load_recipe("mine.yaml", [])
 
 
 def test_a_choice_takes_the_recipes_settings_of_the_other_with_it() -> None:
-    assert load("glyphs", ["method=[]"]).sgar is None
-    config = load("grocery", ["data.root=x", "loss.name=proxy_anchor"])
+    assert load_recipe("glyphs", ["method=[]"]).sgar is None
+    config = load_recipe("grocery", ["data.root=x", "loss.name=proxy_anchor"])
     assert config.loss.arguments == {}
-    assert load("grocery", ["data.name=glyphs"]).data.root is None
+    assert load_recipe("grocery", ["data.name=glyphs"]).data.root is None
 
 
 def test_values_are_yaml_1_2() -> None:
-    config = load("glyphs", ["optimizer.lr=1e-4", "workers=1:2", "sgar.max_gap=null", "batch.images=2"])
+    config = load_recipe("glyphs", ["optimizer.lr=1e-4", "workers=1:2", "sgar.max_gap=null", "batch.images=2"])
     assert config.optimizer.lr == 1e-4 and config.worker_range == (1, 2) and config.sgar.max_gap is None
 
 
 def test_flat_keys_are_dotted() -> None:
-    flat = load("glyphs", ["loss.base=0.2"]).flat()
+    flat = load_recipe("glyphs", ["loss.base=0.2"]).flat()
     assert flat["loss.base"] == 0.2 and flat["batch.images"] == 4 and "data.root" not in flat

@@ -18,8 +18,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipelines import checkpoint, demo, embed
-from pipelines.recipe import assigned
+from pipelines.config.recipe import parse_assignments
+from pipelines.models.checkpoint import read_config
+from pipelines.serving import embed
+from pipelines.serving.demo import open_demo
 from tests.pipelines import browser
 from tests.pipelines.conftest import QUIET, ROWS, answer, refused
 
@@ -157,9 +159,9 @@ def test_only_its_pictures_and_only_for_this_machine(served: str) -> None:
 
 
 def test_a_run_alone_shows_its_test_pictures(exact) -> None:
-    config = checkpoint.read_config(Path(exact[1].checkpoint))
+    config = read_config(Path(exact[1].checkpoint))
     test = embed.pictures(config, "test")
-    with demo.opened(exact[1].checkpoint, None, assigned(["workers=1"]), QUIET) as shown:
+    with open_demo(exact[1].checkpoint, None, parse_assignments(["workers=1"]), QUIET) as shown:
         assert shown.index.about.rows == len(test) < len(embed.pictures(config, "own")) and shown.index.about.structure
         picture = np.asarray(Image.open(io.BytesIO(shown.content(5))))
         assert (picture == test.picture(5, 32).permute(1, 2, 0).numpy()).all()
@@ -175,7 +177,7 @@ def test_bad_input(exact, index: Path, pictures: Path, tmp_path: Path) -> None:
     told = about.read_text()
     about.write_text(told.replace(str(pictures), f"{tmp_path}/moved"))
     assert "its pictures are not at hand" in refused("demo", about.parent, "--port", "0")
-    with demo.opened(str(about.parent), None, assigned([f"data.root={pictures}"]), QUIET) as shown:
+    with open_demo(str(about.parent), None, parse_assignments([f"data.root={pictures}"]), QUIET) as shown:
         assert shown.content(1) == (pictures / shown.pictures.image(1)).read_bytes()
     about.write_text(json.dumps(json.loads(told) | {"root": None}))
     assert "it is not noted where its pictures are" in refused("demo", about.parent, "--port", "0")

@@ -22,10 +22,16 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from pipelines import build, checkpoint, export
-from pipelines.embedder import Embedder, fingerprint
-from pipelines.recipe import load
-from pipelines.sections import Data
+from pipelines.config.recipe import load_recipe
+from pipelines.config.sections import Data
+from pipelines.data.sets import load_collection
+from pipelines.models import checkpoint
+from pipelines.models.build import build_learner
+from pipelines.models.checkpoint import TrainingState, model_fingerprint, read_class_names
+from pipelines.models.embedder import Embedder
+from pipelines.serving import export as export_module
+from pipelines.serving.export import ENDS, PACKAGES
+from pipelines.training.optimizer import build_optimizer, build_schedule
 from tests.pipelines.conftest import answer, dml
 
 pytestmark = pytest.mark.usefixtures("tracked_folder")
@@ -35,7 +41,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 @pytest.fixture(scope="module")
 def pictures() -> list[Path]:
     """Characters larger than the networks take them, not square."""
-    images = build.collection(Data()).images
+    images = load_collection(Data()).images
     paths = [Path(f"{number}.png") for number in range(40)]
     for number, path in enumerate(paths):
         to_pil_image(images.picture(50 * number, 32)).resize((80 + number, 100)).save(path)
@@ -49,7 +55,7 @@ def test_files_do_what_the_checkpoint_does(exact, pictures: list[Path], tmp_path
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     names = {"batch": None, "vectors": None}
     for to, code in zip(("onnx", "torch"), blocks, strict=True):
-        file = tmp_path / f"model{export.ENDS[to]}"
+        file = tmp_path / f"model{ENDS[to]}"
         made = answer("export", run, "--to", to, "--out", file)
         assert made["file"] == str(file) and made["test_pictures"] + made["random_pictures"] == 256
         assert made["test_pictures"] > 100 and {*made["largest_difference"]} == {"vector", "structure"}
@@ -59,8 +65,8 @@ def test_files_do_what_the_checkpoint_does(exact, pictures: list[Path], tmp_path
         cosines = (torch.as_tensor(names["vectors"]) * expected["vector"]).sum(1)
         assert cosines.min() > 0.99  # Pillow's resize is not torchvision's
         about = json.loads(Path(f"{file}.json").read_text())
-        assert about["model"]["run"] == run and about["model"]["fingerprint"] == fingerprint(folder)
-        assert about["classes"] == [*checkpoint.read_class_names(folder)] and about["side"] == 32
+        assert about["model"]["run"] == run and about["model"]["fingerprint"] == model_fingerprint(folder)
+        assert about["classes"] == [*read_class_names(folder)] and about["side"] == 32
         assert about["outputs"].keys() == expected.keys() and torch.__version__.startswith(about["versions"]["torch"])
     assert len({*tmp_path.iterdir()}) == 4
     assert "exists already" in dml("export", run, "--to", "torch", "--out", tmp_path / "model.pt2").stderr
@@ -74,10 +80,10 @@ def test_files_do_what_the_checkpoint_does(exact, pictures: list[Path], tmp_path
 
 
 def test_a_frozen_network_whose_pictures_are_not_at_hand(tmp_path: Path) -> None:
-    config = load("grocery", {"data.root": "/nowhere", "data.image_size": 32, "name": "unborn"})
-    learner = build.learner(config, 5)
-    optimizer = build.optimizer(config, learner)
-    given = learner, optimizer, build.schedule(config, optimizer, 1), checkpoint.State(), [], {}, torch.zeros(0, 7)
+    config = load_recipe("grocery", {"data.root": "/nowhere", "data.image_size": 32, "name": "unborn"})
+    learner = build_learner(config, 5)
+    optimizer = build_optimizer(config, learner)
+    given = learner, optimizer, build_schedule(config, optimizer, 1), TrainingState(), [], {}, torch.zeros(0, 7)
     checkpoint.save(tmp_path / "run", config, tuple("abcde"), *given)
     file = tmp_path / "model.onnx"
     found = dml("export", tmp_path / "run", "--to", "onnx", "--out", file, "--json")
@@ -90,14 +96,14 @@ def test_a_frozen_network_whose_pictures_are_not_at_hand(tmp_path: Path) -> None
 
 
 def test_what_differs_is_not_kept(exact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(export_module, "TOLERANCE", -1.0)
     found = dml("export", exact[2].checkpoint, "--to", "torch", "--out", tmp_path / "model.pt2")
     assert found.exit_code == 1 and "failed: the exported file differs from the checkpoint" in found.stderr
     assert not [*tmp_path.iterdir()]
 
 
 def test_bad_input(exact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(export.PACKAGES, "onnx", ("onnx", "onnx_of_nobody"))
+    monkeypatch.setitem(PACKAGES, "onnx", ("onnx", "onnx_of_nobody"))
     for to, out, message in (
         ("tflite", "model.tflite", "--to tflite: not one of torch, onnx"),
         ("onnx", "model.onnx", "--to onnx: onnx_of_nobody not installed; pip install 'dml-ray[onnx]'"),

@@ -7,36 +7,43 @@ import pytest
 import torch
 
 from dml_core.data.datasets import LabelledImages, Retrieval
-from pipelines import build, checkpoint, embedder, findings, launch, scatter, tables
-from pipelines.recipe import load
+from pipelines.cluster.transfer import put_files
+from pipelines.compare.wording import RANKINGS
+from pipelines.config.recipe import load_recipe
+from pipelines.data.sets import load_collection, load_splits
+from pipelines.data.sources import views_of
+from pipelines.models.build import build_learner
+from pipelines.models.checkpoint import MODEL_FILES, load_weights, read_class_names, read_config, read_state
+from pipelines.reports import geometry, inspection
+from pipelines.reports.inspection import MAPPED, Inspection, inspect_loop
 
 
 @pytest.fixture(scope="module")
-def found(exact) -> findings.Findings:
+def found(exact) -> Inspection:
     """Of the same run by its checkpoint alone: measured anew, in this process."""
     folder = Path(exact[1].checkpoint)
-    config, state = checkpoint.read_config(folder), checkpoint.read_state(folder)
-    held = launch.held(folder, embedder.FILES)
+    config, state = read_config(folder), read_state(folder)
+    held = put_files(folder, MODEL_FILES)
     job = {"config": config.model_dump(exclude_none=True), "checkpoint": held, "unreadable": []}
-    return findings.findings_loop(job | {"cpus": 1, "board": None, "numbers": None, "epoch": state.epoch - 1})
+    return inspect_loop(job | {"cpus": 1, "board": None, "numbers": None, "epoch": state.epoch - 1})
 
 
-def test_what_is_measured_anew_is_what_the_run_measured(exact, found: findings.Findings) -> None:
+def test_what_is_measured_anew_is_what_the_run_measured(exact, found: Inspection) -> None:
     metrics = exact[1].metrics
-    tested = {key: value for key, value in metrics.items() if key.split("/")[0] in tables.WAYS}
+    tested = {key: value for key, value in metrics.items() if key.split("/")[0] in RANKINGS}
     assert found.numbers == pytest.approx(tested, abs=1e-9)
     assert found.looked_at == found.of
     assert [*found.hard[0].scores] == ["plain", "structure-aware"]
 
 
-def test_scores_neighbours_and_pairs_are_those_of_a_naive_ranking(exact, found: findings.Findings) -> None:
+def test_scores_neighbours_and_pairs_are_those_of_a_naive_ranking(exact, found: Inspection) -> None:
     """From the map's pictures, which are all of so small a set, and Embedder's vectors."""
-    config = checkpoint.read_config(Path(exact[1].checkpoint))
-    images = build.splits(config).tests["test"].query
-    learner = build.learner(config, len(checkpoint.read_class_names(Path(exact[1].checkpoint)))).double().eval()
-    checkpoint.load_weights(Path(exact[1].checkpoint), learner)
+    config = read_config(Path(exact[1].checkpoint))
+    images = load_splits(config).tests["test"].query
+    learner = build_learner(config, len(read_class_names(Path(exact[1].checkpoint)))).double().eval()
+    load_weights(Path(exact[1].checkpoint), learner)
     with torch.inference_mode():
-        views = build.views(config, images).batch([(row, None) for row in range(len(images))])
+        views = views_of(config, images).batch([(row, None) for row in range(len(images))])
         z = torch.nn.functional.normalize(learner.embed(views)).numpy()
     similarity = z @ z.T
     np.fill_diagonal(similarity, -np.inf)
@@ -76,13 +83,13 @@ def test_scores_neighbours_and_pairs_are_those_of_a_naive_ranking(exact, found: 
 
 
 def test_a_large_set_is_looked_at_in_whole_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = build.collection(load("glyphs", []).data).images
-    monkeypatch.setattr(findings, "PICTURES", 1000)
-    some = findings.part(Retrieval(images)).query
+    images = load_collection(load_recipe("glyphs", []).data).images
+    monkeypatch.setattr(inspection, "PICTURES", 1000)
+    some = inspection.part(Retrieval(images)).query
     counts = np.bincount(images.labels)
     assert 900 < len(some) <= 1000
     assert all(counts[label] == (some.labels == label).sum() for label in np.unique(some.labels))
-    apart = findings.part(
+    apart = inspection.part(
         Retrieval(images.rows(np.arange(0, len(images), 2)), images.rows(np.arange(1, len(images), 2)))
     )
     assert 900 < len(apart.query) + len(apart.gallery) <= 1000
@@ -93,11 +100,11 @@ def test_pictures_are_small_whatever_they_show() -> None:
     """Noise is the worst there is: a map of it is under 10 MB."""
     noise = np.random.default_rng(0).integers(0, 256, (1, 300, 500), dtype=np.uint8)
     images = LabelledImages(noise, np.zeros(1, np.int64), ("noise",))
-    assert len(findings.picture(images, 0, "dot")) * findings.MAPPED < 6e6
-    assert len(findings.picture(images, 0)) < 10_000
+    assert len(inspection.picture(images, 0, "dot")) * MAPPED < 6e6
+    assert len(inspection.picture(images, 0)) < 10_000
 
 
 def test_a_map_of_very_few() -> None:
     for size in (1, 3, 5):
-        places = scatter.placed(np.eye(8, dtype=np.float32)[:size])
+        places = geometry.placed(np.eye(8, dtype=np.float32)[:size])
         assert places.shape == (size, 2) and np.isfinite(places).all()

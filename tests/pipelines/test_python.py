@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from torchvision.transforms.functional import to_pil_image
 
-from pipelines import build
-from pipelines.recipe import load
-from pipelines.sections import Data
+from pipelines.config.recipe import load_recipe
+from pipelines.config.sections import Data
+from pipelines.data.sets import load_collection
 
 ROOT = Path(__file__).parents[2]
 CLASSES, EACH = 44, 2
@@ -22,7 +22,7 @@ TRAINING, LOOP = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md"
 @pytest.fixture(scope="module")
 def pictures(tracked_folder: Path) -> Path:
     """A folder for each character, beside which the code runs."""
-    images = build.collection(Data()).images
+    images = load_collection(Data()).images
     for label in range(CLASSES):
         for number in (images.labels == label).nonzero()[0][:EACH]:
             path = tracked_folder / "PICTURES" / images.class_names[label] / f"{number}.png"
@@ -50,9 +50,9 @@ def test_losses_without_ray(pictures: Path) -> None:
 def test_assignments_as_a_dictionary() -> None:
     texts = ["epochs=3", "data.name=folder", "data.root=X", "method=[iaa]", "loss.name=triplet", "loss.margin=0.3"]
     values = {"epochs": 3, "data": {"name": "folder", "root": "X"}, "method": ["iaa"], "loss.name": "triplet"}
-    assert load("glyphs", texts) == load("glyphs", {**values, "loss.margin": 0.3})
+    assert load_recipe("glyphs", texts) == load_recipe("glyphs", {**values, "loss.margin": 0.3})
     with pytest.raises(ValueError, match="unknown key epoch; did you mean epochs"):
-        load("glyphs", {"epoch": 3})
+        load_recipe("glyphs", {"epoch": 3})
 
 
 STRANGER = """

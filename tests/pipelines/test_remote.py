@@ -18,10 +18,11 @@ from rich.console import Console
 from dml_core.data import files, transforms
 from dml_core.data.loading import Views
 from dml_core.data.own import load_folder
-from pipelines import features as features_of_backbones
-from pipelines import jobs
-from pipelines.launch import RunFailed
-from pipelines.recipe import load
+from pipelines.config.recipe import load_recipe
+from pipelines.console import RunFailed
+from pipelines.data import features as feature_cache
+from pipelines.runs.evaluate import evaluate_run
+from pipelines.runs.train import run_training
 
 QUIET = Console(file=io.StringIO())
 PLANTED = "planted-secret-8f3a"
@@ -64,7 +65,7 @@ def test_runs_and_features_in_a_bucket(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     given = ["data.limit_classes=12", "batch.classes=4", "batch.images=4", "steps_per_epoch=3", "epochs=3"]
     given += ["backbone.frozen=true", f"storage={bucket}", "name=far", "workers=1"]
-    outcome = jobs.train(load("glyphs", given), QUIET, here=True)
+    outcome = run_training(load_recipe("glyphs", given), QUIET, here=True)
     assert outcome.checkpoint.startswith(f"{bucket}/far/epoch_")
     files, _ = FileSystem.from_uri(bucket)
     kept = {info.path for info in files.get_file_info(FileSelector("results", recursive=True)) if info.is_file}
@@ -73,18 +74,18 @@ def test_runs_and_features_in_a_bucket(
     monkeypatch.setenv("DML_CACHE", str(tmp_path / "another node"))
     files.delete_file("results/runs/far/result.json")
     files.delete_dir("results/runs/far/epoch_00003")
-    monkeypatch.setattr(features_of_backbones, "_compute", None)
-    again = jobs.train(load("glyphs", given), QUIET, here=True)
+    monkeypatch.setattr(feature_cache, "_compute", None)
+    again = run_training(load_recipe("glyphs", given), QUIET, here=True)
     assert again.metrics["test/map_at_r"] == outcome.metrics["test/map_at_r"]
     assert Path(tmp_path / "another node" / "features" / Path(features).name).is_file()
     # Ray's workers, which began before, have neither the keys nor this address in their environment.
-    found = jobs.evaluate(outcome.checkpoint, {"workers": 1, "storage": str(tmp_path)}, QUIET)
+    found = evaluate_run(outcome.checkpoint, {"workers": 1, "storage": str(tmp_path)}, QUIET)
     assert found["metrics"]["test/map_at_r"] == outcome.metrics["test/map_at_r"]
 
     texts = [path for path in kept if path.endswith((".json", ".yaml"))]
     assert texts and not any(PLANTED.encode() in files.open_input_stream(path).read() for path in kept)
     with pytest.raises(ValueError, match="the address holds a secret") as told:
-        load("glyphs", [f"storage=s3://key:{PLANTED}@results/runs"])
+        load_recipe("glyphs", [f"storage=s3://key:{PLANTED}@results/runs"])
     assert PLANTED not in str(told.value)
 
 
@@ -98,13 +99,13 @@ def test_a_bucket_that_goes_away_fails_the_run_which_then_goes_on(
     given = ["data.name=table", f"data.table={url}/table.csv", "data.image_size=32", "data.augment=crop", "epochs=3"]
     given += ["data.validation_fraction=0", "data.loader_processes=0", "batch.classes=3", "batch.images=4", "workers=1"]
     given += ["backbone.name=small", "backbone.weights=none", "steps_per_epoch=3", "precision=float64"]
-    undisturbed = jobs.train(load("glyphs", [*given, "name=undisturbed"]), QUIET, here=True)
-    disturbed = load("glyphs", [*given, "name=disturbed"])
+    undisturbed = run_training(load_recipe("glyphs", [*given, "name=undisturbed"]), QUIET, here=True)
+    disturbed = load_recipe("glyphs", [*given, "name=disturbed"])
     server.answers, server.failures = 50, 10**9  # 36 pictures an epoch
     with pytest.raises(RunFailed, match=r"ConnectionError: http://.*jpg: 5 attempts failed"):
-        jobs.train(disturbed, QUIET, here=True)
+        run_training(disturbed, QUIET, here=True)
     server.failures = 0
-    outcome = jobs.train(disturbed, QUIET, here=True)
+    outcome = run_training(disturbed, QUIET, here=True)
     client, curves = mlflow.MlflowClient(mlflow_server.uri), []
     for run in (undisturbed, outcome):
         history = client.get_metric_history(run.run_id, "train/step_loss")

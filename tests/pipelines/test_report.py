@@ -8,10 +8,18 @@ from typing import Any
 import mlflow
 import pytest
 
-from pipelines import checkpoint, compare, report, report_page, spaces, tables
-from pipelines.recipe import load
-from pipelines.report_plots import curves
-from pipelines.tuner import Trial
+from pipelines.compare import wording
+from pipelines.compare.page import Compared
+from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, Line
+from pipelines.config.recipe import load_recipe
+from pipelines.models.checkpoint import read_config
+from pipelines.reports import report
+from pipelines.reports.page import render_sweep
+from pipelines.reports.plots import draw_curves
+from pipelines.reports.report import RunSubject
+from pipelines.sweeps import spaces
+from pipelines.sweeps.records import Trial
+from pipelines.sweeps.spaces import space_of
 from tests.pipelines import browser
 from tests.pipelines.conftest import answer, refused
 
@@ -39,17 +47,17 @@ def test_numbers_are_the_runs(exact, page: Path) -> None:
     text, metrics = page.read_text(), exact[1].metrics
     assert mlflow.artifacts.load_text(f"runs:/{exact[1].run_id}/report.html") == text
     shown = cells(text, "Retrieval on test classes, in percent")
-    assert [row[0] for row in shown] == [*tables.WAYS.values()]
-    for prefix, row in zip(tables.WAYS, shown, strict=True):
-        assert row[1:] == [f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in tables.COLUMNS]
-    config = checkpoint.read_config(Path(exact[1].checkpoint))
+    assert [row[0] for row in shown] == [*RANKINGS.values()]
+    for prefix, row in zip(RANKINGS, shown, strict=True):
+        assert row[1:] == [f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in METRIC_COLUMNS]
+    config = read_config(Path(exact[1].checkpoint))
     assert cells(text, "Config") == [[key, str(value).replace("'", "&#39;")] for key, value in config.flat().items()]
     assert ["run", exact[1].run_id] in cells(text, "Where and by what")
     logged = report.tracking.find_run(mlflow.get_tracking_uri(), exact[1].run_id)
-    run = report.Run("", Path(exact[1].checkpoint), config, [], logged)
+    run = RunSubject("", Path(exact[1].checkpoint), config, [], logged)
     history = report._history(run)
     assert len(history) == config.epochs  # of the last checkpoint, whichever was best
-    drawn = curves(history, int(metrics["best_epoch"]))
+    drawn = draw_curves(history, int(metrics["best_epoch"]))
     assert {"train/loss", "train/base", "train/sgar_rank", "train/namr_rank", "train/lr"} < {*drawn}
     assert {"train/gradient_norm", "val/recall_at_1", "val/map_at_r"} < {*drawn}
     told = f"train/loss from {history[0]['metrics']['train/loss']:.4g} to {history[-1]['metrics']['train/loss']:.4g}"
@@ -131,7 +139,7 @@ def test_of_a_sweep(sweep: dict[str, Any], tracked_folder: Path) -> None:
     assert [row[:3] for row in rows] == [
         [trial["name"], f"{trial['score']:.4f}", "1"] for trial in sorted(sweep["trials"], key=lambda t: -t["score"])
     ]
-    lines = [[*compare.cells(compare.Line(**line))] for line in sweep["tested"]]
+    lines = [[*wording.cells(Line(**line))] for line in sweep["tested"]]
     assert cells(text, "Test metrics by config") == [[" ".join(cell.split()) for cell in line] for line in lines]
     assert "sgar.intensity against val/map_at_r of 2 trials" in text and "takes 8 different scores" in text
     by_folder = answer("report", "runs/swept", "--out", "folder.html", "--no-log")
@@ -152,7 +160,7 @@ def test_of_a_comparison(sweep: dict[str, Any], tracked_folder: Path) -> None:
     compared = answer("compare", *finals)
     made = answer("report", compared["run_id"], "--out", "one.html")
     assert (made["kind"], made["run_id"], made["logged"]) == ("comparison", compared["run_id"], True)
-    lines = [[*compare.cells(compare.Line(**line))] for line in compared["lines"]]
+    lines = [[*wording.cells(Line(**line))] for line in compared["lines"]]
     one = Path("one.html").read_text()
     assert cells(one, "Test metrics by config") == lines and all(doubt in one for doubt in compared["warnings"])
     anew = answer("report", *finals, finals[0], "--out", "two.html")
@@ -162,18 +170,18 @@ def test_of_a_comparison(sweep: dict[str, Any], tracked_folder: Path) -> None:
 
 
 def test_sweeps_of_any_size_and_sort_in_a_browser(tracked_folder: Path) -> None:
-    config, space = spaces.space_of("sgar", load("glyphs", []))
+    config, space = space_of("sgar", load_recipe("glyphs", []))
     drawn = spaces.points(space, "random", 12, config)
     trials = [Trial(f"t{i}", point, i / 12, 3, "finished", "") for i, point in enumerate(drawn)]
     failed = Trial("failed <b>", drawn[0], None, 2, "failed", "not finite")
-    line = compare.Line("<i>winner</i>", "test/map_at_r", {"1": 0.4, "2": 0.5}, 0.45, 0.05, (0.4, 0.5))
-    compared = report_page.Compared("default", ["few"], [line, line._replace(group="a long label " * 12)])
+    line = Line("<i>winner</i>", "test/map_at_r", {"1": 0.4, "2": 0.5}, 0.45, 0.05, (0.4, 0.5))
+    compared = Compared("default", ["few"], [line, line._replace(group="a long label " * 12)])
     changed = Trial("went on", {**drawn[0], "changes": {"2": drawn[-1]}}, 0.5, 3, "finished", "")
     given = {"one": trials[:1], "many": [*trials, failed], "population": [*trials, changed]}
     with browser.page(400, 800) as opened:
         opened.listen()
         for name, some in given.items():
-            text = report_page.of_sweep(name, some, space, compared, {}, "")
+            text = render_sweep(name, some, space, compared, {}, "")
             file = tracked_folder / f"{name}.html"
             file.write_text(text)
             assert ("Importance of each setting for the score (fANOVA): sgar" in text) == (name == "many")

@@ -14,8 +14,9 @@ import psutil
 import pytest
 from mlflow.entities import Run
 
-from pipelines import jobs
-from pipelines.recipe import load
+from pipelines.config.recipe import load_recipe
+from pipelines.runs.outcome import TrainOutcome
+from pipelines.runs.train import run_training
 from tests.pipelines.conftest import EXACT, QUIET
 
 TOUCHED = ["workers=2", "name=touched"]
@@ -66,7 +67,7 @@ def histories(client: mlflow.MlflowClient, run: Run) -> dict[str, list[tuple[int
 
 @pytest.mark.timeout(900)
 def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
-    tmp_path: Path, exact: dict[int, jobs.Outcome], mlflow_server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, exact: dict[int, TrainOutcome], mlflow_server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each time between two estimates of the variation (IAA), whose schedule goes on as well."""
     monkeypatch.chdir(tmp_path)
@@ -93,7 +94,7 @@ def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
     assert not [p for p in everyone if p.is_running()], "Ray that we started was left running"
     assert only_run()[1].info.status == "KILLED"
 
-    outcome = jobs.train(load(EXACT[0], [*EXACT[1:], *TOUCHED]), QUIET)
+    outcome = run_training(load_recipe(EXACT[0], [*EXACT[1:], *TOUCHED]), QUIET)
     client, run = only_run()
     assert run.info.status == "FINISHED"
     there = mlflow.MlflowClient(mlflow_server.uri)

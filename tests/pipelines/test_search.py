@@ -12,9 +12,10 @@ from pyarrow import parquet
 
 from dml_core.retrieval.neighbors import nearest
 from dml_core.retrieval.structure import index_vectors, query_vectors
-from pipelines import build, checkpoint
-from pipelines.embedder import Embedder
-from pipelines.index import open_index
+from pipelines.data.sets import load_splits
+from pipelines.models.checkpoint import read_config
+from pipelines.models.embedder import Embedder
+from pipelines.serving.index import open_index
 from tests.pipelines.conftest import ROWS, answer, dml, refused
 
 pytestmark = pytest.mark.usefixtures("tracked_folder")
@@ -38,7 +39,7 @@ def test_what_is_in_the_file(exact, vectors: Path, pictures: Path) -> None:
     assert str(opened.schema_arrow.field("vector").type) == "fixed_size_list<element: float>[128]"
     assert [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)] == [256, 44]
     about = json.loads(opened.schema_arrow.metadata[b"dml"])
-    config = checkpoint.read_config(Path(exact[2].checkpoint)).model_dump(exclude_none=True)
+    config = read_config(Path(exact[2].checkpoint)).model_dump(exclude_none=True)
     assert about["root"] == str(pictures) and about["config"] == json.loads(json.dumps(config))
 
 
@@ -99,7 +100,7 @@ def test_a_picture_finds_itself(index: Path, vectors: Path, pictures: Path) -> N
 
 def test_index_of_a_run_embeds_its_own_set(exact, tmp_path: Path) -> None:
     made = answer("index", "build", exact[2].run_id, "--out", tmp_path / "index", "--kind", "hnsw", "workers=1")
-    splits = build.splits(checkpoint.read_config(Path(exact[2].checkpoint)))
+    splits = load_splits(read_config(Path(exact[2].checkpoint)))
     assert made["rows"] == len(splits.train.whole)
     names = {path.name for path in (tmp_path / "index").iterdir()}
     assert names == {"shard-00000.faiss", "items.parquet", "index.json", "model"}

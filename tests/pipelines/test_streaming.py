@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipelines import jobs
-from pipelines.recipe import load
+from pipelines.config.recipe import load_recipe
+from pipelines.runs.train import run_training
 
 pytestmark = pytest.mark.usefixtures("tracked_folder")
 QUIET = Console(file=io.StringIO())
@@ -32,7 +32,7 @@ def test_training_does_not_see_who_decodes(root: Path) -> None:
     given += ["batch.classes=3", "batch.images=4", "steps_per_epoch=3", "precision=float64"]
     given += ["backbone.name=small", "backbone.weights=none", "data.validation_fraction=0"]
     outcomes = [
-        jobs.train(load("glyphs", [*given, f"data.loader={loader}", "workers=1"]), QUIET, here=True)
+        run_training(load_recipe("glyphs", [*given, f"data.loader={loader}", "workers=1"]), QUIET, here=True)
         for loader in ("torch", "ray")
     ]
     curves = []

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from pipelines import submit
-from pipelines.cli import app
+from pipelines.cli import main
+from pipelines.cluster.working_folder import LARGEST_FILE, travelling_files
 
 PLANTED = "planted-secret-51c7"
 SMALL = ["glyphs", "data.limit_classes=8", "batch.classes=3", "batch.images=4", "epochs=1", "steps_per_epoch=2"]
@@ -91,12 +91,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "picture.jpg").write_text(PLANTED)
     (tmp_path / "linked.txt").symlink_to("/etc/hostname")
     with open(tmp_path / "large.csv", "wb") as file:
-        file.truncate(submit.LARGEST + 1)
+        file.truncate(LARGEST_FILE + 1)
     return tmp_path
 
 
 def test_what_travels(folder: Path) -> None:
-    found = submit.tree(folder)
+    found = travelling_files(folder)
     assert found.files == [Path("mine.yaml")] and found.large == [Path("large.csv")]
     assert set(map(str, found.secret)) == {".env", "deploy.key", "my-credentials.json", ".aws/config"}
     subprocess.run(["git", "init", "-q"], check=True)
@@ -104,7 +104,7 @@ def test_what_travels(folder: Path) -> None:
     (folder / "notes").mkdir()
     (folder / "notes" / "x.txt").write_text("x")
     (folder / "space.py").write_text("SPACE = {}")
-    assert set(map(str, submit.tree(folder).files)) == {"mine.yaml", ".gitignore", "space.py"}
+    assert set(map(str, travelling_files(folder).files)) == {"mine.yaml", ".gitignore", "space.py"}
 
 
 def test_a_job_trains_and_no_secret_travels(folder: Path, head: Head, mlflow_server) -> None:
@@ -179,6 +179,6 @@ def interrupted(head: Head, job_id: str, stdin: int) -> tuple[int, str]:
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    found = CliRunner().invoke(app, arguments)
+    found = CliRunner().invoke(main.app, arguments)
     assert found.exit_code == 2 and message in found.stderr and found.stderr.startswith("bad input: "), found.output
     assert found.stderr.count("\n") == 1

@@ -5,7 +5,10 @@ import itertools
 import mlflow
 import pytest
 
-from pipelines import tracking
+from pipelines.tracking.models import fetch_checkpoint
+from pipelines.tracking.runs import end_run, start_run
+from pipelines.tracking.sender import MetricSender
+from pipelines.tracking.server import prepare_store
 
 CLOCK = itertools.count(1)  # two attempts at one epoch have two times, or the server itself would drop the second
 
@@ -29,16 +32,16 @@ def logged(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
 
 @pytest.fixture
 def run_id(mlflow_server) -> str:
-    tracking.prepare(mlflow_server.uri)
-    return tracking.start_run(mlflow_server.uri, "set", "a run", {"a.b": 1}, {"seed": "0"}, "digest", "folder")
+    prepare_store(mlflow_server.uri)
+    return start_run(mlflow_server.uri, "set", "a run", {"a.b": 1}, {"seed": "0"}, "digest", "folder")
 
 
 def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
-    tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
+    tracker = MetricSender(mlflow_server.uri, run_id, [])
     for epoch in (1, 2):
         tracker.log(record(epoch))
     assert tracker.close() == 0
-    tracking.end_run(mlflow_server.uri, run_id, "FINISHED")
+    end_run(mlflow_server.uri, run_id, "FINISHED")
     run = mlflow.MlflowClient(mlflow_server.uri).get_run(run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "a run"
     assert run.data.params == {"a.b": "1"} and run.data.tags["seed"] == "0"
@@ -48,19 +51,19 @@ def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
 
 
 def test_more_steps_than_one_call_takes(mlflow_server, run_id: str) -> None:
-    tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
+    tracker = MetricSender(mlflow_server.uri, run_id, [])
     tracker.log(record(1, steps=2500))
     assert tracker.close() == 0
     assert len(logged(mlflow_server.uri, run_id, "train/step_loss")) == 2500
 
 
 def test_a_resumed_run_logs_nothing_twice_and_loses_nothing(mlflow_server, run_id: str) -> None:
-    first = tracking.Tracker(mlflow_server.uri, run_id, [])
+    first = MetricSender(mlflow_server.uri, run_id, [])
     first.log(record(1))
     first.log(record(2))  # logged, but the crash comes before its checkpoint
     assert first.close() == 0
     history = [record(1)]
-    again = tracking.Tracker(mlflow_server.uri, run_id, history)
+    again = MetricSender(mlflow_server.uri, run_id, history)
     for epoch in (2, 3):
         again.log(record(epoch))
     assert again.close() == 0
@@ -70,7 +73,7 @@ def test_a_resumed_run_logs_nothing_twice_and_loses_nothing(mlflow_server, run_i
 
 def test_killed_before_the_first_checkpoint_logs_nothing_twice(mlflow_server, run_id: str) -> None:
     for _ in range(2):
-        tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
+        tracker = MetricSender(mlflow_server.uri, run_id, [])
         tracker.log(record(1))
         assert tracker.close() == 0
     client = mlflow.MlflowClient(mlflow_server.uri)
@@ -79,8 +82,8 @@ def test_killed_before_the_first_checkpoint_logs_nothing_twice(mlflow_server, ru
 
 def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str) -> None:
     """From a run that has patience; what another never sent is counted, and sent by the next of its name."""
-    other = tracking.start_run(mlflow_server.uri, "set", "another", {}, {}, "digest", "folder")
-    tracker = tracking.Tracker(mlflow_server.uri, run_id, [])
+    other = start_run(mlflow_server.uri, "set", "another", {}, {}, "digest", "folder")
+    tracker = MetricSender(mlflow_server.uri, run_id, [])
     tracker.log(record(1))
     while tracker.unsent:
         pass
@@ -88,27 +91,27 @@ def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str)
     tracker.log(record(2))
     tracker.log(record(3))
     assert tracker.unsent == 2
-    hasty = tracking.Tracker(mlflow_server.uri, other, [])
+    hasty = MetricSender(mlflow_server.uri, other, [])
     hasty.log(record(1))
     assert hasty.close(patience=0) == 1
     mlflow_server.start()
     assert tracker.close(patience=60) == 0
     assert logged(mlflow_server.uri, run_id, "train/loss") == [(e, 1.0 / e) for e in (1, 2, 3)]
     assert logged(mlflow_server.uri, other, "train/loss") == []
-    assert tracking.Tracker(mlflow_server.uri, other, [record(1)]).close() == 0
+    assert MetricSender(mlflow_server.uri, other, [record(1)]).close() == 0
     assert logged(mlflow_server.uri, other, "train/loss") == [(1, 1.0)]
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////dev/null/mlflow.db", "somewhere"])
 def test_a_store_that_does_not_answer_is_bad_input(uri: str) -> None:
     with pytest.raises(ValueError, match=uri.replace("/", r"\/")) as found:
-        tracking.prepare(uri)
+        prepare_store(uri)
     assert "\n" not in str(found.value)
 
 
 def test_unknown_runs_and_models_are_bad_input(mlflow_server, run_id: str) -> None:
     for run in ("0" * 32, "models:/nothing@champion"):
         with pytest.raises(ValueError, match="unknown to MLflow"):
-            tracking.find_checkpoint(mlflow_server.uri, run)
+            fetch_checkpoint(mlflow_server.uri, run)
     with pytest.raises(ValueError, match="has no model"):
-        tracking.find_checkpoint(mlflow_server.uri, run_id)
+        fetch_checkpoint(mlflow_server.uri, run_id)

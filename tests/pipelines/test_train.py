@@ -14,10 +14,14 @@ from typer.testing import CliRunner
 
 from dml_core.gather import rank
 from dml_core.learner import Terms
-from pipelines import checkpoint, jobs, tracking
-from pipelines.cli import app
-from pipelines.recipe import load, replaced
-from pipelines.train import train_loop
+from pipelines.cli import main
+from pipelines.config.recipe import load_recipe, with_values
+from pipelines.models.checkpoint import read_config, read_history
+from pipelines.models.run_folder import checkpoint_name
+from pipelines.runs.outcome import TrainOutcome
+from pipelines.runs.train import run_training
+from pipelines.tracking.models import fetch_checkpoint
+from pipelines.training.loop import train_loop
 from tests import ranks
 from tests.pipelines.conftest import EXACT, QUIET
 
@@ -25,19 +29,19 @@ pytestmark = pytest.mark.usefixtures("tracked_folder")
 SMALL = ["data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=2", "steps_per_epoch=6"]
 
 
-def train(*assignments: str) -> jobs.Outcome:
+def train(*assignments: str) -> TrainOutcome:
     """Alone in this process, or on several workers."""
-    return jobs.train(load("glyphs", [*SMALL, *assignments]), QUIET, here="workers=1" in assignments)
+    return run_training(load_recipe("glyphs", [*SMALL, *assignments]), QUIET, here="workers=1" in assignments)
 
 
-def step_losses(outcome: jobs.Outcome) -> np.ndarray:
+def step_losses(outcome: TrainOutcome) -> np.ndarray:
     history = mlflow.MlflowClient().get_metric_history(outcome.run_id, "train/step_loss")
     steps = sorted((m.step, m.value) for m in history)
     assert [step for step, _ in steps] == list(range(len(steps)))
     return np.array([value for _, value in steps])
 
 
-def assert_like_one_worker(exact: dict[int, jobs.Outcome], losses: np.ndarray, metrics: dict[str, float]) -> None:
+def assert_like_one_worker(exact: dict[int, TrainOutcome], losses: np.ndarray, metrics: dict[str, float]) -> None:
     alone = step_losses(exact[1])
     assert len(alone) == 48 and alone[0] != alone[-1]
     np.testing.assert_allclose(losses, alone, rtol=1e-9, atol=0)
@@ -46,7 +50,7 @@ def assert_like_one_worker(exact: dict[int, jobs.Outcome], losses: np.ndarray, m
             assert metrics[key] == pytest.approx(value, rel=1e-9), key
 
 
-def test_two_workers_change_no_loss_and_no_metric(exact: dict[int, jobs.Outcome]) -> None:
+def test_two_workers_change_no_loss_and_no_metric(exact: dict[int, TrainOutcome]) -> None:
     assert_like_one_worker(exact, step_losses(exact[2]), exact[2].metrics)
 
 
@@ -57,13 +61,13 @@ def train_in_group(job: dict, folder: Path, cache: Path) -> None:
         (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-def test_four_workers_change_no_loss_and_no_metric(exact: dict[int, jobs.Outcome], tmp_path: Path, cache: Path) -> None:
+def test_four_workers_change_no_loss_and_no_metric(exact: dict[int, TrainOutcome], tmp_path: Path, cache: Path) -> None:
     """The loop that Ray's workers run, in a group of processes without Ray, which takes them a minute to start."""
     values = {"workers": 4, "storage": str(tmp_path), "name": "exact4"}
-    config = replaced(checkpoint.read_config(Path(exact[2].checkpoint)), values)
+    config = with_values(read_config(Path(exact[2].checkpoint)), values)
     job = {"config": config.model_dump(exclude_none=True), "run_id": None, "tracking_uri": None, "unreadable": []}
     ranks.run(train_in_group, 4, job | {"test": True, "report": dict, "cpus": 1, "board": None}, tmp_path, cache)
-    history = checkpoint.read_history(tmp_path / "exact4" / checkpoint.folder_name(6))
+    history = read_history(tmp_path / "exact4" / checkpoint_name(6))
     losses = np.concatenate([record["step_loss"] for record in history])
     assert_like_one_worker(exact, losses, json.loads((tmp_path / "metrics.json").read_text()))
 
@@ -73,13 +77,13 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(tracked_folder: Path) -> None
     asked = ["method=[iaa,namr]", "iaa.start_epoch=0", "iaa.update_every=1", "evaluate_every=2", "checkpoint_every=5"]
     outcome = train("workers=1", "precision=float64", "steps_per_epoch=8", "name=middle", *asked)
     whole, folder = step_losses(outcome), Path(outcome.checkpoint).parent
-    history = checkpoint.read_history(folder / "epoch_00002")
+    history = read_history(folder / "epoch_00002")
     (folder / "result.json").unlink()
     shutil.rmtree(folder / "epoch_00002")
     assert [path.name for path in folder.glob("epoch_*")] == ["epoch_00001_step_0000007"]
     again = train("workers=1", "precision=float64", "steps_per_epoch=8", "name=middle", *asked)
     assert again.run_id == outcome.run_id and (step_losses(again) == whole).all() and len(whole) == 16
-    for one, other in zip(history, checkpoint.read_history(folder / "epoch_00002"), strict=True):
+    for one, other in zip(history, read_history(folder / "epoch_00002"), strict=True):
         assert one["step_loss"] == other["step_loss"]
         timed = {"train/images_per_second", "train/data_wait"}
         assert {k: v for k, v in one["metrics"].items() if k not in timed} == {
@@ -89,7 +93,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(tracked_folder: Path) -> None
     assert same == {k: v for k, v in again.metrics.items() if k not in timed}
 
 
-def test_run_is_whole_in_mlflow(exact: dict[int, jobs.Outcome]) -> None:
+def test_run_is_whole_in_mlflow(exact: dict[int, TrainOutcome]) -> None:
     outcome, client = exact[2], mlflow.MlflowClient()
     run = client.get_run(outcome.run_id)
     assert run.info.status == "FINISHED"
@@ -108,7 +112,7 @@ def test_run_is_whole_in_mlflow(exact: dict[int, jobs.Outcome]) -> None:
     assert len(groups) == 1
 
 
-def test_model_is_registered_and_embeds_pictures(exact: dict[int, jobs.Outcome]) -> None:
+def test_model_is_registered_and_embeds_pictures(exact: dict[int, TrainOutcome]) -> None:
     import pandas as pd
 
     name, version = exact[2].model.split("/")
@@ -120,28 +124,28 @@ def test_model_is_registered_and_embeds_pictures(exact: dict[int, jobs.Outcome])
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
 
 
-def test_evaluate_repeats_the_test(exact: dict[int, jobs.Outcome]) -> None:
+def test_evaluate_repeats_the_test(exact: dict[int, TrainOutcome]) -> None:
     outcome = exact[2]
-    found = CliRunner().invoke(app, ["evaluate", outcome.run_id, "workers=1", "--json"])
+    found = CliRunner().invoke(main.app, ["evaluate", outcome.run_id, "workers=1", "--json"])
     assert found.exit_code == 0, found.output
     metrics = json.loads(found.stdout.splitlines()[-1])["metrics"]
     for key, value in metrics.items():
         assert outcome.metrics[key] == pytest.approx(value, rel=1e-9)
 
 
-def test_run_model_and_folder_are_the_same_checkpoint(exact: dict[int, jobs.Outcome]) -> None:
+def test_run_model_and_folder_are_the_same_checkpoint(exact: dict[int, TrainOutcome]) -> None:
     outcome, uri = exact[2], os.environ["MLFLOW_TRACKING_URI"]
     manifest = (Path(outcome.checkpoint) / "manifest.json").read_text()
     for run in (outcome.run_id, f"models:/{outcome.model}"):
-        assert (tracking.find_checkpoint(uri, run) / "manifest.json").read_text() == manifest
+        assert (fetch_checkpoint(uri, run) / "manifest.json").read_text() == manifest
 
 
-def test_the_same_name_again_repeats_the_outcome_or_refuses(exact: dict[int, jobs.Outcome]) -> None:
+def test_the_same_name_again_repeats_the_outcome_or_refuses(exact: dict[int, TrainOutcome]) -> None:
     storage = Path(exact[1].checkpoint).parents[1]
     again = [*EXACT[1:], "workers=1", "name=exact1", f"storage={storage}"]
-    assert jobs.train(load("glyphs", again), QUIET) == exact[1]
+    assert run_training(load_recipe("glyphs", again), QUIET) == exact[1]
     with pytest.raises(ValueError, match=r"name=exact1 was begun with another config .*seed=1 \(was 0\)"):
-        jobs.train(load("glyphs", [*again, "seed=1"]), QUIET)
+        run_training(load_recipe("glyphs", [*again, "seed=1"]), QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +185,7 @@ def test_bad_picture_on_the_way_fails_in_one_line(folder_set: Path) -> None:
     bad.write_bytes(b"no picture")
     try:
         given = [*SMALL, *FROZEN, f"data.root={folder_set}", "data.augment=crop", "backbone.name=small", "name=bad"]
-        found = CliRunner().invoke(app, ["train", *given, "backbone.weights=none", "workers=1"])
+        found = CliRunner().invoke(main.app, ["train", *given, "backbone.weights=none", "workers=1"])
     finally:
         bad.write_bytes(content)
     assert found.exit_code == 1

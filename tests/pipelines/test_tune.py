@@ -18,10 +18,13 @@ import pytest
 from ray import tune as ray_tune
 from typer.testing import CliRunner
 
-from pipelines import jobs, spaces, sweep_plots
-from pipelines.cli import app
-from pipelines.recipe import load, replaced
-from pipelines.tuner import Trial
+from pipelines.cli import main
+from pipelines.config.recipe import load_recipe, with_values
+from pipelines.runs.train import run_training
+from pipelines.sweeps import spaces
+from pipelines.sweeps.plots import draw_changes, draw_figures
+from pipelines.sweeps.records import Trial
+from pipelines.sweeps.spaces import SPACES, own_point, space_of
 from tests.pipelines import browser
 from tests.pipelines.conftest import QUIET
 
@@ -35,19 +38,19 @@ def write_space(folder: Path, text: str) -> str:
 
 
 def test_spaces_are_joined_and_switch_their_methods_on() -> None:
-    config, space = spaces.space_of("iaa+namr", load("glyphs", []))
+    config, space = space_of("iaa+namr", load_recipe("glyphs", []))
     assert config.method == ["iaa", "sgar", "namr"]
     assert {key.partition(".")[0] for key in space} == {"iaa", "namr"}
-    _, everything = spaces.space_of("all", load("glyphs", ["loss.name=contrastive"]))
+    _, everything = space_of("all", load_recipe("glyphs", ["loss.name=contrastive"]))
     assert {"optimizer.lr", "loss.pos_margin", "iaa.intensity", "sgar.intensity", "namr.centers"} <= everything.keys()
     assert "loss.alpha" not in everything  # multi_similarity's
 
 
 @pytest.mark.parametrize("recipe", ["glyphs", "grocery"])
-@pytest.mark.parametrize("space", [*spaces.SPACES, "all"])
+@pytest.mark.parametrize("space", [*SPACES, "all"])
 def test_every_space_fits_the_recipes(recipe: str, space: str) -> None:
-    config, found = spaces.space_of(space, load(recipe, ["data.root=somewhere"] if recipe == "grocery" else []))
-    assert found and spaces.own_point(config, found)
+    config, found = space_of(space, load_recipe(recipe, ["data.root=somewhere"] if recipe == "grocery" else []))
+    assert found and own_point(config, found)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +65,14 @@ def test_every_space_fits_the_recipes(recipe: str, space: str) -> None:
 )
 def test_a_space_that_cannot_act_is_refused(tmp_path: Path, space: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        spaces.space_of(write_space(tmp_path, space), load("glyphs", []))
+        space_of(write_space(tmp_path, space), load_recipe("glyphs", []))
 
 
 def test_points_are_the_configs_own_and_then_the_seeds() -> None:
-    config, space = spaces.space_of("sgar", load("glyphs", []))
+    config, space = space_of("sgar", load_recipe("glyphs", []))
     drawn = spaces.points(space, "random", 6, config)
     assert drawn == spaces.points(space, "random", 6, config)
-    assert len(drawn) == 6 and drawn[0] == spaces.own_point(config, space)
+    assert len(drawn) == 6 and drawn[0] == own_point(config, space)
     assert len({json.dumps(point) for point in drawn}) == 6
     for point in drawn:
         assert all(domain.is_valid(point[key]) for key, domain in space.items())
@@ -81,7 +84,7 @@ def test_a_grid_has_the_ends_of_every_range() -> None:
         "sgar.count": ray_tune.randint(3, 8),
         "sgar.max_gap": ray_tune.choice([None, 0.1]),
     }
-    grid = spaces.points(space, "grid", 3, load("glyphs", []))
+    grid = spaces.points(space, "grid", 3, load_recipe("glyphs", []))
     assert len(grid) == 3 * 3 * 2
     assert sorted({point["sgar.intensity"] for point in grid}) == pytest.approx([0.01, 0.1, 1.0])
     assert {point["sgar.count"] for point in grid} == {3, 5, 7}
@@ -89,15 +92,15 @@ def test_a_grid_has_the_ends_of_every_range() -> None:
 
 @pytest.mark.parametrize(("keys", "count"), [(1, 1), (1, 2), (3, 12)])
 def test_plots_of_any_size_can_be_drawn(keys: int, count: int) -> None:
-    config, space = spaces.space_of("sgar", load("glyphs", []))
+    config, space = space_of("sgar", load_recipe("glyphs", []))
     space = dict([*space.items()][:keys])
     drawn = spaces.points(space, "random", count, config)
     trials = [Trial(f"t{i}", point, i / count, 3, "finished", "") for i, point in enumerate(drawn)]
     failed = Trial("failed", {**drawn[0], "changes": {"2": drawn[-1]}}, None, 2, "failed", "not finite")
-    made = sweep_plots.figures(space, [*trials, failed])
+    made = draw_figures(space, [*trials, failed])
     assert {*made} == {"parallel_coordinates", "slices"} | ({"importance"} if count > 8 else set())
     trials.append(Trial("went on", {**drawn[0], "changes": {"2": drawn[-1]}}, 0.5, 3, "finished", ""))
-    for figure in [*made.values(), sweep_plots.changes(trials)]:
+    for figure in [*made.values(), draw_changes(trials)]:
         figure.savefig(io.BytesIO(), bbox_inches="tight")
 
 
@@ -118,7 +121,7 @@ def test_plots_of_any_size_can_be_drawn(keys: int, count: int) -> None:
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = CliRunner().invoke(app, arguments)
+    found = CliRunner().invoke(main.app, arguments)
     assert found.exit_code == 2, found.output
     assert message in " ".join(found.stderr.split())
 
@@ -146,9 +149,9 @@ def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(tracked_fold
     done = {path: path.stat().st_mtime_ns for path in killed.glob("t*/result.json")}
     assert 3 <= len(done) < 6
 
-    resumed = CliRunner().invoke(app, ["tune", "--resume", "killed", "--json"])
+    resumed = CliRunner().invoke(main.app, ["tune", "--resume", "killed", "--json"])
     assert resumed.exit_code == 0, resumed.output
-    whole = CliRunner().invoke(app, ["tune", *asked, "name=whole", "--json"])
+    whole = CliRunner().invoke(main.app, ["tune", *asked, "name=whole", "--json"])
     assert whole.exit_code == 0, whole.output
     one, other = (json.loads(found.stdout.splitlines()[-1]) for found in (resumed, whole))
 
@@ -192,13 +195,13 @@ def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(tracked_fold
     # What is left: a recipe, a champion, and no checkpoints of trials.
     name, _, version = other["model"].rpartition("/")
     assert client.get_model_version_by_alias(name, "champion").version == version
-    winner = load(other["recipe"], [])
+    winner = load_recipe(other["recipe"], [])
     assert winner.sgar is not None and winner.sgar.intensity == other["winner"]["sgar.intensity"]
     assert [*killed.glob("default-s1/epoch_*")] and not [*killed.glob("t*/epoch_*")]
 
-    again = CliRunner().invoke(app, ["tune", "--resume", "killed", "--json"])
+    again = CliRunner().invoke(main.app, ["tune", "--resume", "killed", "--json"])
     assert json.loads(again.stdout.splitlines()[-1]) == one
-    taken = CliRunner().invoke(app, ["tune", *asked, "name=killed"])
+    taken = CliRunner().invoke(main.app, ["tune", *asked, "name=killed"])
     assert taken.exit_code == 2 and "name=killed is taken" in taken.stderr
 
 
@@ -216,7 +219,7 @@ def population(tracked_folder: Path) -> dict[str, Any]:
     """What a sweep with settings that change printed."""
     text = "{" + ", ".join(f"'{key}': {domain}" for key, domain in SPACE.items()) + "}"
     asked = ["tune", "glyphs", "--space", write_space(tracked_folder, text), "--schedule", "pbt", "--samples", "4"]
-    found = CliRunner().invoke(app, [*asked, "--final-seeds", "1", "--concurrent", "1", *POPULATION, "--json"])
+    found = CliRunner().invoke(main.app, [*asked, "--final-seeds", "1", "--concurrent", "1", *POPULATION, "--json"])
     assert found.exit_code == 0, found.output
     return json.loads(found.stdout.splitlines()[-1])
 
@@ -234,8 +237,8 @@ def test_a_population_changes_settings_and_its_recipes_repeat_what_it_found(
         assert 0.02 <= values.get("sgar.intensity", 0.1) <= 0.5 and 3 <= values.get("sgar.count", 3) <= 7
 
     # From the start by these settings, what the trial had by going on from others' checkpoints.
-    config = load("glyphs", POPULATION)
-    again = jobs.train(replaced(config, went_on["point"] | {"name": "again"}), QUIET, here=True)
+    config = load_recipe("glyphs", POPULATION)
+    again = run_training(with_values(config, went_on["point"] | {"name": "again"}), QUIET, here=True)
     name = f"run_name = '{went_on['name']}'"
     (trial,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id], name)
     for key in ("train/step_loss", "val/map_at_r"):

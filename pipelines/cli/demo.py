@@ -1,0 +1,52 @@
+"""`dml demo`: a page that searches by pictures."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.arguments import Json, KeyValues
+from pipelines.cli.endings import exit_on_error
+from pipelines.console import messages
+
+
+def demo(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|INDEX",
+            help="An MLflow run id, a checkpoint folder, or models:/NAME@ALIAS; or a folder of dml index build.",
+        ),
+    ],
+    assignments: KeyValues = None,
+    *,
+    index: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Of dml index build. Default: one of the run's test pictures is built first."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0: any that is free.")] = 8080,
+    as_json: Json = False,
+) -> None:
+    """A page, on this machine only, that shows the pictures nearest to one of yours. Ctrl-C ends it.
+
+    Example: dml demo models:/dml-glyphs/1 --index INDEX
+    """
+    with exit_on_error():
+        try:
+            from pipelines.serving import demo_page
+        except ModuleNotFoundError as error:
+            raise ValueError("dml demo: NiceGUI is not installed; pip install 'dml-ray[demo]'") from error
+        from pipelines.config.recipe import parse_assignments
+        from pipelines.serving.demo import open_demo
+
+        with (
+            demo_page.listening(port) as socket,
+            open_demo(run, index, parse_assignments(assignments or []), messages) as shown,
+        ):
+            about = shown.index.about
+            url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+            facts = {"url": url, "index": str(shown.index.folder), "rows": about.rows, "structure": about.structure}
+            messages.print(f"{about.rows:,} pictures on {url}  (Ctrl-C ends it)", highlight=False, markup=False)
+            if as_json:
+                print(json.dumps(facts), flush=True)
+            demo_page.serve(shown, socket)

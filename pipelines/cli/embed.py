@@ -1,0 +1,35 @@
+"""`dml embed`: pictures to a file of vectors."""
+
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.arguments import Json, KeyValues, Run
+from pipelines.cli.endings import exit_on_error, print_result
+from pipelines.console import messages
+
+
+def embed(
+    run: Run,
+    assignments: KeyValues = None,
+    *,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|CSV|PARQUET", help="Pictures, with or without labels. Default: the run's own set."),
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="FILE.parquet", help="A new file, here or in a bucket.")],
+    as_json: Json = False,
+) -> None:
+    """Embed pictures with a trained model, on all workers, into a Parquet file of unit vectors.
+
+    Example: dml embed models:/dml-glyphs/1 --images PICTURES --out vectors.parquet workers=2
+    """
+    with exit_on_error():
+        from pipelines.config.recipe import parse_assignments
+        from pipelines.serving.embed import plan_embedding, write_embeddings
+
+        made = write_embeddings(
+            plan_embedding(run, images, parse_assignments(assignments or []), messages), out, messages
+        )
+    told = f"{made['rows']:,} pictures in {made['seconds']:.0f} s: {made['file']}"
+    print_result(as_json, made, told, f"next:  dml index build {made['file']} --out INDEX")

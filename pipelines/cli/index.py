@@ -1,0 +1,77 @@
+"""`dml embed` and `dml index`: from a trained model to a search of your pictures."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pipelines.cli.arguments import Json, KeyValues
+from pipelines.cli.endings import exit_on_error, print_result
+from pipelines.console import messages
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Nearest pictures by a trained model. Example: dml index search INDEX --image query.jpg",
+)
+
+
+@app.command("build")
+def index_build(
+    source: Annotated[str, typer.Argument(metavar="RUN|FILE.parquet", help="Of dml embed; a RUN's own set else.")],
+    assignments: KeyValues = None,
+    *,
+    out: Annotated[str, typer.Option(metavar="DIR", help="A new folder, seen by all nodes.")],
+    kind: Annotated[str, typer.Option(help="flat: exact; ivf, hnsw: faster, and nearly")] = "flat",
+    structure: Annotated[bool, typer.Option("--structure", help="For structure-aware search, by NAMR.")] = False,
+    shard_rows: Annotated[int, typer.Option(help="Most that a shard holds, and a task in its memory.")] = 250_000,
+    nlist: Annotated[int | None, typer.Option(help="ivf: cells a shard. Default: sqrt(rows).")] = None,
+    nprobe: Annotated[int | None, typer.Option(help="ivf: cells that a query looks into.")] = None,
+    links: Annotated[int | None, typer.Option(help="hnsw: links of each item.")] = None,
+    ef_search: Annotated[int | None, typer.Option(help="hnsw: candidates that a query holds.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="RUN", help="Of FILE.parquet, if it has moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build a Faiss index from a file of dml embed, or from a run, whose own set is then embedded first.
+
+    Example: dml index build vectors.parquet --out INDEX --kind hnsw
+    """
+    with exit_on_error():
+        from dml_core.retrieval.index import Options
+        from pipelines.config.recipe import parse_assignments
+        from pipelines.serving.index_build import IndexRequest, build_index
+
+        wanted = IndexRequest(kind, structure, shard_rows, Options(nlist, nprobe, links, ef_search))
+        made = build_index(source, out, wanted, model, parse_assignments(assignments or []), messages)
+    told = f"{made['rows']:,} rows in {len(made['shards'])} shards: {made['index']}"
+    print_result(as_json, made, told, f"next:  dml index search {made['index']} --image PICTURE")
+
+
+@app.command("search")
+def index_search(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Of dml index build")],
+    image: Annotated[Path, typer.Option(metavar="FILE", help="The query.")],
+    k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
+    plain: Annotated[bool, typer.Option("--plain", help="By cosine, where structure-aware is the default.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The pictures nearest to one, by the model of the index.
+
+    Example: dml index search INDEX --image query.jpg -k 5
+    """
+    with exit_on_error():
+        from pipelines.serving.index import search_index
+
+        found = search_index(folder, image, k, plain)
+    score = "similarity" if found["ranking"] == "plain" else "distance"
+    table = Table(title=f"nearest to {image}, {found['ranking']}")
+    for head in ("place", score):
+        table.add_column(head, justify="right")
+    for head in ("label", "path"):
+        table.add_column(head, overflow="fold")
+    for hit in found["hits"]:
+        table.add_row(str(hit["place"]), f"{hit[score]:.4f}", hit["label"] or "", hit["path"] or f"id {hit['id']}")
+    took = found["milliseconds"]
+    print_result(
+        as_json, found, table, f"query embedded in {took['embed']:.1f} ms, searched in {took['search']:.1f} ms"
+    )

@@ -1,0 +1,61 @@
+"""`dml tune`: a search of settings."""
+
+import json
+from functools import partial
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipelines.cli import tables
+from pipelines.cli.arguments import Assignments, Json, config_of
+from pipelines.cli.endings import exit_on_error
+from pipelines.console import messages
+
+
+def tune(
+    arguments: Assignments = None,
+    space: Annotated[str | None, typer.Option(help="base, iaa, sgar, namr, all, joined by +; or FILE.py")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Points to try; of a grid, points on each range.")] = 32,
+    concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at a time. Default: as many as fit.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="optuna (TPE), random or grid", show_default="optuna; with pbt random")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="asha: what falls behind is ended early; none; pbt: settings change on the way")
+    ] = "asha",
+    folds: Annotated[int, typer.Option(min=1, help="Train each point with so many choices of validation classes.")] = 1,
+    final_seeds: Annotated[int, typer.Option(min=1, help="Tested runs of the winner, and of the defaults.")] = 5,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with a sweep that was interrupted.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search settings on validation classes; then test the winner and the defaults once, over the same seeds.
+
+    Example: dml tune grocery --space namr --samples 32 data.root=GroceryStoreDataset name=sweep
+    """
+    with exit_on_error():
+        from pipelines.sweeps.records import SweepOptions
+        from pipelines.sweeps.sweep import resume_sweep, start_sweep
+
+        if resume:
+            given = arguments or ["storage=runs"]
+            if space or len(given) > 1 or not given[0].startswith("storage="):
+                raise ValueError(f"--resume {resume} takes all else from the sweep; only storage=FOLDER may go with it")
+            go = partial(resume_sweep, resume, given[0].removeprefix("storage="))
+            hint = f"dml tune --resume {resume} goes on"
+        else:
+            if space is None:
+                raise ValueError("--space NAME is needed: base, iaa, sgar, namr, all, joined by +; or FILE.py")
+            # Trials beside each other, not workers: results do not depend on it, and nothing is sent between them.
+            given = [a for a in arguments or [] if a.startswith("workers=")]
+            config = config_of([*(arguments or []), *([] if given else ["workers=1"])])
+            search = search or ("random" if schedule == "pbt" else "optuna")
+            options = SweepOptions(space, samples, concurrent, search, schedule, folds, final_seeds)
+            go = partial(start_sweep, config, options)
+            hint = "dml tune --resume NAME goes on, NAME being the sweep's"
+    with exit_on_error(hint):
+        outcome = go(messages)
+    output = messages if as_json else Console()
+    tables.tuned(output, outcome)
+    if as_json:
+        print(json.dumps(outcome._asdict()))

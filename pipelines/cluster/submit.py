@@ -1,0 +1,134 @@
+"""`dml submit`: a command of ours as a job on a Ray cluster, by the Ray Jobs API.
+
+What travels is the working folder, so that code, recipes and spaces that are tried out need no installation; but no
+data, no caches, no results, and nothing that looks like a secret.
+"""
+
+import asyncio
+import logging
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from rich.console import Console
+
+from pipelines.cluster.working_folder import LARGEST_FILE, travelling_files
+from pipelines.console import RunFailed
+
+for _name in ("dashboard_sdk", "job.sdk"):  # how files travel; what matters is told by us
+    logging.getLogger(f"ray.dashboard.modules.{_name}").setLevel(logging.WARNING)
+
+logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+
+COMMANDS = ("train", "tune", "evaluate", "compare", "embed", "index")
+
+PATIENCE = 60.0  # seconds
+
+
+class Job(NamedTuple):
+    """What `dml submit --json` prints. code: of the command, once it has ended."""
+
+    job_id: str
+    status: str
+    code: int | None
+    entrypoint: str
+
+
+def submit_job(address: str, arguments: Sequence[str], environment: Mapping[str, str], console: Console) -> Job:
+    """Start `dml ARGUMENTS` on the cluster. ValueError: no command of ours, or no job server; RunFailed: it refuses."""
+    if not arguments or arguments[0] not in COMMANDS:
+        raise ValueError(f"-- {' '.join(arguments[:1]) or 'nothing'}: after -- comes one of {', '.join(COMMANDS)}")
+    client, folder = connect_to_jobs(address), Path.cwd()
+    found = travelling_files(folder)
+    if arguments[0] in ("train", "tune") and not any(a.startswith("storage=") for a in arguments):
+        console.print(
+            "storage= is not given: results stay in the job's folder on the head node, where no other node sees them",
+            style="yellow",
+        )
+    for what, paths in (("may hold a secret", found.secret), (f"larger than {LARGEST_FILE >> 20} MiB", found.large)):
+        if paths:
+            console.print(f"stays here, {what}: {', '.join(map(str, paths[:5]))}{' ...' if paths[5:] else ''}")
+    entrypoint = shlex.join(["python", "-m", "pipelines.cli", *arguments])
+    with tempfile.TemporaryDirectory(prefix="dml-") as travels:
+        for path in found.files:
+            (travels / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / path, travels / path)
+        given = {"working_dir": travels, "env_vars": dict(environment)}
+        job_id = _started(client, entrypoint, given)
+    console.print(f"{job_id}: {len(found.files)} files sent; dml submit logs {job_id} --address {address}")
+    return Job(job_id, JobStatus.PENDING, None, entrypoint)
+
+
+def _started(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """The job's id. A cluster that has just been started answers before it can take a job: then once more."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise RunFailed(f"the job server refuses: {str(error).strip().splitlines()[-1]}") from error
+            time.sleep(1)
+
+
+def follow_job(address: str, job_id: str) -> Job:
+    """Print a job's output until it ends."""
+    client = connect_to_jobs(address)
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job_id):
+            print(text, end="", flush=True)
+
+    asyncio.run(tail())
+    return wait_for_end(client, job_id)
+
+
+def wait_for_end(client: JobSubmissionClient, job_id: str) -> Job:
+    """How a job stands. ValueError where there is none of that id."""
+    info = _job_details(client, job_id)
+    code = info.driver_exit_code
+    if code is None and info.status in (JobStatus.FAILED, JobStatus.STOPPED):
+        code = 1
+    return Job(job_id, info.status, code, info.entrypoint)
+
+
+def job_logs(address: str, job_id: str) -> str:
+    client = connect_to_jobs(address)
+    _job_details(client, job_id)
+    return client.get_job_logs(job_id)
+
+
+def stop_job(address: str, job_id: str) -> Job:
+    client = connect_to_jobs(address)
+    _job_details(client, job_id)
+    client.stop_job(job_id)
+    return wait_for_end(client, job_id)
+
+
+def list_jobs(address: str) -> list[Job]:
+    """Those submitted, the newest first."""
+    found = [job for job in connect_to_jobs(address).list_jobs() if job.submission_id]
+    found.sort(key=lambda job: job.start_time or 0, reverse=True)
+    return [Job(str(job.submission_id), job.status, job.driver_exit_code, job.entrypoint) for job in found]
+
+
+def connect_to_jobs(address: str) -> JobSubmissionClient:
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"--address {address}: the job server's, such as http://127.0.0.1:8265")
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"--address {address}: no job server of Ray's answers ({reason})") from None
+
+
+def _job_details(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    try:
+        return client.get_job_info(job_id)
+    except RuntimeError:
+        raise ValueError(f"{job_id}: no job of that id; dml submit list names them") from None

@@ -1,0 +1,9 @@
+"""What a run is told: the schema of all keys, recipes and key=value to a config, and what identifies a run.
+
+Imports nothing but pydantic and YAML.
+"""
+
+from pipelines.config.recipe import load_recipe as load
+from pipelines.config.schema import Config
+
+__all__ = ["Config", "load"]

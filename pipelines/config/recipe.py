@@ -1,0 +1,180 @@
+"""Recipes in YAML, with key=value on top, to a config; what is wrong in one line."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipelines.config import sections
+from pipelines.config.schema import METHODS, Config
+from pipelines.config.sections import Data
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(recipe: str, assignments: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """A recipe's name or YAML file, with key=value on top, in texts or as {"data.root": "PICTURES", "epochs": 5}.
+    ValueError is one line that says what to change."""
+    tree = _read(_recipe_file(recipe))
+    overrides = parse_assignments(assignments)
+    return parse_config(_merge(_drop_what_overrides_silence(tree, overrides), overrides))
+
+
+def data_section(name: str, assignments: list[str]) -> Data:
+    """A data set with the keys of its section, which need no `data.` here."""
+    keys = [a if a.startswith("data.") else f"data.{a}" for a in assignments]
+    return parse_config(parse_assignments([*keys, f"data.name={name}"])).data
+
+
+def parse_assignments(assignments: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """key=value, in texts or as a dictionary, as a nested one; dots in a key make the levels."""
+    tree: dict[str, Any] = {}
+    if isinstance(assignments, Mapping):
+        for key, value in assignments.items():
+            _assign(tree, key.split("."), value, f"{key}={value}")
+        return tree
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise ValueError(f"{assignment!r} is not key=value")
+        _assign(tree, key.split("."), read_yaml(value), assignment)
+    return tree
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """A validated config. ValueError is one line naming key, value and what is allowed."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_describe(e) for e in error.errors()[:3])) from None
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A config with values at dotted keys, checked anew; None takes a value away. ValueError as of `parse`."""
+    tree = config.model_dump(exclude_none=True)
+    for method in {*METHODS} - {*values.get("method", METHODS)}:
+        tree.pop(method, None)
+    for key, value in values.items():
+        _assign(tree, key.split("."), value, f"{key}={value}")
+    return parse_config(tree)
+
+
+def read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Yaml12)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {text.strip()[:80]!r} ({str(error).splitlines()[0]})") from None
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
+
+
+class _Yaml12(yaml.SafeLoader):
+    """YAML 1.2 scalars: 1:3 is no sexagesimal number, 1e-4 is a float, yes and no are words."""
+
+
+_Yaml12.yaml_implicit_resolvers = {}
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|false|False", "tTfF"),
+    ("null", r"~|null|", "~n"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.nan", "-+.0123456789"),
+):
+    _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _recipe_file(recipe: str) -> Path:
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise ValueError(f"recipe file {recipe}: no such file")
+        return Path(recipe)
+    if recipe not in recipe_names():
+        raise ValueError(f"recipe {recipe!r}: there is none of that name{sections.nearest(recipe, recipe_names())}")
+    return RECIPES / f"{recipe}.yaml"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A recipe on top of those that it extends, recipes of ours, the later over the earlier."""
+    tree = read_yaml(file.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError(f"recipe {file}: not a mapping of keys to values")
+    below: dict[str, Any] = {}
+    for name in tree.pop("extends", []):
+        if not (RECIPES / f"{name}.yaml").is_file():
+            raise ValueError(f"recipe {file}: it extends {name}, which is not there")
+        below = _merge(below, _read(RECIPES / f"{name}.yaml"))
+    return _merge(below, tree)
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any, assignment: str) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{assignment}: {part} has a value of its own already")
+    tree[path[-1]] = value
+
+
+def _merge(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _drop_what_overrides_silence(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings of a method, loss or schedule go with the choice they belong to; the user's own stay and
+    are refused if they cannot act."""
+    tree = dict(tree)
+    methods = overrides.get("method", tree.get("method")) or []
+    for method in METHODS:
+        if method not in methods:
+            tree.pop(method, None)
+    for section, choice, kept in (
+        ("loss", "name", ()),
+        ("data", "name", ("limit_classes", "split_seed", "validation_fraction")),
+        ("optimizer", "schedule", None),
+        ("optimizer", "name", None),
+    ):
+        settings, chosen = tree.get(section), (overrides.get(section) or {})
+        if not isinstance(settings, dict) or not isinstance(chosen, dict) or choice not in chosen:
+            continue
+        if chosen[choice] == settings.get(choice):
+            continue
+        if kept is None:
+            dependent = {"schedule": ("milestones", "gamma"), "name": ("momentum",)}[choice]
+            tree[section] = {k: v for k, v in settings.items() if k not in dependent}
+        else:
+            tree[section] = {k: v for k, v in settings.items() if k in kept}
+    return tree
+
+
+def _describe(error: Any) -> str:
+    path = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    path = [part for part in path if part not in ("int", "str")] if path[:1] == ["workers"] else path
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in path[:-1]:
+            section = _section_of(section.model_fields[part].annotation)
+        prefix = "".join(f"{part}." for part in path[:-1])
+        return f"unknown key {key}{sections.nearest(key, [prefix + name for name in section.model_fields])}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={error['input']}: {message}"
+
+
+def _section_of(annotation: Any) -> Any:
+    """Sgar from `Sgar | None`."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

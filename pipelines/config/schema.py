@@ -1,0 +1,168 @@
+"""What a run is told: frozen models with real defaults. recipe.py reads them from files and the command line.
+
+The same dictionary goes to the workers, the checkpoint and MLflow. Unknown keys are refused, and so is an option that
+cannot act: settings of a method that is not in `method`, a momentum for Adam, a data folder for the embedded set.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pipelines.config.sections import (
+    Address,
+    Backbone,
+    Batch,
+    Data,
+    Iaa,
+    Loss,
+    Namr,
+    Optimizer,
+    Positive,
+    Section,
+    Sgar,
+)
+
+METHODS = ("iaa", "sgar", "namr")
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    workers: Positive | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = 1
+    """Training workers: N, or MIN:MAX to go on with fewer and grow again. Not a hyperparameter: results do not
+    depend on it."""
+    use_gpu: bool | None = None
+    """One GPU a worker; none: if the cluster has enough of them."""
+    precision: Literal["float32", "bf16", "float64"] | None = None
+    """none: bf16 autocast on GPUs, float32 on CPUs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of initial weights, batches, augmentations and synthetics. The split of classes has one of its own:
+    `data.split_seed`."""
+    epochs: Positive = 20
+    """Passes over the training set, of `steps_per_epoch` steps each."""
+    steps_per_epoch: Positive | None = None
+    """none: as many as show each training image once."""
+    evaluate_every: Positive = 1
+    """Epochs between validations; a checkpoint is kept at each."""
+    checkpoint_every: Positive | None = None
+    """Steps between further checkpoints, for long epochs on nodes that may be lost. One is kept at once, whatever this
+    says, when a worker's node is about to be taken away."""
+    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
+    """Of the run and its folder; the same name again continues it. none: made from set, method, loss, seed and time."""
+    storage: Address = "runs"
+    """Folder of run folders; must be seen by all nodes of a cluster."""
+    model_name: str | None = None
+    """Registered model to add this run's as a version to; none: dml-SET."""
+    max_failures: Annotated[int, Field(ge=0)] | None = None
+    """How often to start the workers again from the last checkpoint when one is lost, beside nodes that were taken away
+    with a notice. none: 3 on a cluster of several nodes, 0 on one machine."""
+    timeout: Positive = 600
+    """Seconds that workers wait for one that is silent before they take it for lost."""
+    wait_for_nodes: Annotated[int, Field(ge=0)] = 0
+    """Seconds to wait for machines that the cluster has not yet, which its autoscaler is asked for; then, or with 0 at
+    once, a cluster that is too small for `workers`, or has no GPU for `use_gpu=true`, is refused."""
+    embedding_dim: Positive = 512
+    """D: numbers in an embedding."""
+    method: list[Literal["iaa", "sgar", "namr"]] = []
+    """Methods over the base loss, in any combination."""
+    data: Data = Data()
+    batch: Batch = Batch()
+    backbone: Backbone = Backbone()
+    loss: Loss = Field(default_factory=Loss)
+    optimizer: Optimizer = Optimizer()
+    iaa: Iaa | None = None
+    sgar: Sgar | None = None
+    namr: Namr | None = None
+    changes: dict[Annotated[int, Field(ge=1)], dict[str, Any]] = {}
+    """N: {loss.margin: ...}: settings of the loss and the methods that hold from the end of epoch N on, in place of
+    those above; for instance `changes.10.sgar.intensity=0.2`. `dml tune --schedule pbt` finds such."""
+
+    @field_validator("method")
+    @classmethod
+    def _each_once(cls, method: list[str]) -> list[str]:
+        if len(set(method)) < len(method):
+            raise ValueError(f"[{', '.join(method)}] names a method twice")
+        return sorted(method, key=METHODS.index)
+
+    @field_validator("changes", mode="before")
+    @classmethod
+    def _in_order(cls, changes: Any) -> Any:
+        try:
+            return {after: flatten(changes[after]) for after in sorted(changes, key=int)}
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"{changes} is not {{EPOCH: {{KEY: VALUE}}}}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_have_settings(cls, values: Any) -> Any:
+        chosen = values.get("method") or []
+        return {**values, **{m: {} for m in METHODS if m in chosen and values.get(m) is None}}
+
+    @model_validator(mode="after")
+    def _options_act(self) -> "Config":
+        for method in METHODS:
+            if getattr(self, method) is not None and method not in self.method:
+                raise ValueError(f"{method}.* cannot act: {method} is not in method={self.method}")
+        if self.iaa and self.iaa.start_epoch >= self.epochs:
+            raise ValueError(f"iaa.start_epoch={self.iaa.start_epoch} cannot act: there are only epochs={self.epochs}")
+        low, high = self.worker_range
+        size = self.batch.classes * self.batch.images
+        if low > high:
+            raise ValueError(f"workers={self.workers}: the first number must not be the larger")
+        if size % self.slices:
+            raise ValueError(f"batch.slices={self.slices} does not divide the global batch of {size}")
+        for count in range(low, high + 1):
+            if size % count:
+                raise ValueError(
+                    f"workers={self.workers}: {count} workers do not divide the global batch of {size} "
+                    f"(batch.classes={self.batch.classes} x batch.images={self.batch.images})"
+                )
+        for after, values in self.changes.items():
+            if not values or after >= self.epochs:
+                raise ValueError(f"changes.{after} cannot act: it names no setting, or epochs={self.epochs} are over")
+            for key in values:
+                if values[key] is None or not self.may_change(key):
+                    raise ValueError(f"changes.{after}: {key} cannot become {values[key]} in the middle of a run")
+            try:
+                self.at(after)
+            except ValidationError as error:
+                told = error.errors()[0]
+                where, message = ".".join(map(str, told["loc"])), told["msg"].removeprefix("Value error, ")
+                raise ValueError(f"changes.{after}: {where}={told['input']}: {message}") from None
+        return self
+
+    def may_change(self, key: str) -> bool:
+        """Whether a setting can take another value while a run goes on: one of the loss or of a method in use, that
+        has shaped no parameter and no statistic."""
+        fixed = {"loss.name", "iaa.covariance"} | ({"loss.beta"} if self.loss.name == "margin" else set())
+        return key.partition(".")[0] in ("loss", *self.method) and key not in fixed
+
+    def at(self, epoch: int) -> "Config":
+        """What holds in an epoch, from 0."""
+        tree = self.model_dump(exclude_none=True, exclude={"changes"})
+        for after, values in self.changes.items():
+            for key, value in values.items() if after <= epoch else ():
+                section, _, name = key.partition(".")
+                tree[section][name] = value
+        return Config.model_validate(tree)
+
+    @property
+    def slices(self) -> int:
+        return self.batch.slices or math.gcd(4, self.batch.classes * self.batch.images)
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        low, _, high = str(self.workers).partition(":")
+        return int(low), int(high or low)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, leaving out what is not set."""
+        return flatten(self.model_dump(exclude_none=True))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,265 @@
+"""The sections of a config: data, batch, backbone, loss, the methods, optimizer. config.py puts them together."""
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+SECRET = re.compile(r"://[^/?#]*@|[?&][^=&]*(secret|token|signature|password|credential|access_key|sig)[^=&]*=", re.I)
+
+
+def without_secrets(address: str) -> str:
+    """ValueError for an address that holds a password, a key or a signature: it would be kept in MLflow, checkpoints
+    and logs."""
+    if "://" in address and SECRET.search(address):
+        raise ValueError(
+            "the address holds a secret, which MLflow and checkpoints would keep; give it by the environment "
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ~/.netrc, ...)"
+        )
+    return address
+
+
+Address = Annotated[str, AfterValidator(without_secrets)]
+
+Positive = Annotated[int, Field(ge=1)]
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """The end of an error message: the word that was probably meant, or all that are allowed."""
+    found = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {found[0]}?" if found else f"; allowed: {', '.join(words)}"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """The pictures, and how their classes are divided into train, validation and test."""
+
+    name: Literal["glyphs", "folder", "table", "cub", "cars", "sop", "inshop", "vehicleid", "grocery", "omniglot"] = (
+        "glyphs"
+    )
+    """The set: embedded characters, your own (a class-per-folder tree, a table of paths), or a benchmark."""
+    root: Address | None = None
+    """Its folder, or a URL (s3://, gs://, abfs://, https://) for `folder` and `table`; `glyphs` needs none. `table`: by
+    default the table's own folder."""
+    table: Address | None = None
+    """`table`: a CSV or Parquet file, local or a URL, with the columns path, label, and perhaps split and role."""
+    download: bool = False
+    """Fetch a benchmark into `root` where that is possible without an account."""
+    links: bool = False
+    """Follow symbolic links that lead out of `root`."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """Pictures that cannot be read: fail when one is met, or look at all of them first and leave those out."""
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 224
+    """Side of the square pictures that the backbone sees, in pixels."""
+    augment: Literal["crop", "shift", "none"] = "crop"
+    """Training views: random crop and flip (photographs), small shifts and turns (characters), or none."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """`folder`, and a `table` without splits: share of the classes to test on (default 0.5)."""
+    test_classes: list[str] | None = None
+    """`folder`: the classes to test on, by name, in place of a share."""
+    validation_fraction: Fraction = 0.2
+    """Share of the other classes to validate on; 0: none, and the last epoch is the best."""
+    folds: Annotated[int, Field(ge=2)] = 4
+    """Equal parts of the classes that `fold` chooses from."""
+    fold: Annotated[int, Field(ge=0)] | None = None
+    """Validate on this one, from 0, of `folds` equal parts of the other classes, in place of a share."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Draws the classes to validate (and, by share, to test) on. Apart from `seed`, so that seeds share a split."""
+    limit_classes: Annotated[int, Field(ge=3)] | None = None
+    """At most so many classes to test on, and so many to train and validate on: for quick runs."""
+    loader: Literal["auto", "torch", "ray"] = "auto"
+    """Who decodes: `torch`, the DataLoader of each training worker; `ray`, tasks on any node's CPUs. auto: ray where
+    nodes without training workers have CPUs."""
+    loader_processes: Annotated[int, Field(ge=0)] | None = None
+    """Decoding processes a training worker; none: as many as it has CPUs to spare."""
+
+    @model_validator(mode="after")
+    def _options_act(self) -> "Data":
+        name = self.name
+        if name == "glyphs" and self.root is not None:
+            raise ValueError("root cannot act on data.name=glyphs, which is embedded")
+        if name not in ("glyphs", "table") and self.root is None:
+            raise ValueError(f"root is needed for data.name={name}: data.root=FOLDER")
+        if (name == "table") != (self.table is not None):
+            needed = "is needed for" if name == "table" else "cannot act on"
+            raise ValueError(f"table {needed} data.name={name}: data.table=FILE.csv or FILE.parquet goes with table")
+        if self.root and "://" in self.root and name not in ("folder", "table"):
+            raise ValueError(f"root={self.root}: {name} is read from a folder; URLs go with folder and table")
+        if self.download:
+            from dml_core.data.benchmarks import BENCHMARKS
+
+            fetched = [key for key, benchmark in BENCHMARKS.items() if benchmark.fetch]
+            if name not in fetched:
+                raise ValueError(f"download cannot act on data.name={name}; it fetches {', '.join(fetched)}")
+        if self.links and name not in ("folder", "table"):
+            raise ValueError(f"links cannot act on data.name={name}")
+        if (self.test_fraction and name not in ("folder", "table")) or (self.test_classes and name != "folder"):
+            raise ValueError(f"test_fraction and test_classes cannot act on data.name={name}, whose split is fixed")
+        if self.test_fraction and self.test_classes:
+            raise ValueError("test_fraction and test_classes exclude each other")
+        if self.fold is not None and self.fold >= self.folds:
+            raise ValueError(f"fold={self.fold}: the {self.folds} folds are numbered from 0")
+        return self
+
+
+class Batch(Section):
+    """The global batch of P x K images, whatever the number of workers."""
+
+    classes: Annotated[int, Field(ge=2)] = 32
+    """P: classes in a global batch."""
+    images: Positive = 4
+    """K: images of each class in a global batch."""
+    slices: Positive | None = None
+    """Equal parts that gradients are computed in. Worker counts that divide it give the same bits, if both are powers
+    of two. none: 4, or as many of 2 and 1 as divide the batch."""
+
+
+class Backbone(Section):
+    """The network from images to features."""
+
+    name: str = "resnet50"
+    """`small` (for pictures of about 32 pixels), `efficientnet_lite0`, a torchvision name, or timm:NAME."""
+    weights: str = "imagenet"
+    """`imagenet`, `none` (group norm takes the place of batch norm), or a file with a state dict."""
+    frozen: bool = False
+    """Compute features once, keep them on disk, and train the head on them."""
+
+
+class Loss(BaseModel):
+    """A loss of pytorch-metric-learning and its arguments: loss.name=proxy_anchor loss.margin=0.1"""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    name: str = "proxy_anchor"
+    """triplet, contrastive, multi_similarity, margin, proxy_anchor, proxy_nca, or any of the library's class names."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _arguments_exist(self) -> "Loss":
+        from dml_core import base_losses
+
+        allowed = base_losses.arguments(self.name)
+        for key in self.arguments:
+            if key not in allowed:
+                raise ValueError(f"{key} is no argument of {self.name}{nearest(key, list(allowed))}")
+            number = isinstance(allowed[key], int | float) and not isinstance(allowed[key], bool)
+            if number and not isinstance(self.arguments[key], int | float):
+                raise ValueError(f"{key}={self.arguments[key]} is not a number")
+        base_losses.build(self.name, 2, 2, **self.arguments)
+        return self
+
+
+class Iaa(Section):
+    """Intra-class adaptive augmentation: synthetics drawn from each class's variation, as further candidates."""
+
+    intensity: Annotated[float, Field(gt=0)] = 0.7
+    """lambda: share of the class's variance that is drawn with; falls to 0.6 of it towards the end."""
+    draws: Positive = 3
+    """M: synthetics a sample."""
+    start_epoch: Annotated[int, Field(ge=0)] = 1
+    """Epochs without synthetics, before the first estimate of the variation."""
+    update_every: Positive = 2
+    """Epochs from one estimate to the next; each embeds the training set once."""
+    momentum: Fraction = 0.2
+    """Most that the old estimate keeps."""
+    covariance: Literal["diag", "full"] = "diag"
+    """full: classes x embedding_dim^2 numbers in memory."""
+    neighbors: Positive = 25
+    """K: classes that correct the variation of a small one."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How fast the correction fades with the size of a class."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the variation of all classes in the correction."""
+    tau: Annotated[float, Field(ge=0)] = 40.0
+    """Classes with more images are not corrected."""
+
+
+class Sgar(Section):
+    """Self-supervised generative assisted ranking: synthetics of rising intensity, ranked by it."""
+
+    intensity: Annotated[float, Field(ge=0)] = 0.1
+    """r: the step between synthetics, relative to the embedding's norm."""
+    count: Annotated[int, Field(ge=2)] = 5
+    """N: synthetics a sample."""
+    margin: Annotated[float, Field(ge=0)] = 0.11
+    """delta: by how much a stronger synthetic must be farther than a weaker one, in cosine."""
+    max_gap: Annotated[float, Field(gt=0)] | None = None
+    """delta': how far, at most; none: one-sided."""
+    scale: Annotated[float, Field(gt=0)] = 32.0
+    """Sharpness of the ranking: how much the worst pair of synthetics outweighs the others."""
+    gate: Annotated[float, Field(ge=-1, le=1)] = 0.05
+    """Least cosine of a sample to its class proxy for it to be a source."""
+    anchor_scale: Annotated[float, Field(gt=0)] = 32.0
+    """Sharpness of the anchor term, which keeps synthetics in their class."""
+    anchor_margin: float = 0.1
+    """Least cosine of a synthetic to its class proxy, softly."""
+    directions: Literal["independent", "shared"] = "independent"
+    """One draw for each sample, or one for all of a step (as published)."""
+    weight: Annotated[float, Field(ge=0)] = 0.23
+    """lam: of both terms in the sum."""
+    ratio_rank: Annotated[float, Field(ge=0)] = 0.9
+    """Factor of the ranking term beside `weight`."""
+    ratio_anchor: Annotated[float, Field(ge=0)] = 0.9
+    """Factor of the anchor term beside `weight`."""
+
+
+class Namr(Section):
+    """Neighborhood-adaptive multi-cluster ranking: a structure embedding weighs the dimensions around a sample."""
+
+    centers: Annotated[int, Field(ge=2, le=8)] = 3
+    """M: distances that the pairs are drawn to."""
+    spacing: Literal["even", "quantile"] = "even"
+    """Centres at even steps from the mean distance down, or at quantiles of the batch's distances."""
+    t: Annotated[float, Field(gt=0)] = 3.0
+    """The nearest centre lies so many deviations below the mean distance (spacing=even)."""
+    alpha: Annotated[float, Field(gt=0)] = 10.0
+    """How sharply a pair decides for its nearest centre."""
+    weight: Annotated[float, Field(ge=0)] = 2.0
+    """lambda: of the term in the sum."""
+    rerank: Positive = 100
+    """Items at the top of a plain search that evaluation orders anew by the adaptive distance."""
+
+
+class Optimizer(Section):
+    """How the gradient changes the parameters, and the learning rate over the epochs."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """PyTorch's optimizer of that name."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate of the backbone; head and loss have multiples of it."""
+    head_multiplier: Annotated[float, Field(gt=0)] = 10.0
+    """Of the heads and of a method's own layers."""
+    loss_multiplier: Annotated[float, Field(gt=0)] = 100.0
+    """Of the base loss's own parameters, such as proxies."""
+    weight_decay: Annotated[float, Field(ge=0)] = 4e-4
+    """Of weight matrices; norms, biases and the base loss's parameters are not decayed."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """sgd only (default 0.9)."""
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """cosine: to zero at the end of the last epoch; step: times `gamma` at each of `milestones`."""
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of linear rise at the start."""
+    milestones: list[Positive] | None = None
+    """schedule=step: epochs after which the learning rate falls."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """schedule=step: what it is multiplied by at each of them."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient of a step."""
+
+    @model_validator(mode="after")
+    def _options_act(self) -> "Optimizer":
+        if self.momentum is not None and self.name != "sgd":
+            raise ValueError(f"momentum cannot act with optimizer.name={self.name}; it belongs to sgd")
+        if self.schedule != "step" and (self.milestones or self.gamma):
+            raise ValueError(f"milestones and gamma cannot act with optimizer.schedule={self.schedule}")
+        if self.schedule == "step" and not (self.milestones and self.gamma):
+            raise ValueError("schedule=step needs milestones=[..] (epochs) and gamma")
+        return self

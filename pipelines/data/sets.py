@@ -1,0 +1,71 @@
+"""From the data section of a config to a set of labelled images and its splits."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dml_core.data import benchmarks, datasets, glyphs, own
+from dml_core.data.datasets import Collection, LabelledImages, Splits, names_array
+from pipelines.config.schema import Config
+from pipelines.config.sections import Data
+
+
+def cache_folder() -> Path:
+    """DML_CACHE, or dml-ray in the user's cache folder: rendered glyphs, features of frozen backbones."""
+    if folder := os.environ.get("DML_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dml-ray"
+
+
+def load_collection(config: Data, unreadable: Sequence[str] = (), labelled: bool = True) -> Collection:
+    """The set as it is, before any split. ValueError where it is missing or wrong.
+
+    unreadable: names to leave out.  labelled: False takes your own pictures without labels, too, as of a class "".
+    """
+    whole = _load_whole(config, labelled)
+    return whole.without(np.isin(whole.images.names, names_array([*unreadable]))) if unreadable else whole
+
+
+def _load_whole(config: Data, labelled: bool) -> Collection:
+    if config.name == "glyphs":
+        images, labels, names = glyphs.load(cache_folder())
+        return Collection(LabelledImages(images, labels, tuple(names)))
+    if config.name == "table":
+        assert config.table
+        return own.load_table(config.table, config.root, config.links, labelled)
+    assert config.root
+    if config.name == "folder":
+        return _with_test_classes(config, own.load_folder(config.root, config.links, labelled))
+    benchmark = benchmarks.BENCHMARKS[config.name]
+    if config.download:
+        assert benchmark.fetch
+        try:
+            benchmark.fetch(config.root)
+        except OSError as error:
+            raise OSError(f"data.download=true: {benchmark.title} cannot be fetched ({error})") from None
+    return benchmark.load(Path(config.root))
+
+
+def load_splits(config: Config, unreadable: Sequence[str] = ()) -> Splits:
+    """ValueError where the set is missing or too small for what is asked of it. unreadable: names to leave out."""
+    data = config.data
+    whole = load_collection(data, unreadable)
+    fold = None if data.fold is None else (data.fold, data.folds)
+    fractions = data.test_fraction or 0.5, data.validation_fraction
+    made = datasets.split(whole, *fractions, data.split_seed, fold, data.limit_classes)
+    classes = len(made.train.class_names)
+    if config.batch.classes > classes:
+        raise ValueError(f"batch.classes={config.batch.classes}: the training set has only {classes} classes")
+    return made
+
+
+def _with_test_classes(config: Data, whole: Collection) -> Collection:
+    wanted, names = config.test_classes, whole.images.class_names
+    if not wanted:
+        return whole
+    if unknown := sorted(set(wanted) - set(names)):
+        raise ValueError(f"data.test_classes: no class folder is called {', '.join(unknown)}")
+    return replace(whole, test=np.flatnonzero(np.isin(names, wanted)))

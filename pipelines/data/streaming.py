@@ -1,0 +1,53 @@
+"""Views decoded by tasks on any node of the cluster, in the order of the plan (data.loader=ray)."""
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from dml_core.data.loading import Views
+from dml_core.data.sampling import Rows
+from dml_core.gather import world_size
+
+LEAST_AHEAD = 4  # batches
+
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is Ray's, and we only read it
+
+
+class StreamedViews:
+    """As Views, but for where the work is done. A task makes a whole batch. Every CPU has one to do and one to come,
+    and no more, whatever the pace of the training: what is ready lies in Ray's memory."""
+
+    def __init__(self, views: Views):
+        self.images, self.evaluation = views.images, views.evaluation
+        self.held = ray.put(Views(replace(views.images, whole=None), views.evaluation, views.training))
+
+    def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
+        """uint8 (b, 3, S, S), one for each entry of `rows`, in that order. processes: not used; see Views."""
+        ahead, most = deque[Any](), max(LEAST_AHEAD, int(2 * ray.cluster_resources()["CPU"] / world_size()))
+        for batch in rows:
+            ahead.append(decode.remote(batch, [self.held]))
+            if len(ahead) > most:
+                yield torch.from_numpy(ray.get(ahead.popleft()))
+        while ahead:
+            yield torch.from_numpy(ray.get(ahead.popleft()))
+
+
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")  # on all nodes, also from within a trial's own share of one
+def decode(rows: Rows, held: list[Any]) -> np.ndarray:
+    """One batch. held: a reference to Views, in a list, as Ray would fetch a bare one for each task."""
+    return _unpacked(held[0]).batch(rows).numpy()
+
+
+@lru_cache(4)
+def _unpacked(views: Any) -> Views:
+    """Once in each decoding process; the table travels once to each node."""
+    torch.set_num_threads(1)
+    return ray.get(views)

@@ -1,0 +1,141 @@
+"""A checkpoint is a folder: enough to resume exactly, to evaluate, to embed; nothing in it is ever unpickled.
+
+learner.safetensors   all weights and buffers, the frozen backbone's too
+optimizer.pt          optimizer and schedule (tensors and plain containers, read with weights_only)
+epoch.safetensors     terms and gradient norms of the steps of an epoch that is not finished; none: those of no step
+state.json            finished epochs, and steps of the next (with the seed, that is the sampler's position and the
+                      state of every generator: all derived from seed, epoch and step), the best epoch so far
+history.json          every metric of every step and epoch so far
+config.yaml  metrics.json  classes.json
+manifest.json         size and sha256 of each of these, written last: a torn folder has none that fits
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipelines.config.recipe import parse_config, read_yaml, to_yaml
+from pipelines.config.schema import Config
+
+MANIFEST = "manifest.json"
+
+
+class TrainingState(NamedTuple):
+    """Where training stands: `epoch` epochs are done, and `step` steps of the next; of those evaluated the best, and
+    its score."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_score: float = -1.0
+    step: int = 0
+
+
+class LoadedCheckpoint(NamedTuple):
+    """steps: (state.step, T + 1), of the epoch under way: the T terms of each step, and the gradient's norm."""
+
+    state: TrainingState
+    history: list[dict[str, Any]]
+    steps: torch.Tensor
+
+
+def save(
+    folder: Path,
+    config: Config,
+    class_names: tuple[str, ...],
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    state: TrainingState,
+    history: list[dict[str, Any]],
+    metrics: dict[str, float],
+    steps: torch.Tensor,
+) -> None:
+    """steps: as in Loaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in learner.state_dict().items()}
+    save_file(weights, folder / "learner.safetensors")
+    save_file({"steps": steps.contiguous()}, folder / "epoch.safetensors")
+    torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / "optimizer.pt")
+    (folder / "config.yaml").write_text(to_yaml(config))
+    for name, content in (
+        ("state.json", state._asdict()),
+        ("history.json", history),
+        ("metrics.json", metrics),
+        ("classes.json", class_names),
+    ):
+        (folder / name).write_text(json.dumps(content))
+    files = {path.name: _fingerprint(path) for path in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps(files))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file is there as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+        return all(_fingerprint(folder / name) == tuple(print_) for name, print_ in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def read_config(folder: Path) -> Config:
+    return parse_config(read_yaml((folder / "config.yaml").read_text()))
+
+
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    return tuple(json.loads((folder / "classes.json").read_text()))
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "history.json").read_text())
+
+
+def read_state(folder: Path) -> TrainingState:
+    return TrainingState(**json.loads((folder / "state.json").read_text()))
+
+
+def load_weights(folder: Path, learner: nn.Module) -> None:
+    learner.load_state_dict(load_file(folder / "learner.safetensors"))
+
+
+def load(
+    folder: Path,
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> LoadedCheckpoint:
+    """Put everything back as it was when the folder was saved."""
+    load_weights(folder, learner)
+    states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(states["optimizer"])
+    schedule.load_state_dict(states["schedule"])
+    steps = load_file(folder / "epoch.safetensors")["steps"]
+    return LoadedCheckpoint(read_state(folder), read_history(folder), steps)
+
+
+def _fingerprint(path: Path) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+MODEL_FILES = ("learner.safetensors", "config.yaml", "classes.json")  # of a checkpoint: all that embedding takes
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Tells a checkpoint's model from all others: of its files' hashes."""
+    files = json.loads((folder / MANIFEST).read_text())
+    return hashlib.sha256(json.dumps([files[name] for name in MODEL_FILES]).encode()).hexdigest()
+
+
+def copy_model(folder: Path, into: Path) -> None:
+    """What of a checkpoint an Embedder needs, as a whole checkpoint folder of the same fingerprint."""
+    into.mkdir(parents=True)
+    for name in MODEL_FILES:
+        shutil.copyfile(folder / name, into / name)
+    files = json.loads((folder / MANIFEST).read_text())
+    (into / MANIFEST).write_text(json.dumps({name: files[name] for name in MODEL_FILES}))

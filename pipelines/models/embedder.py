@@ -1,0 +1,67 @@
+"""A checkpoint folder as an embedding model: pictures in, unit vectors out. Also MLflow's way to load it."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dml_core.data import transforms
+from dml_core.data.pictures import BadPicture, decode
+from dml_core.learner import Learner
+from pipelines.models.build import build_learner
+from pipelines.models.checkpoint import is_whole, load_weights, read_class_names, read_config
+
+
+def embed_views(learner: Learner, x: Tensor) -> dict[str, Tensor]:
+    """Images or features to float32 "vector" (b, D) of unit length and, with NAMR, "structure" (b, D)."""
+    seen = learner.features(x)
+    found = {"vector": torch.nn.functional.normalize(learner.embed(seen), dim=1).float()}
+    if learner.namr is not None:
+        found["structure"] = learner.structure(seen).float()
+    return found
+
+
+class Embedder:
+    """predict(pictures) -> (N, D) float32 unit vectors. Loaded from a checkpoint; one device, no Ray."""
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        if not is_whole(folder):
+            raise ValueError(f"{folder}: not a whole checkpoint folder")
+        self.config = read_config(folder)
+        classes = len(read_class_names(folder))
+        self.learner = build_learner(self.config, classes, read_weights=False).eval()
+        load_weights(folder, self.learner)
+        self.view = transforms.evaluation(self.config.data.image_size)
+
+    @torch.inference_mode()
+    def vectors(self, pictures: list[bytes]) -> dict[str, Tensor]:
+        """Encoded pictures (JPEG, PNG, ...) to "vector" (N, D) and, with NAMR, "structure" (N, D)."""
+        transform, side = self.view
+        named = ((f"number {number} of the input", picture) for number, picture in enumerate(pictures, 1))
+        views = torch.stack([transform(decode(picture, side, name)) for name, picture in named])
+        return embed_views(self.learner, views)
+
+    def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+        """inputs: a DataFrame with a column `image` of encoded pictures (bytes). For MLflow, whose error it raises."""
+        try:
+            return self.vectors([*map(_plain, inputs["image"])])["vector"].numpy()
+        except BadPicture as error:
+            from pipelines.tracking.server import bad_request
+
+            raise bad_request(str(error)) from None
+
+
+def _plain(content: bytes) -> bytes:
+    """Of base64, in which MLflow's server leaves `inputs` and `instances`. No picture's own bytes are base64."""
+    try:
+        return base64.b64decode(content, validate=True)
+    except ValueError:
+        return content
+
+
+def _load_pyfunc(path: str) -> Embedder:
+    return Embedder(Path(path))

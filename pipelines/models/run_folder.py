@@ -1,0 +1,98 @@
+"""What a run, or a sweep, leaves in `storage`, here or in a bucket, beside what MLflow keeps."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from pipelines.config.schema import Config
+from pipelines.models.checkpoint import TrainingState, is_whole
+
+
+def locate(config: Config) -> tuple[pyarrow.fs.FileSystem, str]:
+    """Where a run's files are: storage/NAME. OSError or ValueError where that cannot be."""
+    files, root = pyarrow.fs.FileSystem.from_uri(config.storage)
+    return files, f"{root}/{config.name}"
+
+
+def checkpoint_name(epoch: int, step: int = 0) -> str:
+    """Names sort by time."""
+    return f"epoch_{epoch:05d}" + (f"_step_{step:07d}" if step else "")
+
+
+def keep_checkpoint(files: pyarrow.fs.FileSystem, run: str, folder: Path, state: TrainingState) -> None:
+    """Add a saved checkpoint to a run's folder; of those before it keep the best, and the last should this one tear."""
+    path = f"{run}/{checkpoint_name(state.epoch, state.step)}"
+    files.create_dir(path, recursive=True)
+    try:
+        pyarrow.fs.copy_files(str(folder), path, destination_filesystem=files)
+    except OSError:
+        files.delete_dir(path)  # a full disk: nothing half-written
+        raise
+    kept = checkpoint_names(files, run)
+    for name in {*kept[:-2]} - {checkpoint_name(state.best_epoch)}:
+        files.delete_dir(f"{run}/{name}")
+
+
+def checkpoint_names(files: pyarrow.fs.FileSystem, run: str) -> list[str]:
+    """Of the checkpoints below a run's folder, oldest first, whole or torn."""
+    selector = pyarrow.fs.FileSelector(run, allow_not_found=True)
+    return sorted(f.base_name for f in files.get_file_info(selector) if f.base_name.startswith("epoch_"))
+
+
+def newest_checkpoint(files: pyarrow.fs.FileSystem, run: str) -> str | None:
+    """The name of the newest whole checkpoint below a run's folder, here or in a bucket; torn ones are passed over."""
+    for name in reversed(checkpoint_names(files, run)):
+        with local_copy(files, f"{run}/{name}") as folder:
+            if is_whole(folder):
+                return name
+    return None
+
+
+@contextlib.contextmanager
+def local_copy(files: pyarrow.fs.FileSystem, path: str) -> Iterator[Path]:
+    """A local folder with the content of a checkpoint: itself, or a copy for the time of the block."""
+    if isinstance(files, pyarrow.fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="dml-") as scratch:
+        pyarrow.fs.copy_files(path, scratch, source_filesystem=files)
+        yield Path(scratch)
+
+
+class RunFolder:
+    """storage/NAME: run.json (id and config), checkpoints, result.json at the end, logs/ where it is local."""
+
+    def __init__(self, config: Config):
+        try:
+            self.filesystem, self.path = locate(config)
+            self.filesystem.create_dir(str(Path(self.path).parent), recursive=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"storage={config.storage}: cannot be written to ({error})") from None
+        self.logs = Path(self.path) / "logs" if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem) else None
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        try:
+            with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
+                return json.loads(file.read())
+        except FileNotFoundError:
+            return None
+
+    def forget(self, kept: Container[str]) -> None:
+        """Of a sweep: checkpoints of all its runs but the `kept`; what came of them stays."""
+        for found in self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, recursive=True)):
+            run, name = Path(found.path).parts[-2:]
+            if name.startswith(("epoch_", "checkpoint_")) and run not in kept and not found.is_file:
+                self.filesystem.delete_dir(found.path)
+
+    def write(self, name: str, content: dict[str, Any] | str) -> None:
+        """A text, or JSON."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1)
+        self.filesystem.create_dir(self.path, recursive=True)
+        with self.filesystem.open_output_stream(f"{self.path}/{name}.partial") as file:
+            file.write(text.encode())
+        self.filesystem.move(f"{self.path}/{name}.partial", f"{self.path}/{name}")

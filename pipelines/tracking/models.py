@@ -1,0 +1,59 @@
+"""Checkpoints as models of MLflow: log, register, fetch."""
+
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from pipelines.tracking import server
+from pipelines.tracking.server import quiet_mlflow, without_password
+
+
+def set_alias(uri: str, model: str, alias: str) -> None:
+    """model: NAME/VERSION."""
+    name, _, version = model.rpartition("/")
+    server.connect(uri).set_registered_model_alias(name, alias, version)
+
+
+def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example: bytes, dim: int, version: str) -> str:
+    """Log the checkpoint as a pyfunc model, encoded pictures -> embeddings, and register it. Returns NAME/VERSION.
+
+    The model is the folder itself and pipelines.embedder reads it: nothing is pickled.
+    """
+    import numpy as np
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+
+    mlflow.set_tracking_uri(uri)
+    output = TensorSpec(np.dtype("float32"), (-1, dim))
+    signature = ModelSignature(Schema([ColSpec("binary", "image")]), Schema([output]))
+    with quiet_mlflow(), mlflow.start_run(run_id=run_id):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            loader_module="pipelines.embedder",
+            data_path=str(checkpoint),
+            signature=signature,
+            input_example=pd.DataFrame({"image": [example]}),
+            pip_requirements=[f"dml-ray=={version}"],
+            registered_model_name=model_name,
+        )
+    return f"{model_name}/{info.registered_model_version}"
+
+
+def fetch_checkpoint(uri: str, run: str) -> Path:
+    """The checkpoint folder of a run id or models:/NAME@ALIAS, fetched from MLflow. ValueError if there is none."""
+    mlflow.set_tracking_uri(uri)
+    try:
+        if run.startswith("models:/"):
+            model = run
+        else:
+            outputs = server.connect(uri).get_run(run).outputs
+            if not outputs or not outputs.model_outputs:
+                raise ValueError(f"run {run} has no model: it did not finish")
+            model = f"models:/{outputs.model_outputs[-1].model_id}"
+        local = Path(mlflow.artifacts.download_artifacts(model))
+    except MlflowException as error:
+        told = f"not a checkpoint folder, and unknown to MLflow at {without_password(uri)}"
+        raise ValueError(f"{run}: {told} ({error.message})") from None
+    return next(path.parent for path in local.rglob("manifest.json"))

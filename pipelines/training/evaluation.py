@@ -1,0 +1,142 @@
+"""Retrieval metrics of a learner on a retrieval task, sharded over the workers."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dml_core.data.datasets import LabelledImages, Retrieval, Splits
+from dml_core.data.sampling import Rows, blocks, one_of_each_class
+from dml_core.gather import rank, world_size
+from dml_core.learner import Learner
+from dml_core.retrieval.metrics import sharded_retrieval_metrics
+from dml_core.retrieval.neighbors import block_rows
+from pipelines.cluster.progress import Reporter
+from pipelines.cluster.transfer import unpacked_files
+from pipelines.cluster.worker import device_of_worker
+from pipelines.config.recipe import parse_config
+from pipelines.data.features import BATCH
+from pipelines.data.sets import load_splits
+from pipelines.data.sources import Sources
+from pipelines.models.build import build_learner
+from pipelines.models.checkpoint import load_weights, read_class_names
+
+Outputs = Callable[[Tensor], dict[str, Tensor]]
+
+
+def retrieval_of_learner(
+    learner: Learner, task: Retrieval, sources: Sources, stage: str, prefix: str
+) -> dict[str, float]:
+    """{"PREFIX/recall_at_1": ...}; with NAMR also those of PREFIX_rerank/ (its top ordered anew by adaptive distance)
+    and PREFIX_exact/ (the whole gallery searched by it)."""
+    if (namr := sources.config.namr) is None:
+        return retrieval_of(task, sources, stage, lambda x: {prefix: learner.embed(x)})
+
+    def outputs(x: Tensor) -> dict[str, Tensor]:
+        seen = learner.features(x)
+        return {"embedding": learner.embed(seen), "structure": learner.structure(seen)}
+
+    query, gallery = _both(task, sources, stage, outputs)
+    z, s = query["embedding"], query["structure"]
+    found = _prefixed(prefix, _metrics(task, z, gallery.get("embedding")))
+    found |= _prefixed(f"{prefix}_rerank", _metrics(task, z, gallery.get("embedding"), s, namr.rerank))
+    return found | _prefixed(f"{prefix}_exact", _metrics(task, z, gallery.get("embedding"), s))
+
+
+def test_metrics(learner: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
+    """Metrics of all tests."""
+    metrics: dict[str, float] = {}
+    for prefix, task in splits.tests.items():
+        metrics |= retrieval_of_learner(learner, task, sources, "test", prefix)
+    return metrics
+
+
+def retrieval_of(task: Retrieval, sources: Sources, stage: str, outputs: Outputs) -> dict[str, float]:
+    """{"PREFIX/recall_at_1": ...} for each prefix that `outputs` gives embeddings (b, D) for."""
+    query, gallery = _both(task, sources, stage, outputs)
+    metrics: dict[str, float] = {}
+    for prefix in query:
+        metrics |= _prefixed(prefix, _metrics(task, query[prefix], gallery.get(prefix)))
+    return metrics
+
+
+def _both(
+    task: Retrieval, sources: Sources, stage: str, outputs: Outputs
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the queries, and of the gallery: empty where that is the queries themselves."""
+    query = _embed(task.query, sources, stage, outputs)
+    return query, _embed(task.gallery, sources, stage, outputs) if task.gallery else {}
+
+
+def _metrics(
+    task: Retrieval, query: Tensor, gallery: Tensor | None, structure: Tensor | None = None, rerank: int | None = None
+) -> dict[str, float]:
+    labels = torch.from_numpy(task.query.labels).to(query.device)
+    targets = torch.from_numpy(task.gallery.labels).to(query.device) if task.gallery else None
+
+    def found(in_gallery: Tensor | None = None) -> dict[str, float]:
+        return sharded_retrieval_metrics(
+            query, labels, gallery, targets, structure_shard=structure, rerank=rerank, in_gallery=in_gallery
+        )
+
+    if not task.draws:
+        return found()
+    draws = [found(torch.from_numpy(one_of_each_class(task.query.labels, seed))) for seed in range(task.draws)]
+    return {name: sum(metrics[name] for metrics in draws) / task.draws for name in draws[0]}
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
+
+
+@torch.inference_mode()
+def stream_outputs(
+    images: LabelledImages, sources: Sources, stage: str, outputs: Outputs
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's blocks of a set, batch after batch; `outputs` of each, and "sample" (b,), the places in the set."""
+    size = block_rows(len(images))
+    rows = list(blocks(len(images), size, rank(), world_size(), BATCH[sources.device.type]))
+    batches, done = zip(sources.of(images).batches(rows, sources.processes), rows, strict=True), 0
+
+    @torch.inference_mode()
+    def found(batch: Tensor, samples: Rows) -> dict[str, Tensor]:
+        return outputs(batch.to(sources.device)) | {"sample": torch.tensor([sample for sample, _ in samples])}
+
+    while some := list(itertools.islice(batches, sources.cpus)):
+        for part in sources.each(found, *zip(*some, strict=True)):
+            done += len(part["sample"]) * world_size()
+            yield part
+        sources.progress.note(stage, min(len(images), done), len(images))
+
+
+@torch.inference_mode()
+def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Outputs) -> dict[str, Tensor]:
+    """This rank's blocks of the embeddings of a set, one under the other."""
+    parts = list(stream_outputs(images, sources, stage, outputs))
+    if not parts:  # fewer blocks than ranks: this one has none, but knows the widths
+        sample = next(iter(sources.of(images).batches([[(0, None)]])))
+        parts.append({name: rows[:0] for name, rows in outputs(sample.to(sources.device)).items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "sample"}
+
+
+def load_sources(job: dict[str, Any]) -> Sources:
+    """A checkpoint's learner, as one worker of several has it. job: as of evaluate_loop."""
+    config = parse_config(job["config"])
+    torch.set_num_threads(1)
+    with unpacked_files(job["checkpoint"]) as folder:
+        learner = build_learner(config, len(read_class_names(folder)), read_weights=False)
+        load_weights(folder, learner)
+    learner.to(device_of_worker(config), torch.float64 if config.precision == "float64" else torch.float32).eval()
+    progress = Reporter(job["board"] if rank() == 0 else None)
+    return Sources(config, learner, device_of_worker(config), job["cpus"], progress)
+
+
+def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
+    """Test metrics of a checkpoint, as one worker of several.
+
+    job: config (a dict), checkpoint (launch.held), unreadable (pictures to leave out), cpus, board.
+    """
+    sources = load_sources(job)
+    return test_metrics(sources.learner, load_splits(sources.config, job["unreadable"]), sources)
