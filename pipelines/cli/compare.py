@@ -1,16 +1,13 @@
 """`dml compare`: whether a gain is real."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from pipelines.cli import tables
 from pipelines.cli.arguments import Json
-from pipelines.cli.endings import exit_on_error
-from pipelines.console import messages
+from pipelines.cli.endings import exit_on_error, print_result
+from pipelines.cli.tables import describe_comparison
 
 
 def compare(
@@ -27,23 +24,11 @@ def compare(
 
     Example: dml compare glyphs --baseline method=[] --html gain.html
     """
-    from pipelines.compare.statistics import METRICS, compare_runs
-
     with exit_on_error():
-        from pipelines.tracking.runs import log_page, read_runs
-        from pipelines.tracking.server import default_uri, prepare_store
+        from pipelines.compare.comparison import compare_experiments
+        from pipelines.compare.statistics import METRICS
 
-        uri = default_uri(Path.cwd())
-        prepare_store(uri)
-        found = compare_runs(read_runs(uri, runs), " ".join(runs), baseline, metric or METRICS)
-        lines = [line._asdict() for line in found.lines]
-        report: dict[str, Any] = {"baseline": found.baseline, "warnings": found.warnings, "lines": lines}
-        if html:
-            html.write_text(found.page)
-        if log:
-            texts = {"comparison.html": found.page, "comparison.json": json.dumps(report, indent=1)}
-            report["run_id"] = log_page(uri, found.experiment, "comparison", texts)
-    output = messages if as_json else Console()
-    tables.comparison(output, found.baseline, lines, found.warnings)
-    if as_json:
-        print(json.dumps(report))
+        outcome = compare_experiments(runs, baseline, metric or METRICS, html, log)
+    comparison = outcome.comparison
+    parts = describe_comparison(comparison.baseline, comparison.lines, comparison.warnings)
+    print_result(as_json, outcome.to_json(), *parts)

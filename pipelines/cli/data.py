@@ -1,13 +1,12 @@
 """`dml data`: the data sets, and what is wrong with one."""
 
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from pipelines.cli.arguments import Json
-from pipelines.cli.endings import exit_on_error
+from pipelines.cli.endings import exit_on_error, print_result
 from pipelines.console import messages
 
 app = typer.Typer(no_args_is_help=True, help="Data sets. Example: dml data list")
@@ -16,19 +15,10 @@ app = typer.Typer(no_args_is_help=True, help="Data sets. Example: dml data list"
 @app.command("list")
 def data_list(as_json: Json = False) -> None:
     """List the data sets and where they come from. Example: dml data list"""
-    from dml_core.data.benchmarks import BENCHMARKS
+    from pipelines.data.sets import describe_sets
 
-    known = {
-        "glyphs": "embedded: characters in the fonts of matplotlib, rendered at the first use",
-        "folder": "your pictures, one folder a class: data.root=FOLDER, or a URL (s3://, gs://, abfs://)",
-        "table": "your pictures, a CSV or Parquet file with path, label [, split] [, role]: data.table=FILE",
-    }
-    known |= {name: f"{b.title}: data.root=FOLDER; from {b.source}" for name, b in BENCHMARKS.items()}
-    if as_json:
-        print(json.dumps(known))
-    else:
-        for name, line in known.items():
-            print(f"{name:<10} {line}")
+    descriptions = describe_sets()
+    print_result(as_json, descriptions, *(f"{name:<10} {text}" for name, text in descriptions.items()))
 
 
 @app.command("check")
@@ -48,15 +38,10 @@ def data_check(
         from pipelines.config.recipe import data_section
         from pipelines.data import check
 
-        report = check.check(data_section(name, assignments or []), pictures, messages)
-    output = messages if as_json else Console()
-    for key, count in report["counts"].items():
-        output.print(f"{key:<20} {count:>9,}", highlight=False)
-    for line in report["problems"]:
-        output.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
-    if not report["problems"]:
-        output.print("nothing wrong" if pictures else "the counts are right; the pictures were not read")
-    if as_json:
-        print(json.dumps(report))
-    if report["problems"]:
+        facts = check.check(data_section(name, assignments or []), pictures, messages)
+    counts = (f"{key:<20} {count:>9,}" for key, count in facts["counts"].items())
+    problems = [Text(problem, "red") for problem in facts["problems"]]
+    all_well = "nothing wrong" if pictures else "the counts are right; the pictures were not read"
+    print_result(as_json, facts, *counts, *(problems or [Text(all_well)]))
+    if problems:
         raise typer.Exit(1)

@@ -1,12 +1,11 @@
 """`dml demo`: a page that searches by pictures."""
 
-import json
 from typing import Annotated
 
 import typer
 
 from pipelines.cli.arguments import Json, KeyValues
-from pipelines.cli.endings import exit_on_error
+from pipelines.cli.endings import exit_on_error, print_result
 from pipelines.console import messages
 
 
@@ -41,12 +40,11 @@ def demo(
 
         with (
             demo_page.listening(port) as socket,
-            open_demo(run, index, parse_assignments(assignments or []), messages) as shown,
+            open_demo(run, index, parse_assignments(assignments or []), messages) as demonstration,
         ):
-            about = shown.index.about
+            about = demonstration.index.about
             url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-            facts = {"url": url, "index": str(shown.index.folder), "rows": about.rows, "structure": about.structure}
-            messages.print(f"{about.rows:,} pictures on {url}  (Ctrl-C ends it)", highlight=False, markup=False)
-            if as_json:
-                print(json.dumps(facts), flush=True)
-            demo_page.serve(shown, socket)
+            folder = str(demonstration.index.folder)
+            facts = {"url": url, "index": folder, "rows": about.rows, "structure": about.structure}
+            print_result(as_json, facts, f"{about.rows:,} pictures on {url}  (Ctrl-C ends it)")
+            demo_page.serve(demonstration, socket)

@@ -28,8 +28,11 @@ def embed(
         from pipelines.config.recipe import parse_assignments
         from pipelines.serving.embed import plan_embedding, write_embeddings
 
-        made = write_embeddings(
-            plan_embedding(run, images, parse_assignments(assignments or []), messages), out, messages
-        )
-    told = f"{made['rows']:,} pictures in {made['seconds']:.0f} s: {made['file']}"
-    print_result(as_json, made, told, f"next:  dml index build {made['file']} --out INDEX")
+        plan = plan_embedding(run, images, parse_assignments(assignments or []), messages)
+        facts = write_embeddings(plan, out, messages)
+    print_result(
+        as_json,
+        facts,
+        f"{facts['rows']:,} pictures in {facts['seconds']:.0f} s: {facts['file']}",
+        f"next:  dml index build {facts['file']} --out INDEX",
+    )

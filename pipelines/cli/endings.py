@@ -3,31 +3,40 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipelines.console import RunFailed, messages
 
 
-def print_result(as_json: bool, made: dict[str, Any], *lines: str | Table) -> None:
-    output = messages if as_json else Console()
-    for line in lines:
-        output.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
+def print_result(as_json: bool, facts: object, *parts: str | Text | Table) -> None:
+    """Print what a command has to say.
+
+    Args:
+        as_json: Print `facts` as one line of JSON, the last of standard output, and `parts` to standard error.
+        facts: What JSON can hold.
+        parts: Lines and tables for people. Lines are not wrapped, so that what they name can be copied.
+    """
+    output = messages if as_json else Console(markup=False, emoji=False)
+    for part in parts:
+        output.print(part, highlight=False, markup=False, emoji=False, soft_wrap=not isinstance(part, Table))
     if as_json:
-        print(json.dumps(made))
+        print(json.dumps(facts), flush=True)
 
 
 def fail(code: int, message: str) -> NoReturn:
-    messages.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    """End the command: one line on standard error, and the exit code."""
+    messages.print(message, style="red", highlight=False, markup=False, emoji=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
 @contextmanager
 def exit_on_error(hint: str = "") -> Iterator[None]:
-    """One clear line, and the exit code, for each way to fail."""
+    """End the command with one clear line and the exit code for each way to fail. hint: how to go on."""
     try:
         yield
     except ValueError as error:

@@ -1,13 +1,13 @@
-"""`dml embed` and `dml index`: from a trained model to a search of your pictures."""
+"""`dml index`: build a Faiss index of pictures, and search it."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from pipelines.cli.arguments import Json, KeyValues
 from pipelines.cli.endings import exit_on_error, print_result
+from pipelines.cli.tables import describe_hits
 from pipelines.console import messages
 
 app = typer.Typer(
@@ -41,10 +41,14 @@ def index_build(
         from pipelines.config.recipe import parse_assignments
         from pipelines.serving.index_build import IndexRequest, build_index
 
-        wanted = IndexRequest(kind, structure, shard_rows, Options(nlist, nprobe, links, ef_search))
-        made = build_index(source, out, wanted, model, parse_assignments(assignments or []), messages)
-    told = f"{made['rows']:,} rows in {len(made['shards'])} shards: {made['index']}"
-    print_result(as_json, made, told, f"next:  dml index search {made['index']} --image PICTURE")
+        request = IndexRequest(kind, structure, shard_rows, Options(nlist, nprobe, links, ef_search))
+        facts = build_index(source, out, request, model, parse_assignments(assignments or []), messages)
+    print_result(
+        as_json,
+        facts,
+        f"{facts['rows']:,} rows in {len(facts['shards'])} shards: {facts['index']}",
+        f"next:  dml index search {facts['index']} --image PICTURE",
+    )
 
 
 @app.command("search")
@@ -62,16 +66,5 @@ def index_search(
     with exit_on_error():
         from pipelines.serving.index import search_index
 
-        found = search_index(folder, image, k, plain)
-    score = "similarity" if found["ranking"] == "plain" else "distance"
-    table = Table(title=f"nearest to {image}, {found['ranking']}")
-    for head in ("place", score):
-        table.add_column(head, justify="right")
-    for head in ("label", "path"):
-        table.add_column(head, overflow="fold")
-    for hit in found["hits"]:
-        table.add_row(str(hit["place"]), f"{hit[score]:.4f}", hit["label"] or "", hit["path"] or f"id {hit['id']}")
-    took = found["milliseconds"]
-    print_result(
-        as_json, found, table, f"query embedded in {took['embed']:.1f} ms, searched in {took['search']:.1f} ms"
-    )
+        facts = search_index(folder, image, k, plain)
+    print_result(as_json, facts, *describe_hits(image, facts))

@@ -1,21 +1,15 @@
 """`dml recipes` and `dml config`: what can be trained, and a config in full."""
 
-import json
-
-from pipelines.cli.arguments import Assignments, Json, config_of
-from pipelines.cli.endings import exit_on_error
+from pipelines.cli.arguments import Assignments, Json, load_config
+from pipelines.cli.endings import exit_on_error, print_result
 
 
 def recipes(as_json: Json = False) -> None:
     """List the recipes. Example: dml recipes"""
-    from pipelines.config.recipe import RECIPES, recipe_names
+    from pipelines.config.recipe import describe_recipes
 
-    lines = {name: (RECIPES / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in recipe_names()}
-    if as_json:
-        print(json.dumps(lines))
-    else:
-        for name, line in lines.items():
-            print(f"{name:<16} {line}")
+    descriptions = describe_recipes()
+    print_result(as_json, descriptions, *(f"{name:<16} {text}" for name, text in descriptions.items()))
 
 
 def config(arguments: Assignments = None, as_json: Json = False) -> None:
@@ -23,5 +17,5 @@ def config(arguments: Assignments = None, as_json: Json = False) -> None:
     with exit_on_error():
         from pipelines.config.recipe import to_yaml
 
-        made = config_of(arguments)
-    print(json.dumps(made.model_dump(exclude_none=True)) if as_json else to_yaml(made), end="\n" if as_json else "")
+        loaded = load_config(arguments)
+    print_result(as_json, loaded.model_dump(exclude_none=True), to_yaml(loaded).removesuffix("\n"))

@@ -1,13 +1,11 @@
-"""`dml report`: what there is to see of a run, a sweep or a comparison."""
+"""`dml report`: one page of a run, a sweep or a comparison."""
 
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pipelines.cli.arguments import Json
-from pipelines.cli.endings import exit_on_error
+from pipelines.cli.endings import exit_on_error, print_result
 from pipelines.console import messages
 
 
@@ -34,13 +32,10 @@ def report(
         from pipelines.config.recipe import parse_assignments
         from pipelines.reports.report import find_subject, output_path, write_report
 
-        given = [name for name in names if "=" in name]
+        assignments = parse_assignments([name for name in names if "=" in name])
         subjects = [name for name in names if "=" not in name]
         if not subjects:
             raise ValueError("a run, a sweep, a comparison or an experiment is needed")
         path = output_path(out)
-        made = write_report(find_subject(subjects, parse_assignments(given), messages), path, log, messages)
-    told = f"{made['report']}  ({made['bytes'] / 1e6:.1f} MB, {made['seconds']:.0f} s)"
-    (messages if as_json else Console()).print(told, highlight=False, markup=False, soft_wrap=True)
-    if as_json:
-        print(json.dumps(made))
+        facts = write_report(find_subject(subjects, assignments, messages), path, log, messages)
+    print_result(as_json, facts, f"{facts['report']}  ({facts['bytes'] / 1e6:.1f} MB, {facts['seconds']:.0f} s)")

@@ -1,15 +1,16 @@
 """`dml submit`: commands as jobs on a Ray cluster, and what has become of them."""
 
-import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli import endings
 from pipelines.cli.arguments import Json
-from pipelines.cli.endings import exit_on_error
+from pipelines.cli.endings import exit_on_error, fail, print_result
 from pipelines.console import messages
+
+if TYPE_CHECKING:
+    from pipelines.cluster.submit import SubmittedJob
 
 Address = Annotated[
     str | None, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server: http://HOST:8265")
@@ -35,50 +36,51 @@ def submit(
     with exit_on_error():
         if address is None:
             raise ValueError("--address URL is needed, or RAY_API_SERVER_ADDRESS: the job server's, http://HOST:8265")
-        from pipelines.cluster.submit import (
-            connect_to_jobs,
-            job_logs,
-            list_jobs,
-            stop_job,
-            submit_job,
-            wait_for_end,
-        )
+        from pipelines.cluster.submit import connect_to_jobs, job_logs, list_jobs, read_job, stop_job, submit_job
 
-        verb, rest = arguments[0], arguments[1:]
+        verb = arguments[0]
         if verb == "list":
-            found = list_jobs(address)
-            if as_json:
-                print(json.dumps([job._asdict() for job in found]))
-            else:
-                for job in found:
-                    print(f"{job.job_id}  {job.status:<9}  {job.entrypoint}")
-            return
-        if verb in ("logs", "stop"):
-            if len(rest) != 1:
-                raise ValueError(f"dml submit {verb} takes one job id, not {len(rest)}; dml submit list names them")
-            job_id = rest[0]
-        else:
-            given = [pair.partition("=") for pair in env or []]
-            if wrong := [key for key, separator, _ in given if not (key and separator)]:
-                raise ValueError(f"--env {wrong[0]}: not KEY=VALUE")
-            job_id = submit_job(address, arguments, {key: value for key, _, value in given}, messages).job_id
+            jobs = list_jobs(address)
+            lines = (f"{job.job_id}  {job.status:<9}  {job.entrypoint}" for job in jobs)
+            return print_result(as_json, [job._asdict() for job in jobs], *lines)
         if verb == "stop":
-            job = stop_job(address, job_id)
-            messages.print(f"{job_id} is being stopped")
-        elif wait:
-            job = _followed(address, job_id)
+            job = stop_job(address, _only_job_id(arguments))
+            messages.print(f"{job.job_id} is being stopped")
+            return print_result(as_json, job._asdict())
+        if verb == "logs":
+            job_id = _only_job_id(arguments)
+        else:
+            job_id = submit_job(address, arguments, _parse_environment(env or []), messages).job_id
+        if wait:
+            job = _follow_until_end(address, job_id)
         else:
             if verb == "logs":
                 print(job_logs(address, job_id), end="")
-            job = wait_for_end(connect_to_jobs(address), job_id)
-    if as_json:
-        print(json.dumps(job._asdict()))
-    if wait and verb != "stop":
+            job = read_job(connect_to_jobs(address), job_id)
+    print_result(as_json, job._asdict())
+    if wait:
         raise typer.Exit(job.code or 0)
 
 
-def _followed(address: str, job_id: str):  # type: ignore[no-untyped-def]
-    """Its output until it ends; Ctrl-C asks whether to stop it."""
+def _only_job_id(arguments: list[str]) -> str:
+    verb, *ids = arguments
+    if len(ids) != 1:
+        raise ValueError(f"dml submit {verb} takes one job id, not {len(ids)}; dml submit list names them")
+    return ids[0]
+
+
+def _parse_environment(pairs: list[str]) -> dict[str, str]:
+    environment = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not (key and separator):
+            raise ValueError(f"--env {key}: not KEY=VALUE")
+        environment[key] = value
+    return environment
+
+
+def _follow_until_end(address: str, job_id: str) -> "SubmittedJob":
+    """Print a job's output until it ends; Ctrl-C asks whether to stop it."""
     from pipelines.cluster.submit import follow_job, stop_job
 
     try:
@@ -86,5 +88,5 @@ def _followed(address: str, job_id: str):  # type: ignore[no-untyped-def]
     except KeyboardInterrupt:
         if sys.stdin.isatty() and typer.confirm(f"\nStop {job_id}?", default=False, err=True):
             stop_job(address, job_id)
-            endings.fail(130, f"{job_id} is being stopped")
-        endings.fail(130, f"{job_id} goes on: dml submit logs {job_id} --wait, dml submit stop {job_id}")
+            fail(130, f"{job_id} is being stopped")
+        fail(130, f"{job_id} goes on: dml submit logs {job_id} --wait, dml submit stop {job_id}")

@@ -1,21 +1,25 @@
-"""Results as tables on a terminal."""
+"""Results as lines and tables for a terminal; endings.print_result prints them."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS
+from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, TABLE_HEADS, Line, format_line, short_number
 
 if TYPE_CHECKING:
+    from pipelines.runs.evaluate import Evaluation
     from pipelines.runs.outcome import TrainOutcome
-    from pipelines.sweeps.records import SweepOutcome
+    from pipelines.sweeps.records import SweepOutcome, Trial
+
+Part = str | Text | Table
 
 
-def trained(output: Console, outcome: "TrainOutcome") -> None:
-    output.print(retrieval(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics))
-    _tell(
-        output,
+def describe_training(outcome: "TrainOutcome") -> list[Part]:
+    """What a run has reached, and what can be done next."""
+    return [
+        retrieval_table(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics),
         f"run {outcome.run_id} ({outcome.name}), best epoch {outcome.metrics['best_epoch']:.0f}, "
         f"{outcome.seconds:.0f} s, {outcome.images_per_second:,.0f} images/s",
         f"checkpoint {outcome.checkpoint}",
@@ -23,74 +27,77 @@ def trained(output: Console, outcome: "TrainOutcome") -> None:
         "next:  dml ui                       curves and comparisons in MLflow",
         f"       dml evaluate {outcome.run_id}",
         f"       dml compare {outcome.experiment:<20} after more runs, by other seeds or settings",
-    )
+    ]
 
 
-def evaluated(output: Console, found: dict[str, Any]) -> None:
-    output.print(retrieval(found["checkpoint"], found["metrics"]))
-    if unmatched := found["metrics"]["test/queries_without_match"]:
-        _tell(output, f"{unmatched:.0f} queries have no other image of their class and are left out")
+def describe_evaluation(evaluation: "Evaluation") -> list[Part]:
+    """Test metrics of a checkpoint."""
+    parts: list[Part] = [retrieval_table(evaluation["checkpoint"], evaluation["metrics"])]
+    if unmatched := evaluation["metrics"]["test/queries_without_match"]:
+        parts.append(f"{unmatched:.0f} queries have no other image of their class and are left out")
+    return parts
 
 
-def tuned(output: Console, outcome: "SweepOutcome") -> None:
-    sweep(output, outcome.sweep, outcome.trials)
-    comparison(output, "default settings", outcome.tested, outcome.warnings)
-    _tell(
-        output,
+def retrieval_table(title: str, metrics: dict[str, float]) -> Table:
+    """Retrieval metrics in percent, a row for each ranking that was measured."""
+    table = Table(title=title)
+    table.add_column("")
+    for column in METRIC_COLUMNS.values():
+        table.add_column(column, justify="right")
+    for prefix, ranking in RANKINGS.items():
+        if f"{prefix}/map_at_r" in metrics:
+            table.add_row(ranking, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in METRIC_COLUMNS))
+    return table
+
+
+def describe_comparison(baseline: str, lines: Sequence[Line], warnings: Sequence[str]) -> list[Part]:
+    """Configs beside their baseline, and what makes the comparison weaker than it looks."""
+    table = Table(title=f"baseline: {baseline}")
+    for head in TABLE_HEADS:
+        table.add_column(head, overflow="fold")
+    for line in lines:
+        table.add_row(*format_line(line))
+    return [table, *(Text(warning, "yellow") for warning in warnings)]
+
+
+def describe_sweep(outcome: "SweepOutcome") -> list[Part]:
+    """The trials of a sweep, its winner beside the defaults, and what can be done next."""
+    return [
+        *describe_trials(outcome.sweep, outcome.trials),
+        *describe_comparison("default settings", outcome.tested, outcome.warnings),
         f"sweep {outcome.run_id}, {outcome.seconds:.0f} s",
         f"winner {outcome.recipe}",
         f"model {outcome.model + ', alias champion' if outcome.model else 'not registered'}\n",
         "next:  dml ui                       trials and plots in MLflow",
         f"       dml train {outcome.recipe} seed=1",
-    )
+    ]
 
 
-def _tell(output: Console, *lines: str) -> None:
-    """Whole lines, so that what they name can be copied."""
-    output.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def retrieval(title: str, metrics: dict[str, float]) -> Table:
-    """A line for each way of retrieving that there is, in percent."""
-    table = Table(title=title)
-    table.add_column("")
-    for column in METRIC_COLUMNS.values():
-        table.add_column(column, justify="right")
-    for prefix, way in RANKINGS.items():
-        if f"{prefix}/map_at_r" in metrics:
-            table.add_row(way, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in METRIC_COLUMNS))
-    return table
-
-
-def comparison(output: Console, baseline: str, lines: list[dict[str, Any]], warnings: list[str]) -> None:
-    from pipelines.compare import wording
-    from pipelines.compare.wording import TABLE_HEADS, Line
-
-    table = Table(title=f"baseline: {baseline}")
-    for head in TABLE_HEADS:
-        table.add_column(head, overflow="fold")
-    for line in lines:
-        table.add_row(*wording.cells(Line(**line)))
-    output.print(table)
-    for warning in warnings:
-        output.print(warning, style="yellow", highlight=False, markup=False)
-
-
-def sweep(output: Console, name: str, trials: list[dict[str, Any]]) -> None:
+def describe_trials(sweep: str, trials: Sequence["Trial"]) -> list[Part]:
     """The ten best trials, and why those that failed did."""
-    from pipelines.compare.wording import short_number
     from pipelines.config import schema
 
-    ranked = sorted(trials, key=lambda trial: -(trial["score"] or 0.0))
-    table = Table(title=f"{name}: val/map_at_r of {len(ranked)} trials")
+    ranked = sorted(trials, key=lambda trial: -(trial.score or 0.0))
+    table = Table(title=f"{sweep}: val/map_at_r of {len(ranked)} trials")
     for head in ("trial", "score", "epochs", "", "settings"):
         table.add_column(head, overflow="fold")
     for trial in ranked[:10]:
-        settings = " ".join(
-            f"{key}={short_number(str(value))}" for key, value in schema.flatten(trial["point"]).items()
-        )
-        score = "" if trial["score"] is None else f"{trial['score']:.4f}"
-        table.add_row(trial["name"], score, str(trial["epochs"]), trial["ended"], settings)
-    output.print(table)
-    for trial in (trial for trial in ranked if trial["ended"] == "failed"):
-        output.print(f"{trial['name']} failed: {trial['reason']}", style="yellow", highlight=False, markup=False)
+        settings = " ".join(f"{key}={short_number(str(value))}" for key, value in schema.flatten(trial.point).items())
+        score = "" if trial.score is None else f"{trial.score:.4f}"
+        table.add_row(trial.name, score, str(trial.epochs), trial.ended, settings)
+    failed = [trial for trial in ranked if trial.ended == "failed"]
+    return [table, *(Text(f"{trial.name} failed: {trial.reason}", "yellow") for trial in failed)]
+
+
+def describe_hits(image: object, facts: dict[str, Any]) -> list[Part]:
+    """The pictures nearest to a query. facts: what `dml index search --json` prints."""
+    score = "similarity" if facts["ranking"] == "plain" else "distance"
+    table = Table(title=f"nearest to {image}, {facts['ranking']}")
+    for head in ("place", score):
+        table.add_column(head, justify="right")
+    for head in ("label", "path"):
+        table.add_column(head, overflow="fold")
+    for hit in facts["hits"]:
+        table.add_row(str(hit["place"]), f"{hit[score]:.4f}", hit["label"] or "", hit["path"] or f"id {hit['id']}")
+    took = facts["milliseconds"]
+    return [table, f"query embedded in {took['embed']:.1f} ms, searched in {took['search']:.1f} ms"]

@@ -1,12 +1,8 @@
 """`dml train`: one run."""
 
-import json
-
-from rich.console import Console
-
-from pipelines.cli import tables
-from pipelines.cli.arguments import Assignments, Json, config_of
-from pipelines.cli.endings import exit_on_error
+from pipelines.cli.arguments import Assignments, Json, load_config
+from pipelines.cli.endings import exit_on_error, print_result
+from pipelines.cli.tables import describe_training
 from pipelines.console import messages
 
 
@@ -18,14 +14,11 @@ def train(arguments: Assignments = None, as_json: Json = False) -> None:
     """
     hint = ""
     with exit_on_error():
-        config = config_of(arguments)
+        config = load_config(arguments)
         if config.name:
             hint = "the same command again continues it"
     with exit_on_error(hint):
         from pipelines.runs.train import run_training
 
         outcome = run_training(config, messages)
-    output = messages if as_json else Console()
-    tables.trained(output, outcome)
-    if as_json:
-        print(json.dumps(outcome._asdict()))
+    print_result(as_json, outcome._asdict(), *describe_training(outcome))

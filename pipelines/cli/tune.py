@@ -1,15 +1,13 @@
 """`dml tune`: a search of settings."""
 
-import json
 from functools import partial
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from pipelines.cli import tables
-from pipelines.cli.arguments import Assignments, Json, config_of
-from pipelines.cli.endings import exit_on_error
+from pipelines.cli.arguments import Assignments, Json, load_config
+from pipelines.cli.endings import exit_on_error, print_result
+from pipelines.cli.tables import describe_sweep
 from pipelines.console import messages
 
 
@@ -48,14 +46,11 @@ def tune(
                 raise ValueError("--space NAME is needed: base, iaa, sgar, namr, all, joined by +; or FILE.py")
             # Trials beside each other, not workers: results do not depend on it, and nothing is sent between them.
             given = [a for a in arguments or [] if a.startswith("workers=")]
-            config = config_of([*(arguments or []), *([] if given else ["workers=1"])])
+            config = load_config([*(arguments or []), *([] if given else ["workers=1"])])
             search = search or ("random" if schedule == "pbt" else "optuna")
             options = SweepOptions(space, samples, concurrent, search, schedule, folds, final_seeds)
             go = partial(start_sweep, config, options)
             hint = "dml tune --resume NAME goes on, NAME being the sweep's"
     with exit_on_error(hint):
         outcome = go(messages)
-    output = messages if as_json else Console()
-    tables.tuned(output, outcome)
-    if as_json:
-        print(json.dumps(outcome._asdict()))
+    print_result(as_json, outcome.to_json(), *describe_sweep(outcome))

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli import endings
-from pipelines.cli.endings import exit_on_error
+from pipelines.cli.endings import exit_on_error, fail, print_result
 from pipelines.console import messages
 
 
@@ -19,12 +18,11 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
 
         uri = default_uri(Path.cwd())
         if uri.startswith("http"):
-            print(f"the runs are on the server {without_password(uri)}")
-            return
+            return print_result(False, None, f"the runs are on the server {without_password(uri)}")
         prepare_store(uri)
     messages.print(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C ends it)")
     command = ["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with exit_on_error():
         code = subprocess.run([sys.executable, "-m", "mlflow", *command]).returncode
         if code:
-            endings.fail(1, f"failed: MLflow's server ended with {code}; is port {port} taken? --port chooses another")
+            fail(1, f"failed: MLflow's server ended with {code}; is port {port} taken? --port chooses another")

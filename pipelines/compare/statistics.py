@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines.compare import page
 from pipelines.compare.wording import Interval, Line, short_number
 from pipelines.config.identity import FREE_KEYS
 from pipelines.tracking.runs import LoggedRun
@@ -15,13 +14,20 @@ METRICS = ("test/recall_at_1", "test/map_at_r")
 
 RESAMPLES = 10_000
 
-ENOUGH = 5  # seeds, below which an interval says little
+MIN_SEEDS = 5  # with fewer an interval says little
 
-BUDGET = ("epochs", "steps_per_epoch", "batch.classes", "batch.images")
+BUDGET_KEYS = ("epochs", "steps_per_epoch", "batch.classes", "batch.images")
 
 
 class Group(NamedTuple):
-    """Runs of one config, seeds apart. label: what sets it apart from the other groups.  runs: seed -> run."""
+    """The runs of one config, which differ by their seed alone.
+
+    Attributes:
+        label: The settings in which the config differs from the other groups' configs.
+        key: The `group` tag that its runs have in MLflow.
+        params: The flat config of its first run.
+        runs: The run of each seed.
+    """
 
     label: str
     key: str
@@ -30,13 +36,29 @@ class Group(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """experiment: the id of the baseline's, in MLflow.  page: HTML, see `page`."""
+    """Configs compared with a baseline.
+
+    Attributes:
+        baseline: Label of the baseline.
+        warnings: What makes the comparison weaker than its numbers look.
+        lines: A line for each metric and config.
+        experiment: Id of the MLflow experiment that holds the baseline; empty where it is not known.
+    """
 
     baseline: str
-    experiment: str
     warnings: list[str]
     lines: list[Line]
-    page: str
+    experiment: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what comparison.json holds."""
+        lines = [line._asdict() for line in self.lines]
+        return {"baseline": self.baseline, "warnings": self.warnings, "lines": lines}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Comparison":
+        """Return the comparison that `to_json` wrote; its experiment is not known."""
+        return cls(tree["baseline"], tree["warnings"], [Line(**line) for line in tree["lines"]])
 
 
 def compare_runs(
@@ -46,86 +68,105 @@ def compare_runs(
     metrics: Sequence[str],
     labels: Mapping[str, str] | None = None,
 ) -> Comparison:
-    """The whole of `dml compare`. ValueError where there is nothing to compare, or no such baseline.
+    """Compare finished runs by config.
 
-    labels: of groups, by their keys. None: what sets each apart.
+    Args:
+        runs: Runs of MLflow; those that did not finish are left out, with a warning.
+        title: What is compared, for error messages.
+        baseline: Part of a config's label, or the name or id of a run of it. None: the config without methods.
+        metrics: Names of metrics. A config whose runs lack one has no line for it.
+        labels: Label of each group, by its key. None: the settings in which it differs from the others.
+
+    Raises:
+        ValueError: There is nothing to compare, or not exactly one such baseline.
     """
-    groups, warnings = grouped(runs, labels)
+    groups, warnings = group_runs(runs, labels)
     if not groups:
         raise ValueError(f"{title}: no finished runs of dml train among {len(runs)}")
-    chosen = chosen_baseline(groups, baseline)
+    chosen = choose_baseline(groups, baseline)
     lines = compare_groups(groups, chosen, metrics)
     if not lines:
         raise ValueError(f"--metric {' '.join(metrics)}: no run has it")
-    warnings += warnings_about(groups, chosen)
+    warnings += check_groups(groups, chosen)
     experiment = next(iter(chosen.runs.values())).experiment
-    return Comparison(chosen.label, experiment, warnings, lines, page.page(title, lines, chosen.label, warnings))
+    return Comparison(chosen.label, warnings, lines, experiment)
 
 
-def grouped(runs: Sequence[LoggedRun], labels: Mapping[str, str] | None = None) -> tuple[list[Group], list[str]]:
-    """Groups, in the order of their first runs, and warnings. Runs that did not finish are left out."""
+def group_runs(runs: Sequence[LoggedRun], labels: Mapping[str, str] | None = None) -> tuple[list[Group], list[str]]:
+    """Group finished runs by config.
+
+    Returns:
+        Groups, in the order of their first runs, and warnings about runs that are left out.
+    """
     warnings = []
     if unfinished := [run.name for run in runs if run.status != "FINISHED"]:
         warnings.append(f"{len(unfinished)} runs did not finish and are left out: {', '.join(unfinished[:3])}")
-    found: dict[str, dict[str, LoggedRun]] = {}
+    by_group: dict[str, dict[str, LoggedRun]] = {}
     for run in sorted((run for run in runs if run.status == "FINISHED"), key=lambda run: run.started):
-        seeds = found.setdefault(run.group, {})
+        seeds = by_group.setdefault(run.group, {})
         if run.seed in seeds:
             warnings.append(f"seed {run.seed} comes twice in one config; {run.name} counts, {seeds[run.seed].name} not")
         seeds[run.seed] = run
-    params = {key: next(iter(seeds.values())).params for key, seeds in found.items()}
-    labels = labels or _labels(params)
-    return [Group(labels[key], key, params[key], seeds) for key, seeds in found.items()], warnings
+    params = {key: next(iter(seeds.values())).params for key, seeds in by_group.items()}
+    labels = labels or _label_configs(params)
+    return [Group(labels[key], key, params[key], seeds) for key, seeds in by_group.items()], warnings
 
 
-def _labels(params: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Of each config the settings that not all of them share, in few digits where these tell them apart."""
+def _label_configs(params: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Label each config by the settings that not all of them share, in few digits where these tell them apart."""
     keys = sorted({key for flat in params.values() for key in flat} - {*FREE_KEYS, "seed"})
     different = [key for key in keys if len({flat.get(key) for flat in params.values()}) > 1]
-    shown: dict[str, dict[str, str]] = {}
+    texts: dict[str, dict[str, str]] = {}
     for key in different:
         values = {flat[key] for flat in params.values() if key in flat}
         short = {value: short_number(value) for value in values}
-        shown[key] = short if len({*short.values()}) == len(values) else {value: value for value in values}
+        texts[key] = short if len({*short.values()}) == len(values) else {value: value for value in values}
     labels = {}
     for group, flat in params.items():
-        own = [f"{key}={shown[key][flat[key]]}" for key in different if key in flat]
-        labels[group] = " ".join(own) or ("the rest as in all" if different else "all runs")
+        settings = [f"{key}={texts[key][flat[key]]}" for key in different if key in flat]
+        labels[group] = " ".join(settings) or ("the rest as in all" if different else "all runs")
     return labels
 
 
 def compare_groups(groups: Sequence[Group], baseline: Group, metrics: Sequence[str] = METRICS) -> list[Line]:
-    """A line for each group and metric; p-values adjusted together (Holm) over the comparisons of a metric."""
+    """Compute a line for each metric and group; p-values are adjusted (Holm) over the comparisons of a metric."""
     lines = []
     for metric in metrics:
         values = {g.key: {s: r.metrics[metric] for s, r in g.runs.items() if metric in r.metrics} for g in groups}
-        base, some = values[baseline.key], []
+        base, lines_of_metric = values[baseline.key], []
         for group in groups:
-            own = values[group.key]
-            if not own:
+            by_seed = values[group.key]
+            if not by_seed:
                 continue
-            numbers = np.array([*own.values()])
+            numbers = np.array([*by_seed.values()])
             line = Line(
                 group.label,
                 metric,
-                own,
+                by_seed,
                 float(numbers.mean()),
                 float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
-                interval(numbers),
+                mean_interval(numbers),
             )
-            shared = [seed for seed in own if seed in base]
+            shared = [seed for seed in by_seed if seed in base]
             if group.key != baseline.key and shared:
-                gains = np.array([own[seed] - base[seed] for seed in shared])
+                gains = np.array([by_seed[seed] - base[seed] for seed in shared])
                 line = line._replace(
-                    shared=len(shared), gain=float(gains.mean()), gain_interval=interval(gains), p=p_value(gains)
+                    shared=len(shared), gain=float(gains.mean()), gain_interval=mean_interval(gains), p=p_value(gains)
                 )
-            some.append(line)
-        lines += adjusted(some)
+            lines_of_metric.append(line)
+        lines += adjust_p_values(lines_of_metric)
     return lines
 
 
-def interval(values: np.ndarray) -> Interval | None:
-    """95 % interval of the mean, by the bootstrap (bias-corrected and accelerated); None for fewer than two values."""
+def mean_interval(values: np.ndarray) -> Interval | None:
+    """Compute the 95 % interval of the mean by the bootstrap (bias-corrected and accelerated).
+
+    Args:
+        values: (n,)
+
+    Returns:
+        Its ends; None for fewer than two values.
+    """
     from scipy.stats import bootstrap
 
     if len(values) < 2:
@@ -133,61 +174,83 @@ def interval(values: np.ndarray) -> Interval | None:
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
     rng = np.random.default_rng(0)
-    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng).confidence_interval
-    if math.isnan(found.low):  # two values: no acceleration to be had
+    interval = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng).confidence_interval
+    if math.isnan(interval.low):  # two values: the acceleration is not defined
         rng = np.random.default_rng(0)
-        found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="basic", rng=rng).confidence_interval
-    return float(found.low), float(found.high)
+        interval = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="basic", rng=rng).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def p_value(gains: np.ndarray) -> float | None:
-    """Two-sided p of "no difference", by flipping the signs of paired differences: all of them where there are few.
-    None for a single pair."""
+    """Compute the two-sided p-value of "no difference" by flipping the signs of paired differences.
+
+    All combinations of signs are taken where they are at most RESAMPLES, else a random sample of them.
+
+    Args:
+        gains: (n,) a difference for each shared seed.
+
+    Returns:
+        The p-value; None for a single pair.
+    """
     from scipy.stats import permutation_test
 
     if len(gains) < 2:
         return None
-    rng = np.random.default_rng(0)
-    kind: Any = {"permutation_type": "samples", "n_resamples": RESAMPLES, "vectorized": True, "rng": rng}
-    return float(permutation_test((gains,), lambda x, axis: x.mean(axis), **kind).pvalue)
+    result = permutation_test(
+        (gains,),
+        lambda x, axis: x.mean(axis),
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
 
 
-def adjusted(lines: Sequence[Line]) -> list[Line]:
-    """Holm's step-down adjustment of the lines' p-values."""
+def adjust_p_values(lines: Sequence[Line]) -> list[Line]:
+    """Adjust the lines' p-values by Holm's step-down method (Scand. J. Statist. 6, 1979)."""
     tested = sorted((i for i, line in enumerate(lines) if line.p is not None), key=lambda i: lines[i].p or 0.0)
-    made, highest = list(lines), 0.0
+    adjusted, highest = list(lines), 0.0
     for place, i in enumerate(tested):
         highest = max(highest, min(1.0, (lines[i].p or 0.0) * (len(tested) - place)))
-        made[i] = lines[i]._replace(p=highest)
-    return made
+        adjusted[i] = lines[i]._replace(p=highest)
+    return adjusted
 
 
-def warnings_about(groups: Sequence[Group], baseline: Group) -> list[str]:
-    """What makes a comparison weaker than its numbers look."""
-    found = []
+def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
+    """List what makes a comparison weaker than its numbers look: few seeds, unpaired seeds, unequal budgets."""
+    warnings = []
     for group in groups:
-        if len(group.runs) < ENOUGH:
-            found.append(f"{group.label}: {len(group.runs)} seeds; an interval needs at least {ENOUGH} to hold")
+        if len(group.runs) < MIN_SEEDS:
+            warnings.append(f"{group.label}: {len(group.runs)} seeds; an interval needs at least {MIN_SEEDS} to hold")
         if group.key == baseline.key:
             continue
         if group.runs.keys() != baseline.runs.keys():
             shared = len(group.runs.keys() & baseline.runs.keys())
-            found.append(f"{group.label}: its seeds differ from the baseline's; {shared} are shared and paired")
-        if different := [key for key in BUDGET if group.params.get(key) != baseline.params.get(key)]:
-            told = ", ".join(f"{k}={group.params.get(k)} against {baseline.params.get(k)}" for k in different)
-            found.append(f"{group.label}: another budget than the baseline: {told}")
+            warnings.append(f"{group.label}: its seeds differ from the baseline's; {shared} are shared and paired")
+        if different := [key for key in BUDGET_KEYS if group.params.get(key) != baseline.params.get(key)]:
+            settings = ", ".join(f"{k}={group.params.get(k)} against {baseline.params.get(k)}" for k in different)
+            warnings.append(f"{group.label}: another budget than the baseline: {settings}")
     least = 2 / 2 ** min((len(g.runs.keys() & baseline.runs.keys()) for g in groups), default=0)
     if len(groups) > 1 and least * (len(groups) - 1) > 0.05:
-        found.append(f"with so few seeds no difference can reach p = 0.05: the least possible is {least:.2g} each")
-    return found
+        warnings.append(f"with so few seeds no difference can reach p = 0.05: the least possible is {least:.2g} each")
+    return warnings
 
 
-def chosen_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
-    """By a part of its label or the name or id of one of its runs; else a config without methods, else the first."""
-    if wanted is None:
+def choose_baseline(groups: Sequence[Group], name: str | None) -> Group:
+    """Choose the group that the others are compared with.
+
+    Args:
+        groups: At least one.
+        name: Part of its label, or the name or id of one of its runs. None: a config without methods, or the first.
+
+    Raises:
+        ValueError: Not exactly one group goes by that name.
+    """
+    if name is None:
         return next((g for g in groups if g.params.get("method") == "[]"), groups[0])
-    found = [g for g in groups if wanted in g.label or any(wanted in (r.name, r.run_id) for r in g.runs.values())]
-    if len(found) != 1:
-        labels = "; ".join(g.label for g in found or groups)
-        raise ValueError(f"--baseline {wanted}: {len(found)} configs are meant by it, one is needed: {labels}")
-    return found[0]
+    matches = [g for g in groups if name in g.label or any(name in (r.name, r.run_id) for r in g.runs.values())]
+    if len(matches) != 1:
+        labels = "; ".join(g.label for g in matches or groups)
+        raise ValueError(f"--baseline {name}: {len(matches)} configs are meant by it, one is needed: {labels}")
+    return matches[0]

@@ -19,6 +19,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def describe_recipes() -> dict[str, str]:
+    """Return what each recipe is for, by its name: the first line of its file."""
+    return {name: (RECIPES / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in recipe_names()}
+
+
 def load_recipe(recipe: str, assignments: Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """A recipe's name or YAML file, with key=value on top, in texts or as {"data.root": "PICTURES", "epochs": 5}.
     ValueError is one line that says what to change."""

@@ -20,6 +20,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dml-ray"
 
 
+def describe_sets() -> dict[str, str]:
+    """Return where each set comes from and how a config names it, by its `data.name`."""
+    descriptions = {
+        "glyphs": "embedded: characters in the fonts of matplotlib, rendered at the first use",
+        "folder": "your pictures, one folder a class: data.root=FOLDER, or a URL (s3://, gs://, abfs://)",
+        "table": "your pictures, a CSV or Parquet file with path, label [, split] [, role]: data.table=FILE",
+    }
+    sets = benchmarks.BENCHMARKS.items()
+    return descriptions | {name: f"{s.title}: data.root=FOLDER; from {s.source}" for name, s in sets}
+
+
 def load_collection(config: Data, unreadable: Sequence[str] = (), labelled: bool = True) -> Collection:
     """The set as it is, before any split. ValueError where it is missing or wrong.
 

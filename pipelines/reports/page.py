@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.compare.page import Compared
+from pipelines.compare.page import comparison_content
+from pipelines.compare.statistics import Comparison
 from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, short_number
 from pipelines.config import schema
 from pipelines.config.schema import Config
@@ -43,7 +44,7 @@ def render_run(
     best: int,
     whence: str,
     environment: dict[str, str],
-    made: str,
+    footer: str,
 ) -> str:
     """history: records of epochs.  whence: of the numbers.  environment: name -> value."""
     measured = {prefix: way for prefix, way in RANKINGS.items() if f"{prefix}/map_at_r" in found.numbers}
@@ -78,12 +79,12 @@ def render_run(
         unseen="" if found.clouds else "No method in use draws synthetic embeddings in this epoch.",
         environment=environment.items(),
         config=config.flat().items(),
-        made=made,
+        footer=footer,
     )
 
 
 def render_sweep(
-    title: str, trials: Sequence[Trial], space: Space, compared: Compared, about: dict[str, str], made: str
+    title: str, trials: Sequence[Trial], space: Space, comparison: Comparison, about: dict[str, str], footer: str
 ) -> str:
     """about: name -> value."""
     figures = draw_figures(space, trials)
@@ -102,7 +103,7 @@ def render_sweep(
         title=title,
         lead=f"{len(trials)} trials; the best, {best.name}, has val/map_at_r {best.score:.4f} on validation classes",
         sections=SWEEP,
-        compared=compared.shown(),
+        compared=comparison_content(comparison),
         drawings=[(draw_all_settings(figures[name], told), told) for name, told in DRAWN.items() if name in figures],
         slices=[] if "changes" in figures else draw_slices(space, trials),
         important="importance" in figures or "changes" in figures,
@@ -110,5 +111,5 @@ def render_sweep(
         heads=("trial", "val/map_at_r", "epochs", *keys, "ended"),
         rows=[row(trial) for trial in ranked],
         about=about.items(),
-        made=made,
+        footer=footer,
     )

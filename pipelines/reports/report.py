@@ -5,7 +5,6 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ from pipelines.cluster.devices import resolve_devices
 from pipelines.cluster.launch import run_on_workers
 from pipelines.cluster.session import open_cluster
 from pipelines.cluster.transfer import put_files, scratch_storage
-from pipelines.compare.page import Compared, render_comparison
-from pipelines.compare.statistics import METRICS, compare_runs
+from pipelines.compare.comparison import keep_comparison, read_comparison
+from pipelines.compare.page import render_comparison
+from pipelines.compare.statistics import METRICS, Comparison, compare_runs
 from pipelines.compare.wording import Line
 from pipelines.config import schema
 from pipelines.config.identity import FREE_KEYS, with_absolute_paths
@@ -30,11 +30,12 @@ from pipelines.models import run_folder
 from pipelines.models.checkpoint import MODEL_FILES, read_config, read_history, read_state
 from pipelines.models.find import find_checkpoint
 from pipelines.models.run_folder import local_copy, newest_checkpoint
+from pipelines.pages.render import made_by
 from pipelines.reports.inspection import inspect_loop
 from pipelines.reports.page import render_run, render_sweep
 from pipelines.sweeps.records import SweepOptions, Trial
 from pipelines.sweeps.spaces import Space, space_of
-from pipelines.tracking.runs import LoggedRun, find_run, log_page, log_text, read_runs, read_text
+from pipelines.tracking.runs import LoggedRun, find_run, log_text, read_runs
 from pipelines.tracking.server import default_uri, prepare_store
 
 MAY_DIFFER = {*FREE_KEYS, "precision", "data.on_bad_image", "data.table"} - {"name", "storage"}
@@ -60,12 +61,11 @@ class SweepSubject(NamedTuple):
 
 
 class ComparisonSubject(NamedTuple):
-    """run_id: of the page of `dml compare`; None: made now, of an experiment of this id."""
+    """A comparison. run_id: the MLflow run that `dml compare` has kept it in; None: it has been made now."""
 
     title: str
     run_id: str | None
-    experiment: str
-    compared: Compared
+    comparison: Comparison
 
 
 Subject = RunSubject | SweepSubject | ComparisonSubject
@@ -85,15 +85,10 @@ def find_subject(names: Sequence[str], assignments: dict[str, Any], console: Con
     elif local and len(names) == 1:
         found = _sweep(name if "://" in name else str(Path(name).resolve()))
     elif kind == "comparison" and logged:
-        kept = json.loads(read_text(uri, logged.run_id, "comparison.json"))
-        lines = [Line(**line) for line in kept["lines"]]
-        found = ComparisonSubject(
-            "Comparison", logged.run_id, logged.experiment, Compared(kept["baseline"], kept["warnings"], lines)
-        )
+        found = ComparisonSubject("Comparison", logged.run_id, read_comparison(uri, logged.run_id))
     elif not logged and not name.startswith("models:/"):
         title = f"Comparison of {' and '.join(names)}"
-        made = compare_runs(read_runs(uri, names), title, None, METRICS)
-        found = ComparisonSubject(title, None, made.experiment, Compared(made.baseline, made.warnings, made.lines))
+        found = ComparisonSubject(title, None, compare_runs(read_runs(uri, names), title, None, METRICS))
     if found is None:
         return _run(uri, name, logged, schema.flatten(assignments), console)
     if assignments:
@@ -155,23 +150,21 @@ def output_path(out: str) -> Path:
 def write_report(found: Subject, path: Path, log: bool, console: Console) -> dict[str, Any]:
     """Make the page, and log it. Returns what `dml report --json` prints."""
     started, uri = time.monotonic(), default_uri(Path.cwd())
-    made = f"Made by dml report, {datetime.now():%Y-%m-%d %H:%M}."
+    made = made_by("dml report")
     if isinstance(found, RunSubject):
         kind, run_id, page = "run", found.logged and found.logged.run_id, _page_of_run(found, made, console)
     elif isinstance(found, SweepSubject):
         kind, run_id, page = "sweep", found.outcome["run_id"], _page_of_sweep(found, made)
     else:
         kind, run_id = "comparison", found.run_id
-        page = render_comparison(found.title, found.compared, made)
+        page = render_comparison(found.title, found.comparison, made)
     partial = path.with_suffix(".html.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
     if log and run_id:
         log_text(uri, run_id, page, "report.html")
     elif log and isinstance(found, ComparisonSubject):
-        kept = {**found.compared._asdict(), "lines": [line._asdict() for line in found.compared.lines]}
-        texts = {"report.html": page, "comparison.json": json.dumps(kept, indent=1)}
-        run_id = log_page(uri, found.experiment, "comparison", texts)
+        run_id = keep_comparison(uri, found.comparison, "report.html", page)
     facts = {"report": str(path), "kind": kind, "run_id": run_id, "logged": log and run_id is not None}
     return facts | {"bytes": path.stat().st_size, "seconds": time.monotonic() - started}
 
@@ -232,9 +225,9 @@ def _environment(run: RunSubject, model: Config) -> dict[str, str]:
 
 def _page_of_sweep(sweep: SweepSubject, made: str) -> str:
     outcome, options = sweep.outcome, sweep.options
-    compared = Compared("default", outcome["warnings"], [Line(**line) for line in outcome["tested"]])
+    comparison = Comparison("default", outcome["warnings"], [Line(**line) for line in outcome["tested"]])
     about = {"run": outcome["run_id"], "recipe of the winner": outcome["recipe"], "model": outcome["model"] or "none"}
     about |= {key.replace("_", " "): str(value) for key, value in options._asdict().items()}
     about |= {f"space of {key}": domain.domain_str for key, domain in sweep.space.items()}
     trials = [Trial(**trial) for trial in outcome["trials"]]
-    return render_sweep(f"Sweep {outcome['sweep']}", trials, sweep.space, compared, about, made)
+    return render_sweep(f"Sweep {outcome['sweep']}", trials, sweep.space, comparison, about, made)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import mlflow
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 
 from pipelines.cli import main
 from pipelines.compare import statistics
-from pipelines.compare.statistics import chosen_baseline, compare_groups, p_value, warnings_about
+from pipelines.compare.comparison import compare_experiments
+from pipelines.compare.statistics import check_groups, choose_baseline, compare_groups, p_value
 from pipelines.compare.wording import Line
 from pipelines.tracking.runs import LoggedRun, start_run
 
@@ -24,8 +26,8 @@ def run(group: str, seed: int, value: float, **more) -> LoggedRun:
 
 
 def lines(runs: list[LoggedRun], baseline: str | None = None) -> list[Line]:
-    groups, _ = statistics.grouped(runs)
-    return compare_groups(groups, chosen_baseline(groups, baseline), ["test/map_at_r"])
+    groups, _ = statistics.group_runs(runs)
+    return compare_groups(groups, choose_baseline(groups, baseline), ["test/map_at_r"])
 
 
 @pytest.mark.parametrize("size", [2, 3, 6, 8])
@@ -38,21 +40,21 @@ def test_p_is_that_of_all_flips_of_signs(size: int) -> None:
 
 
 def test_single_and_equal_values() -> None:
-    assert p_value(np.ones(1)) is None and statistics.interval(np.ones(1)) is None
-    assert p_value(np.zeros(6)) == 1 and statistics.interval(np.full(4, 0.25)) == (0.25, 0.25)
+    assert p_value(np.ones(1)) is None and statistics.mean_interval(np.ones(1)) is None
+    assert p_value(np.zeros(6)) == 1 and statistics.mean_interval(np.full(4, 0.25)) == (0.25, 0.25)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     rng, held = np.random.default_rng(0), 0
     for _ in range(200):
-        low, high = statistics.interval(rng.normal(0.5, 0.1, 12))
+        low, high = statistics.mean_interval(rng.normal(0.5, 0.1, 12))
         held += low <= 0.5 <= high
     assert 0.87 <= held / 200 <= 0.99
 
 
 def test_holm() -> None:
     made = [Line("g", "m", {}, 0, 0, None, p=p) for p in (0.01, None, 0.04, 0.03)]
-    assert [line.p for line in statistics.adjusted(made)] == [
+    assert [line.p for line in statistics.adjust_p_values(made)] == [
         pytest.approx(0.03),
         None,
         pytest.approx(0.06),
@@ -86,9 +88,9 @@ def test_doubts_are_told() -> None:
     runs = [run("a", s, 0.4 + s) for s in (0, 1, 2)] + [run("a", 3, 0, status="FAILED")]
     runs += [run("a", 2, 0.7, started=99)]
     runs += [run("b", s, 0.5 + s, params={"epochs": "9", "method": "['iaa']"}) for s in (1, 2, 4)]
-    groups, warnings = statistics.grouped(runs)
+    groups, warnings = statistics.group_runs(runs)
     assert groups[0].runs["2"].started == 99
-    told = "\n".join(warnings + warnings_about(groups, groups[0]))
+    told = "\n".join(warnings + check_groups(groups, groups[0]))
     assert "1 runs did not finish and are left out: a-s3" in told and "seed 2 comes twice in one config" in told
     assert (
         "3 seeds; an interval needs at least 5" in told and "its seeds differ from the baseline's; 2 are shared" in told
@@ -99,11 +101,11 @@ def test_doubts_are_told() -> None:
 
 def test_baseline_by_label_name_or_default() -> None:
     runs = [run("x", 0, 0.1, params={"method": "['iaa']"}), run("y", 0, 0.1)]
-    groups, _ = statistics.grouped(runs)
-    assert chosen_baseline(groups, None).key == "y"
-    assert chosen_baseline(groups, "iaa").key == "x" and chosen_baseline(groups, "y-s0").key == "y"
+    groups, _ = statistics.group_runs(runs)
+    assert choose_baseline(groups, None).key == "y"
+    assert choose_baseline(groups, "iaa").key == "x" and choose_baseline(groups, "y-s0").key == "y"
     with pytest.raises(ValueError, match="2 configs are meant by it, one is needed: method="):
-        chosen_baseline(groups, "method")
+        choose_baseline(groups, "method")
 
 
 def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,13 +127,14 @@ def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.Mo
     gained = next(x for x in report["lines"] if x["group"] == "method=['namr']" and x["metric"] == "test/map_at_r")
     assert gained["gain"] == pytest.approx(0.02) and gained["p"] == pytest.approx(2 / 2**6)
     page = (tmp_path / "page.html").read_text()
-    assert (
-        "method=[&#x27;namr&#x27;]" in page
-        and "src='data:image/svg+xml" in page
-        and "http" not in page.split("base64")[0]
-    )
+    assert "method=[&#39;namr&#39;]" in page and "['namr']" not in page
+    assert '<svg xmlns="http://www.w3.org/2000/svg"' in page
+    assert "method=[&#39;namr&#39;], test/map_at_r: 44.5 %" in page
+    assert "base64" not in page and not re.search(r"(src|href)=[\"']?(?!data:|#)|url\((?!#)|@import", page)
     kept = mlflow.artifacts.load_text(f"runs:/{report['run_id']}/comparison.html")
     assert kept == page
+    tree = json.loads(json.dumps(compare_experiments(["compared"], log=False).to_json()))
+    assert tree | {"run_id": report["run_id"]} == report
     again = CliRunner().invoke(main.app, ["compare", "compared", "--no-log"])
     assert (
         again.exit_code == 0 and "baseline: method=[]" in again.stdout

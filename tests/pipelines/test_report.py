@@ -9,7 +9,7 @@ import mlflow
 import pytest
 
 from pipelines.compare import wording
-from pipelines.compare.page import Compared
+from pipelines.compare.statistics import Comparison
 from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, Line
 from pipelines.config.recipe import load_recipe
 from pipelines.models.checkpoint import read_config
@@ -139,7 +139,7 @@ def test_of_a_sweep(sweep: dict[str, Any], tracked_folder: Path) -> None:
     assert [row[:3] for row in rows] == [
         [trial["name"], f"{trial['score']:.4f}", "1"] for trial in sorted(sweep["trials"], key=lambda t: -t["score"])
     ]
-    lines = [[*wording.cells(Line(**line))] for line in sweep["tested"]]
+    lines = [[*wording.format_line(Line(**line))] for line in sweep["tested"]]
     assert cells(text, "Test metrics by config") == [[" ".join(cell.split()) for cell in line] for line in lines]
     assert "sgar.intensity against val/map_at_r of 2 trials" in text and "takes 8 different scores" in text
     by_folder = answer("report", "runs/swept", "--out", "folder.html", "--no-log")
@@ -160,7 +160,7 @@ def test_of_a_comparison(sweep: dict[str, Any], tracked_folder: Path) -> None:
     compared = answer("compare", *finals)
     made = answer("report", compared["run_id"], "--out", "one.html")
     assert (made["kind"], made["run_id"], made["logged"]) == ("comparison", compared["run_id"], True)
-    lines = [[*wording.cells(Line(**line))] for line in compared["lines"]]
+    lines = [[*wording.format_line(Line(**line))] for line in compared["lines"]]
     one = Path("one.html").read_text()
     assert cells(one, "Test metrics by config") == lines and all(doubt in one for doubt in compared["warnings"])
     anew = answer("report", *finals, finals[0], "--out", "two.html")
@@ -175,7 +175,7 @@ def test_sweeps_of_any_size_and_sort_in_a_browser(tracked_folder: Path) -> None:
     trials = [Trial(f"t{i}", point, i / 12, 3, "finished", "") for i, point in enumerate(drawn)]
     failed = Trial("failed <b>", drawn[0], None, 2, "failed", "not finite")
     line = Line("<i>winner</i>", "test/map_at_r", {"1": 0.4, "2": 0.5}, 0.45, 0.05, (0.4, 0.5))
-    compared = Compared("default", ["few"], [line, line._replace(group="a long label " * 12)])
+    compared = Comparison("default", ["few"], [line, line._replace(group="a long label " * 12)])
     changed = Trial("went on", {**drawn[0], "changes": {"2": drawn[-1]}}, 0.5, 3, "finished", "")
     given = {"one": trials[:1], "many": [*trials, failed], "population": [*trials, changed]}
     with browser.page(400, 800) as opened:
