@@ -57,10 +57,10 @@ def test_assignments_as_a_dictionary() -> None:
 
 STRANGER = """
 from dml_core.base_losses import build
-from pipelines import jobs
-from pipelines.recipe import load
+from pipelines.config import load
+from pipelines.runs.train import run_training
 
-reveal_type(jobs.train(load("glyphs", {"epochs": 1})).metrics)
+reveal_type(run_training(load("glyphs", {"epochs": 1})).metrics)
 reveal_type(build("triplet", 10, 128))
 load(3)
 """
@@ -89,4 +89,4 @@ def test_types_are_seen_from_outside(tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, "-m", "mypy", *given], cwd=tmp_path, capture_output=True, text=True)
     assert 'Revealed type is "dict[str, float]"' in found.stdout, found.stdout
     assert 'Revealed type is "dml_core.base_losses.BaseLoss"' in found.stdout
-    assert 'Argument 1 to "load" has incompatible type "int"; expected "str"' in found.stdout
+    assert 'Argument 1 to "load_recipe" has incompatible type "int"; expected "str"' in found.stdout
