@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.arguments import Assignments, Json, load_config
+from pipelines.cli.arguments import Assignments, Json, split_arguments
 from pipelines.cli.endings import exit_on_error, print_result
 from pipelines.cli.tables import describe_sweep
 from pipelines.console import messages
@@ -36,21 +36,21 @@ def tune(
         from pipelines.sweeps.sweep import resume_sweep, start_sweep
 
         if resume:
-            given = arguments or ["storage=runs"]
-            if space or len(given) > 1 or not given[0].startswith("storage="):
-                raise ValueError(f"--resume {resume} takes all else from the sweep; only storage=FOLDER may go with it")
-            go = partial(resume_sweep, resume, given[0].removeprefix("storage="))
+            run = partial(resume_sweep, resume, storage_of_sweep(resume, arguments, space), messages)
             hint = f"dml tune --resume {resume} goes on"
         else:
-            if space is None:
-                raise ValueError("--space NAME is needed: base, iaa, sgar, namr, all, joined by +; or FILE.py")
-            # Trials beside each other, not workers: results do not depend on it, and nothing is sent between them.
-            given = [a for a in arguments or [] if a.startswith("workers=")]
-            config = load_config([*(arguments or []), *([] if given else ["workers=1"])])
-            search = search or ("random" if schedule == "pbt" else "optuna")
-            options = SweepOptions(space, samples, concurrent, search, schedule, folds, final_seeds)
-            go = partial(start_sweep, config, options)
+            options = SweepOptions(space or "", samples, concurrent, search, schedule, folds, final_seeds)
+            run = partial(start_sweep, *split_arguments(arguments), options, messages)
             hint = "dml tune --resume NAME goes on, NAME being the sweep's"
     with exit_on_error(hint):
-        outcome = go(messages)
+        outcome = run()
     print_result(as_json, outcome.to_json(), *describe_sweep(outcome))
+
+
+def storage_of_sweep(name: str, arguments: list[str] | None, space: str | None) -> str:
+    """Return the FOLDER of storage=FOLDER, all that may go with --resume."""
+    recipe_or_values = arguments or ["storage=runs"]
+    storage = recipe_or_values[0].removeprefix("storage=")
+    if space or recipe_or_values != [f"storage={storage}"]:
+        raise ValueError(f"--resume {name} takes all else from the sweep; only storage=FOLDER may go with it")
+    return storage

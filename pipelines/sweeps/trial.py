@@ -1,4 +1,4 @@
-"""What runs in a trial's process: named runs of a point, and what they tell Ray Tune.
+"""What runs in a trial's process: named runs of a point, and what they report to Ray Tune.
 
 A trial is a run of `dml train` by a name of its own in the sweep's folder, without its test: what was interrupted goes
 on by its name, and what is finished is not trained again, whatever Ray Tune remembers of it.
@@ -8,106 +8,141 @@ import io
 import statistics
 from typing import Any, NamedTuple
 
+import ray.train
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from rich.console import Console
 
-from pipelines.cluster.progress import Reporter
-from pipelines.cluster.worker import device_of_worker
-from pipelines.config.recipe import parse_config, with_values
+from pipelines.config.recipe import with_values
 from pipelines.config.schema import Config
 from pipelines.console import RunFailed
-from pipelines.data.sets import load_splits
-from pipelines.data.sources import Sources
-from pipelines.models.build import build_learner
 from pipelines.runs.outcome import SweepMember
 from pipelines.runs.train import run_training
-from pipelines.sweeps.population import settings_after, start_from, tune_checkpoint
-from pipelines.sweeps.records import CLOCK, EPOCHS, FAILED, SCORE, SETTINGS, Sweep, fold_values, trial_name
+from pipelines.sweeps.population import copy_to_new_run, open_as_tune_checkpoint, settings_after
+from pipelines.sweeps.records import (
+    FAILED,
+    SCORE,
+    FinalConfig,
+    FinalReport,
+    Sweep,
+    TrialConfig,
+    TrialReport,
+    fold_values,
+    trial_name,
+)
 from pipelines.sweeps.spaces import Point
 
 QUIET = Console(file=io.StringIO())
 
 
-def run_trial(config: dict[str, Any], sweep: Sweep, here: bool) -> None:
-    """One point, fold after fold, each a run by a name of its own. Reports the mean of the folds' best so far."""
-    folds, bests, given = sweep.options.folds, list[float](), tune.get_checkpoint()
-    settings = config["point"] if given is None else settings_after(given, config["point"])
+def run_trial(config: TrialConfig, sweep: Sweep, in_process: bool) -> None:
+    """Train one point, fold after fold, each as a run by a name of its own, and report a TrialReport as they go.
+
+    Args:
+        config: Holds the point.
+        sweep: The sweep that it belongs to.
+        in_process: Train in this process, not on workers of Ray Train.
+    """
+    folds, scores, checkpoint = sweep.options.folds, list[float](), tune.get_checkpoint()
+    settings = config["point"] if checkpoint is None else settings_after(checkpoint, config["point"])
     base, name = with_values(sweep.config, settings), trial_name(tune.get_context().get_trial_id(), settings)
     for fold in range(folds):
-        run = with_values(base, run_location(sweep, name, fold) | (fold_values(fold, folds) if folds > 1 else {}))
-        if given is not None:
-            start_from(given, run)
-        progress = _Progress(sweep.options.schedule, settings, run, [*bests], fold * base.epochs, folds * base.epochs)
-        part = SweepMember(sweep.uri, sweep.run_id, {"trial": name, "fold": str(fold)}, False, progress.report)
+        run = with_values(base, _run_location(sweep, name, fold) | (fold_values(fold, folds) if folds > 1 else {}))
+        if checkpoint is not None:
+            copy_to_new_run(checkpoint, run)
+        progress = _FoldProgress(
+            schedule=sweep.options.schedule,
+            settings=settings,
+            run=run,
+            earlier_scores=[*scores],
+            earlier_epochs=fold * base.epochs,
+            total_epochs=folds * base.epochs,
+        )
+        member = SweepMember(sweep.uri, sweep.run_id, {"trial": name, "fold": str(fold)}, False, progress.report)
         try:
-            part = part if here else part._replace(callbacks=[Relay(progress)])
-            outcome = run_training(run, QUIET, here, part)
+            member = member if in_process else member._replace(callbacks=[_Relay(progress)])
+            outcome = run_training(run, QUIET, in_process, member)
         except RunFailed as error:
             # Again it would fail again. To the search it is the worst that there is.
-            tune.report(progress.told({"val/best_map_at_r": 0.0, "epoch": 0}) | {SCORE: 0.0, FAILED: str(error)})
+            tune.report({**progress.trial_report(0.0, 0), SCORE: 0.0, FAILED: str(error)})
             return
-        bests.append(outcome.metrics["val/best_map_at_r"])
+        scores.append(outcome.metrics["val/best_map_at_r"])
     # Once more, should the last fold have been done before, and so have reported nothing.
-    tune.report(progress.told({"val/best_map_at_r": bests[-1], "epoch": base.epochs}))
+    tune.report({**progress.trial_report(scores[-1], base.epochs)})
 
 
-class _Progress(NamedTuple):
-    """Of a fold, in the terms of its trial.
+class _FoldProgress(NamedTuple):
+    """Turns what the run of a fold reports into reports of its trial.
 
-    settings: of the trial.  run: of the fold.  bests, epochs: best scores of the folds before, and their epochs.
-    total: epochs of all folds.
+    Attributes:
+        schedule: Of the sweep.
+        settings: Of the trial.
+        run: The fold's config.
+        earlier_scores: Best scores of the folds before.
+        earlier_epochs: Epochs of the folds before.
+        total_epochs: Epochs of all folds.
     """
 
     schedule: str
     settings: Point
     run: Config
-    bests: list[float]
-    epochs: int
-    total: int
+    earlier_scores: list[float]
+    earlier_epochs: int
+    total_epochs: int
 
-    def told(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        score, done = statistics.mean([*self.bests, metrics["val/best_map_at_r"]]), self.epochs + metrics["epoch"]
-        return {SCORE: score, EPOCHS: done, CLOCK: min(done, self.total - 1), SETTINGS: self.settings}
+    def trial_report(self, score: float, epoch: int) -> TrialReport:
+        """Return the trial's report for the fold's best score so far and its epoch."""
+        epochs = self.earlier_epochs + epoch
+        return {
+            "score": statistics.mean([*self.earlier_scores, score]),
+            "epochs_done": epochs,
+            "clock": min(epochs, self.total_epochs - 1),
+            "settings": self.settings,
+        }
 
     def report(self, metrics: dict[str, Any]) -> None:
-        told, handed_on = self.told(metrics), None
-        if self.schedule == "pbt" and told[EPOCHS] < self.total:
-            handed_on = tune_checkpoint(self.run, metrics["epoch"])
-        tune.report(told, checkpoint=handed_on)
+        """Report to Ray Tune, in the trial's own process. metrics: of a validated epoch of the fold."""
+        report, checkpoint = self.trial_report(metrics["val/best_map_at_r"], metrics["epoch"]), None
+        if self.schedule == "pbt" and report["epochs_done"] < self.total_epochs:
+            checkpoint = open_as_tune_checkpoint(self.run, metrics["epoch"])
+        tune.report({**report}, checkpoint=checkpoint)
 
 
-class Relay(TuneReportCallback):
-    """What workers report, told to Ray Tune, by Ray Train's controller."""
+class _Relay(TuneReportCallback):
+    """Passes what workers report on to Ray Tune; called by Ray Train's controller."""
 
-    def __init__(self, progress: _Progress):
+    def __init__(self, progress: _FoldProgress):
         super().__init__()
         self.progress = progress
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        super().after_report(run_context, [self.progress.told(metrics[0])], checkpoint)
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        report = self.progress.trial_report(metrics[0]["val/best_map_at_r"], metrics[0]["epoch"])
+        super().after_report(run_context, [{**report}], checkpoint)
 
 
-def run_final(config: dict[str, Any], sweep: Sweep, here: bool) -> None:
-    """A whole run of some settings, its test and its model too."""
-    who, seed, settings = config["point"]
-    values = settings | {"seed": seed, "name": f"{who}-s{seed}", "storage": sweep.folder}
-    part = SweepMember(sweep.uri, sweep.run_id, {"final": who}, test=True)
-    outcome = run_training(with_values(sweep.config, values), QUIET, here, part)
-    told = {"name": outcome.name, "run_id": outcome.run_id, "model": outcome.model or ""}
-    tune.report({SCORE: outcome.metrics["val/best_map_at_r"], **told})
+def run_final(config: FinalConfig, sweep: Sweep, in_process: bool) -> None:
+    """Train, test and register a run of some settings, and report a FinalReport at its end.
+
+    Args:
+        config: Holds the settings and the seed.
+        sweep: The sweep that it belongs to.
+        in_process: Train in this process, not on workers of Ray Train.
+    """
+    task = config["point"]
+    location = {"name": f"{task['role']}-s{task['seed']}", "storage": sweep.folder}
+    member = SweepMember(sweep.uri, sweep.run_id, {"final": task["role"]}, test=True)
+    run = with_values(sweep.config, task["settings"] | {"seed": task["seed"]} | location)
+    outcome = run_training(run, QUIET, in_process, member)
+    report: FinalReport = {
+        "score": outcome.metrics["val/best_map_at_r"],
+        "name": outcome.name,
+        "run_id": outcome.run_id,
+        "model": outcome.model or "",
+    }
+    tune.report({**report})
 
 
-def run_location(sweep: Sweep, trial: str, fold: int) -> dict[str, Any]:
+def _run_location(sweep: Sweep, trial: str, fold: int) -> dict[str, Any]:
     return {"name": f"{trial}-f{fold}" if sweep.options.folds > 1 else trial, "storage": sweep.folder}
-
-
-def compute_features(job: dict[str, Any]) -> dict[str, float]:
-    """The features of a frozen backbone, once, with all CPUs, before trials share them."""
-    config = parse_config(job["config"])
-    splits, device = load_splits(config, job["unreadable"]), device_of_worker(config)
-    learner = build_learner(config, len(splits.train.class_names)).to(device)
-    if config.precision == "float64":
-        learner.double()
-    Sources(config, learner, device, job["cpus"], Reporter(None)).of(splits.train)
-    return {}

@@ -24,7 +24,7 @@ from pipelines.runs.train import run_training
 from pipelines.sweeps import spaces
 from pipelines.sweeps.plots import draw_changes, draw_figures
 from pipelines.sweeps.records import Trial
-from pipelines.sweeps.spaces import SPACES, own_point, space_of
+from pipelines.sweeps.spaces import SPACES, config_point, load_space
 from tests.pipelines import browser
 from tests.pipelines.conftest import QUIET
 
@@ -38,10 +38,10 @@ def write_space(folder: Path, text: str) -> str:
 
 
 def test_spaces_are_joined_and_switch_their_methods_on() -> None:
-    config, space = space_of("iaa+namr", load_recipe("glyphs", []))
+    config, space = load_space("iaa+namr", load_recipe("glyphs", []))
     assert config.method == ["iaa", "sgar", "namr"]
     assert {key.partition(".")[0] for key in space} == {"iaa", "namr"}
-    _, everything = space_of("all", load_recipe("glyphs", ["loss.name=contrastive"]))
+    _, everything = load_space("all", load_recipe("glyphs", ["loss.name=contrastive"]))
     assert {"optimizer.lr", "loss.pos_margin", "iaa.intensity", "sgar.intensity", "namr.centers"} <= everything.keys()
     assert "loss.alpha" not in everything  # multi_similarity's
 
@@ -49,8 +49,8 @@ def test_spaces_are_joined_and_switch_their_methods_on() -> None:
 @pytest.mark.parametrize("recipe", ["glyphs", "grocery"])
 @pytest.mark.parametrize("space", [*SPACES, "all"])
 def test_every_space_fits_the_recipes(recipe: str, space: str) -> None:
-    config, found = space_of(space, load_recipe(recipe, ["data.root=somewhere"] if recipe == "grocery" else []))
-    assert found and own_point(config, found)
+    config, found = load_space(space, load_recipe(recipe, ["data.root=somewhere"] if recipe == "grocery" else []))
+    assert found and config_point(config, found)
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_every_space_fits_the_recipes(recipe: str, space: str) -> None:
 )
 def test_a_space_that_cannot_act_is_refused(tmp_path: Path, space: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        space_of(write_space(tmp_path, space), load_recipe("glyphs", []))
+        load_space(write_space(tmp_path, space), load_recipe("glyphs", []))
 
 
 def test_points_are_the_configs_own_and_then_the_seeds() -> None:
-    config, space = space_of("sgar", load_recipe("glyphs", []))
-    drawn = spaces.points(space, "random", 6, config)
-    assert drawn == spaces.points(space, "random", 6, config)
-    assert len(drawn) == 6 and drawn[0] == own_point(config, space)
+    config, space = load_space("sgar", load_recipe("glyphs", []))
+    drawn = spaces.draw_points(space, "random", 6, config)
+    assert drawn == spaces.draw_points(space, "random", 6, config)
+    assert len(drawn) == 6 and drawn[0] == config_point(config, space)
     assert len({json.dumps(point) for point in drawn}) == 6
     for point in drawn:
         assert all(domain.is_valid(point[key]) for key, domain in space.items())
@@ -84,7 +84,7 @@ def test_a_grid_has_the_ends_of_every_range() -> None:
         "sgar.count": ray_tune.randint(3, 8),
         "sgar.max_gap": ray_tune.choice([None, 0.1]),
     }
-    grid = spaces.points(space, "grid", 3, load_recipe("glyphs", []))
+    grid = spaces.draw_points(space, "grid", 3, load_recipe("glyphs", []))
     assert len(grid) == 3 * 3 * 2
     assert sorted({point["sgar.intensity"] for point in grid}) == pytest.approx([0.01, 0.1, 1.0])
     assert {point["sgar.count"] for point in grid} == {3, 5, 7}
@@ -92,9 +92,9 @@ def test_a_grid_has_the_ends_of_every_range() -> None:
 
 @pytest.mark.parametrize(("keys", "count"), [(1, 1), (1, 2), (3, 12)])
 def test_plots_of_any_size_can_be_drawn(keys: int, count: int) -> None:
-    config, space = space_of("sgar", load_recipe("glyphs", []))
+    config, space = load_space("sgar", load_recipe("glyphs", []))
     space = dict([*space.items()][:keys])
-    drawn = spaces.points(space, "random", count, config)
+    drawn = spaces.draw_points(space, "random", count, config)
     trials = [Trial(f"t{i}", point, i / count, 3, "finished", "") for i, point in enumerate(drawn)]
     failed = Trial("failed", {**drawn[0], "changes": {"2": drawn[-1]}}, None, 2, "failed", "not finite")
     made = draw_figures(space, [*trials, failed])
