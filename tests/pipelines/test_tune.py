@@ -16,15 +16,18 @@ import mlflow
 import psutil
 import pytest
 from ray import tune as ray_tune
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines.cli import main
 from pipelines.config.recipe import load_recipe, with_values
 from pipelines.runs.train import run_training
 from pipelines.sweeps import spaces
+from pipelines.sweeps import sweep as sweep_module
 from pipelines.sweeps.plots import draw_changes, draw_figures
-from pipelines.sweeps.records import Trial
+from pipelines.sweeps.records import SweepOptions, Trial
 from pipelines.sweeps.spaces import SPACES, config_point, load_space
+from pipelines.sweeps.sweep import resume_sweep, start_sweep
 from tests.pipelines import browser
 from tests.pipelines.conftest import QUIET
 
@@ -203,6 +206,29 @@ def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(tracked_fold
     assert json.loads(again.stdout.splitlines()[-1]) == one
     taken = CliRunner().invoke(main.app, ["tune", *asked, "name=killed"])
     assert taken.exit_code == 2 and "name=killed is taken" in taken.stderr
+
+
+def test_a_sweep_from_python_goes_on_where_its_plots_and_mlflow_fail(
+    tracked_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("nothing to draw with")
+
+    monkeypatch.setattr(sweep_module, "draw_figures", fail)
+    monkeypatch.setattr(sweep_module, "end_interrupted_runs", fail)
+    values = {**dict(text.split("=") for text in SMALL if "workers" not in text), "name": "plain"}
+    values |= {key: int(value) for key, value in values.items() if value.isdigit()}
+    options = SweepOptions(write_space(tracked_folder, "{'optimizer.lr': tune.choice([1e-3])}"), 1, final_seeds=1)
+    console = Console(file=io.StringIO(), width=1000)
+    outcome = start_sweep("glyphs", values, options, console)
+    assert [trial.ended for trial in outcome.trials] == ["finished"] and outcome.model
+    begun = json.loads(Path("runs/plain/sweep.json").read_text())
+    assert begun["config"]["workers"] == 1 and begun["options"]["search"] == "optuna"
+    log = Path("runs/plain/logs/driver.log").resolve()
+    for problem in ("plots of the sweep are missing in MLflow", "MLflow may still show interrupted trials as running"):
+        assert f"{problem}: nothing to draw with ({log} has the traceback)" in console.file.getvalue()
+    assert log.read_text().count("OSError: nothing to draw with") == 2 and "Traceback" in log.read_text()
+    assert resume_sweep("plain") == outcome
 
 
 SPACE = {
