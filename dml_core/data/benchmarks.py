@@ -23,13 +23,14 @@ from dml_core.data.datasets import GALLERY, NEITHER, QUERY, Collection, Labelled
 class Benchmark(NamedTuple):
     """load: the folder that the archive was unpacked in -> Collection.  expected: what `counts` shall find.
     source: where it comes from, and what to unpack where.  fetch: downloads it into a folder, where that is possible
-    without an account."""
+    without an account.  metrics: what its papers report besides R@k, of retrieval.metrics.EXTRA_METRICS."""
 
     title: str
     load: Callable[[Path], Collection]
     expected: dict[str, int]
     source: str
     fetch: Callable[[str], object] | None = None
+    metrics: tuple[str, ...] = ()
 
 
 def counts(splits: Splits) -> dict[str, int]:
@@ -251,6 +252,7 @@ BENCHMARKS = {
         },
         "mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html (on request): unpack img.zip and list_eval_partition.txt "
         "in data.root",
+        metrics=("map", "cmc"),
     ),
     "vehicleid": Benchmark(
         "PKU VehicleID",
@@ -263,6 +265,7 @@ BENCHMARKS = {
             "large_classes": 2400,
         },
         "www.pkuml.org/resources/pku-vehicleid.html (on request): unpack VehicleID_V1.0 in data.root",
+        metrics=("map", "cmc"),
     ),
     "grocery": Benchmark(
         "the Grocery Store Dataset",

@@ -25,9 +25,10 @@ from dml_core.retrieval.neighbors import block_rows, owned_rows, pad_rows
 from dml_core.retrieval.scores import average_precision_at_r, cmc, mean_average_precision, r_precision, recall_at_k
 from dml_core.retrieval.structure import index_vectors, query_vectors
 
-CMC_RANKS = (1, 5, 10, 20)
+CMC_RANKS = (1, 5, 10, 20, 30)
 CLUSTERING = ("nmi", "ami")
 RANKING = ("map", "cmc")
+EXTRA_METRICS = (*RANKING, *CLUSTERING)
 
 
 def clustering_metrics(embeddings: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float]:
@@ -40,13 +41,43 @@ def clustering_metrics(embeddings: Tensor, labels: Tensor, seed: int = 0) -> dic
 
     points = F.normalize(embeddings.detach().float()).cpu().numpy()
     truth = torch.as_tensor(labels).cpu().numpy()
-    kmeans = faiss.Kmeans(points.shape[1], len(np.unique(truth)), niter=20, seed=seed)
+    # Faiss would print a warning for classes of fewer than 39 points; nothing else depends on that number.
+    kmeans = faiss.Kmeans(points.shape[1], len(np.unique(truth)), niter=20, seed=seed, min_points_per_centroid=1)
     kmeans.train(points)
     found = kmeans.index.search(points, 1)[1].ravel()
     return {
         "nmi": float(normalized_mutual_info_score(truth, found)),
         "ami": float(adjusted_mutual_info_score(truth, found)),
     }
+
+
+@torch.no_grad()
+def sharded_clustering_metrics(shard: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float]:
+    """clustering_metrics of a set that the processes hold together; call on every rank, every rank gets the result.
+
+    shard: (n, D), rows `owned_rows(N, rank, world)` of the set, none on a rank that owns none. labels: (N,) of all of
+    it. Rank 0 gathers the N x D numbers and clusters them on one thread, as rounding depends on how many there are.
+    Raises ValueError for sizes that do not fit.
+    """
+    import faiss
+
+    rank, world = gather.rank(), gather.world_size()
+    if len(shard) != len(owned_rows(len(labels), rank, world)):
+        raise ValueError(f"shard: {len(shard)} rows, which are not this rank's of {len(labels)} labels")
+    blocks = []
+    for _, block in neighbors.gallery_blocks(shard.clone(), len(labels), rank, world):  # no inference tensor is sent
+        if rank == 0:  # the others take part, and keep nothing
+            blocks.append(block)
+    values = torch.zeros(len(CLUSTERING), dtype=torch.float64, device=shard.device)
+    if rank == 0:
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
+            metrics = clustering_metrics(torch.cat(blocks), labels, seed)
+        finally:
+            faiss.omp_set_num_threads(threads)
+        values += torch.tensor([metrics[name] for name in CLUSTERING], dtype=torch.float64, device=shard.device)
+    return dict(zip(CLUSTERING, gather.broadcast(values, 0).tolist(), strict=True))
 
 
 def retrieval_metrics(

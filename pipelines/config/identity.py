@@ -1,5 +1,6 @@
-"""What tells two runs apart: the keys that results depend on, absolute paths, and the check of a continued run."""
+"""What makes two runs the same: the keys that results depend on, absolute paths, and the check of a continued run."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,19 @@ from typing import Any
 from pipelines.config import schema
 from pipelines.config.schema import Config
 
-# What results do not depend on: it may differ when a run is continued, and sets no two runs apart.
+# Keys that a training does not depend on: they may differ when a run is continued, and within a group of seeds.
 FREE_KEYS = (
     *("workers", "use_gpu", "name", "storage", "max_failures", "timeout", "wait_for_nodes", "checkpoint_every"),
-    "model_name",
+    *("model_name", "metrics"),
     *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
 )
+# Of these and the keys of how pictures are found and computed with, those that may differ when a report looks at a
+# trained model; which run it is, and what was measured of it, is that of the run.
+REPORT_KEYS = {*FREE_KEYS, "precision", "data.on_bad_image", "data.table"} - {"name", "storage", "metrics"}
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """A name for the run, and paths that mean the same in a worker's working folder."""
+    """Return a config with a name for its run, and with paths that mean the same in a worker's working folder."""
     name = config.name
     if name is None:
         parts = [config.data.name, *config.method, config.loss.name, f"s{config.seed}"]
@@ -28,7 +32,17 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"name": name, "storage": storage, "data": data})
 
 
-def require_same(config: Config, earlier: dict[str, Any], path: str) -> None:
+def require_same(config: Config, earlier: Mapping[str, Any], path: str) -> None:
+    """Refuse to continue a run with a config that its results would depend on.
+
+    Args:
+        config: Of the run that is to go on.
+        earlier: The nested config that the run was begun with.
+        path: The run's folder, for the message.
+
+    Raises:
+        ValueError: Keys other than FREE_KEYS differ.
+    """
     old, new = schema.flatten(earlier), config.flat()
     different = [k for k in sorted({*old, *new}) if k not in FREE_KEYS and old.get(k) != new.get(k)]
     if different:

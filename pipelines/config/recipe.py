@@ -1,4 +1,4 @@
-"""Recipes in YAML, with key=value on top, to a config; what is wrong in one line."""
+"""Read a config from a recipe in YAML with key=value on top; bad input is an error of one line."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,19 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from pipelines.config import sections
-from pipelines.config.schema import METHODS, Config
+from pipelines.config.schema import METHODS, Config, flatten
 from pipelines.config.sections import Data
 
 RECIPES = Path(__file__).parent / "recipes"
 
+Tree = dict[str, Any]  # keys as YAML has them, nested: a value is of any type, or again a tree
+
 
 def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -25,22 +29,33 @@ def describe_recipes() -> dict[str, str]:
 
 
 def load_recipe(recipe: str, assignments: Sequence[str] | Mapping[str, Any] = ()) -> Config:
-    """A recipe's name or YAML file, with key=value on top, in texts or as {"data.root": "PICTURES", "epochs": 5}.
-    ValueError is one line that says what to change."""
+    """Load a recipe and put the user's values on top.
+
+    Args:
+        recipe: Name of a recipe of the package, or a YAML file.
+        assignments: key=value in texts, or {"data.root": "PICTURES", "epochs": 5}.
+
+    Raises:
+        ValueError: One line that names the key, the value and what is allowed.
+    """
     tree = _read(_recipe_file(recipe))
     overrides = parse_assignments(assignments)
-    return parse_config(_merge(_drop_what_overrides_silence(tree, overrides), overrides))
+    return parse_config(_merge(_drop_overridden_settings(tree, overrides), overrides))
 
 
 def data_section(name: str, assignments: list[str]) -> Data:
-    """A data set with the keys of its section, which need no `data.` here."""
+    """Return the data section of a set, with key=value on top; the keys need no `data.` here."""
     keys = [a if a.startswith("data.") else f"data.{a}" for a in assignments]
     return parse_config(parse_assignments([*keys, f"data.name={name}"])).data
 
 
-def parse_assignments(assignments: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """key=value, in texts or as a dictionary, as a nested one; dots in a key make the levels."""
-    tree: dict[str, Any] = {}
+def parse_assignments(assignments: Sequence[str] | Mapping[str, Any]) -> Tree:
+    """Return key=value, in texts or as a dictionary, as a tree; dots in a key make the levels.
+
+    Raises:
+        ValueError: A text is not key=value, or a key has a value where another needs a level.
+    """
+    tree: Tree = {}
     if isinstance(assignments, Mapping):
         for key, value in assignments.items():
             _assign(tree, key.split("."), value, f"{key}={value}")
@@ -53,16 +68,24 @@ def parse_assignments(assignments: Sequence[str] | Mapping[str, Any]) -> dict[st
     return tree
 
 
-def parse_config(tree: dict[str, Any]) -> Config:
-    """A validated config. ValueError is one line naming key, value and what is allowed."""
+def parse_config(tree: Tree) -> Config:
+    """Return the validated config of a tree.
+
+    Raises:
+        ValueError: One line that names the key, the value and what is allowed.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError("; ".join(_describe(e) for e in error.errors()[:3])) from None
 
 
-def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """A config with values at dotted keys, checked anew; None takes a value away. ValueError as of `parse`."""
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return a config with values at dotted keys, checked anew; None takes a value away.
+
+    Raises:
+        ValueError: As of parse_config.
+    """
     tree = config.model_dump(exclude_none=True)
     for method in {*METHODS} - {*values.get("method", METHODS)}:
         tree.pop(method, None)
@@ -72,6 +95,11 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 
 
 def read_yaml(text: str) -> Any:
+    """Return the value of a text in YAML 1.2, of any type.
+
+    Raises:
+        ValueError: It is not YAML.
+    """
     try:
         return yaml.load(text, Loader=_Yaml12)
     except yaml.YAMLError as error:
@@ -79,6 +107,7 @@ def read_yaml(text: str) -> Any:
 
 
 def to_yaml(config: Config) -> str:
+    """Return a config as a recipe; what is not set is left out."""
     return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
 
 
@@ -107,12 +136,12 @@ def _recipe_file(recipe: str) -> Path:
     return RECIPES / f"{recipe}.yaml"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A recipe on top of those that it extends, recipes of ours, the later over the earlier."""
+def _read(file: Path) -> Tree:
+    """Return a recipe on top of those of the package that it extends, the later over the earlier."""
     tree = read_yaml(file.read_text())
     if not isinstance(tree, dict):
         raise ValueError(f"recipe {file}: not a mapping of keys to values")
-    below: dict[str, Any] = {}
+    below: Tree = {}
     for name in tree.pop("extends", []):
         if not (RECIPES / f"{name}.yaml").is_file():
             raise ValueError(f"recipe {file}: it extends {name}, which is not there")
@@ -120,7 +149,7 @@ def _read(file: Path) -> dict[str, Any]:
     return _merge(below, tree)
 
 
-def _assign(tree: dict[str, Any], path: list[str], value: Any, assignment: str) -> None:
+def _assign(tree: Tree, path: list[str], value: Any, assignment: str) -> None:
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
@@ -128,17 +157,17 @@ def _assign(tree: dict[str, Any], path: list[str], value: Any, assignment: str) 
     tree[path[-1]] = value
 
 
-def _merge(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _merge(tree: Tree, overrides: Tree) -> Tree:
     merged = dict(tree)
     for key, value in overrides.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        is_level = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if is_level else value
     return merged
 
 
-def _drop_what_overrides_silence(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings of a method, loss or schedule go with the choice they belong to; the user's own stay and
-    are refused if they cannot act."""
+def _drop_overridden_settings(tree: Tree, overrides: Tree) -> Tree:
+    """Return a recipe without the settings that belong to a choice (a method, a loss, ...) that the user has made
+    otherwise. The user's own settings are not looked at, and refused later if they cannot act."""
     tree = dict(tree)
     methods = overrides.get("method", tree.get("method")) or []
     for method in METHODS:
@@ -160,15 +189,24 @@ def _drop_what_overrides_silence(tree: dict[str, Any], overrides: dict[str, Any]
             tree[section] = {k: v for k, v in settings.items() if k not in dependent}
         else:
             tree[section] = {k: v for k, v in settings.items() if k in kept}
+    data, chosen = tree.get("data"), flatten(overrides)
+    if isinstance(data, dict):
+        dropped = set[str]()
+        dropped |= {"augment"} if chosen.get("backbone.frozen") is True else set()
+        dropped |= {"validation_fraction"} if chosen.get("data.fold") is not None else set()
+        dropped |= {"fold", "folds"} if chosen.get("data.validation_fraction") is not None else set()
+        dropped |= {"loader_processes"} if chosen.get("data.loader") == "ray" else set()
+        tree["data"] = {k: v for k, v in data.items() if k not in dropped}
     return tree
 
 
-def _describe(error: Any) -> str:
+def _describe(error: ErrorDetails) -> str:
+    """Return an error of the validation in words: key, value, what is allowed."""
     path = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
     path = [part for part in path if part not in ("int", "str")] if path[:1] == ["workers"] else path
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
-        section: Any = Config
+        section: type[BaseModel] = Config
         for part in path[:-1]:
             section = _section_of(section.model_fields[part].annotation)
         prefix = "".join(f"{part}." for part in path[:-1])
@@ -179,7 +217,7 @@ def _describe(error: Any) -> str:
     return f"{key}={error['input']}: {message}"
 
 
-def _section_of(annotation: Any) -> Any:
-    """Sgar from `Sgar | None`."""
+def _section_of(annotation: object) -> type[BaseModel]:
+    """Return Sgar of `Sgar | None`."""
     options = getattr(annotation, "__args__", (annotation,))
     return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

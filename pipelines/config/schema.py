@@ -1,10 +1,12 @@
-"""What a run is told: frozen models with real defaults. recipe.py reads them from files and the command line.
+"""Every key of a run: frozen models with real defaults, which recipe.py reads from files and the command line.
 
 The same dictionary goes to the workers, the checkpoint and MLflow. Unknown keys are refused, and so is an option that
-cannot act: settings of a method that is not in `method`, a momentum for Adam, a data folder for the embedded set.
+cannot act: settings of a method that is not in `method`, a momentum for Adam, a data folder for the embedded set. A key
+whose default acts in some configs alone is None until it is set, so that what is written down can be read again.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -21,6 +23,7 @@ from pipelines.config.sections import (
     Positive,
     Section,
     Sgar,
+    nearest,
 )
 
 METHODS = ("iaa", "sgar", "namr")
@@ -46,8 +49,8 @@ class Config(Section):
     evaluate_every: Positive = 1
     """Epochs between validations; a checkpoint is kept at each."""
     checkpoint_every: Positive | None = None
-    """Steps between further checkpoints, for long epochs on nodes that may be lost. One is kept at once, whatever this
-    says, when a worker's node is about to be taken away."""
+    """Steps between further checkpoints within epochs, for long ones on nodes that may be lost. One is kept at once,
+    whatever this says, when a worker's node is about to be taken away."""
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
     """Of the run and its folder; the same name again continues it. none: made from set, method, loss, seed and time."""
     storage: Address = "runs"
@@ -66,6 +69,10 @@ class Config(Section):
     """D: numbers in an embedding."""
     method: list[Literal["iaa", "sgar", "namr"]] = []
     """Methods over the base loss, in any combination."""
+    metrics: list[str] | None = None
+    """Retrieval metrics of validation and test besides R@k, R-Precision and MAP@R: `map` (over the full ranking),
+    `cmc`, `nmi`, `ami`; see docs/metrics.md. none: what the papers report on the set, `map` and `cmc` on `inshop` and
+    `vehicleid`."""
     data: Data = Data()
     batch: Batch = Batch()
     backbone: Backbone = Backbone()
@@ -84,6 +91,16 @@ class Config(Section):
         if len(set(method)) < len(method):
             raise ValueError(f"[{', '.join(method)}] names a method twice")
         return sorted(method, key=METHODS.index)
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_exist(cls, metrics: list[str] | None) -> list[str] | None:
+        from dml_core.retrieval.metrics import EXTRA_METRICS
+
+        for name in metrics or []:
+            if name not in EXTRA_METRICS:
+                raise ValueError(f"{name}: there is no such metric{nearest(name, [*EXTRA_METRICS])}")
+        return metrics if metrics is None else sorted({*metrics}, key=EXTRA_METRICS.index)
 
     @field_validator("changes", mode="before")
     @classmethod
@@ -104,6 +121,10 @@ class Config(Section):
         for method in METHODS:
             if getattr(self, method) is not None and method not in self.method:
                 raise ValueError(f"{method}.* cannot act: {method} is not in method={self.method}")
+        if self.backbone.frozen and self.data.augment:
+            raise ValueError(
+                f"data.augment={self.data.augment} cannot act with backbone.frozen=true: features are computed once"
+            )
         if self.iaa and self.iaa.start_epoch >= self.epochs:
             raise ValueError(f"iaa.start_epoch={self.iaa.start_epoch} cannot act: there are only epochs={self.epochs}")
         low, high = self.worker_range
@@ -118,6 +139,12 @@ class Config(Section):
                     f"workers={self.workers}: {count} workers do not divide the global batch of {size} "
                     f"(batch.classes={self.batch.classes} x batch.images={self.batch.images})"
                 )
+        every, steps = self.checkpoint_every, self.steps_per_epoch
+        if every and steps and (every % steps == 0 or every >= self.epochs * steps):
+            raise ValueError(
+                f"checkpoint_every={every} cannot act: it falls on no step within an epoch of steps_per_epoch={steps}; "
+                f"evaluate_every={self.evaluate_every} keeps those at the ends of epochs"
+            )
         for after, values in self.changes.items():
             if not values or after >= self.epochs:
                 raise ValueError(f"changes.{after} cannot act: it names no setting, or epochs={self.epochs} are over")
@@ -125,21 +152,31 @@ class Config(Section):
                 if values[key] is None or not self.may_change(key):
                     raise ValueError(f"changes.{after}: {key} cannot become {values[key]} in the middle of a run")
             try:
-                self.at(after)
+                loss = self.at(after).loss
             except ValidationError as error:
-                told = error.errors()[0]
-                where, message = ".".join(map(str, told["loc"])), told["msg"].removeprefix("Value error, ")
-                raise ValueError(f"changes.{after}: {where}={told['input']}: {message}") from None
+                first = error.errors()[0]
+                where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+                raise ValueError(f"changes.{after}: {where}={first['input']}: {message}") from None
+            for key in values:
+                if key.startswith("loss.") and not _has_same_parameters(self.loss, loss):
+                    raise ValueError(
+                        f"changes.{after}: {key} cannot become {values[key]} in the middle of a run: "
+                        f"it shapes parameters of {loss.name}"
+                    )
         return self
 
     def may_change(self, key: str) -> bool:
-        """Whether a setting can take another value while a run goes on: one of the loss or of a method in use, that
-        has shaped no parameter and no statistic."""
-        fixed = {"loss.name", "iaa.covariance"} | ({"loss.beta"} if self.loss.name == "margin" else set())
+        """Return whether a setting can take another value while a run goes on.
+
+        It can if it belongs to the loss or a method in use, has shaped no parameter and no statistic, and is not of
+        evaluation, which is the same for a whole run.
+        """
+        fixed = {"loss.name", "iaa.covariance", "namr.rerank"}
+        fixed |= {"loss.beta"} if self.loss.name == "margin" else set()
         return key.partition(".")[0] in ("loss", *self.method) and key not in fixed
 
     def at(self, epoch: int) -> "Config":
-        """What holds in an epoch, from 0."""
+        """Return the config that holds in an epoch, from 0: with the `changes` up to there."""
         tree = self.model_dump(exclude_none=True, exclude={"changes"})
         for after, values in self.changes.items():
             for key, value in values.items() if after <= epoch else ():
@@ -148,20 +185,51 @@ class Config(Section):
         return Config.model_validate(tree)
 
     @property
+    def extra_metrics(self) -> tuple[str, ...]:
+        """Retrieval metrics besides the usual ones: `metrics`, or those of the set's papers."""
+        from dml_core.data.benchmarks import BENCHMARKS
+
+        if self.metrics is not None:
+            return tuple(self.metrics)
+        return BENCHMARKS[self.data.name].metrics if self.data.name in BENCHMARKS else ()
+
+    @property
     def slices(self) -> int:
+        """Equal parts that the gradients of a global batch are computed in."""
         return self.batch.slices or math.gcd(4, self.batch.classes * self.batch.images)
 
     @property
     def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
         low, _, high = str(self.workers).partition(":")
         return int(low), int(high or low)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested keys and values, leaving out what is not set: what checkpoints, run folders and files keep."""
+        return self.model_dump(exclude_none=True)
+
     def flat(self) -> dict[str, Any]:
-        """Dotted key -> value, leaving out what is not set."""
+        """Return dotted key -> value, leaving out what is not set."""
         return flatten(self.model_dump(exclude_none=True))
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _has_same_parameters(loss: Loss, other: Loss) -> bool:
+    """Return whether two settings of a loss begin with the same parameters, of the same shapes."""
+    import torch
+
+    from dml_core import base_losses
+
+    states = []
+    for settings in (loss, other):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            states.append(base_losses.build(settings.name, 3, 2, **settings.arguments).state_dict())
+    one, two = states
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of a nested dictionary."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})

@@ -1,4 +1,4 @@
-"""The sections of a config: data, batch, backbone, loss, the methods, optimizer. config.py puts them together."""
+"""The sections of a config: data, batch, backbone, loss, the methods, optimizer. schema.py puts them together."""
 
 import difflib
 import re
@@ -9,9 +9,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 SECRET = re.compile(r"://[^/?#]*@|[?&][^=&]*(secret|token|signature|password|credential|access_key|sig)[^=&]*=", re.I)
 
 
-def without_secrets(address: str) -> str:
-    """ValueError for an address that holds a password, a key or a signature: it would be kept in MLflow, checkpoints
-    and logs."""
+def refuse_secrets(address: str) -> str:
+    """Return an address as it is, if it may be kept in MLflow, checkpoints and logs.
+
+    Raises:
+        ValueError: It holds a password, a key or a signature.
+    """
     if "://" in address and SECRET.search(address):
         raise ValueError(
             "the address holds a secret, which MLflow and checkpoints would keep; give it by the environment "
@@ -20,7 +23,7 @@ def without_secrets(address: str) -> str:
     return address
 
 
-Address = Annotated[str, AfterValidator(without_secrets)]
+Address = Annotated[str, AfterValidator(refuse_secrets)]
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -28,12 +31,14 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def nearest(word: str, words: list[str]) -> str:
-    """The end of an error message: the word that was probably meant, or all that are allowed."""
-    found = difflib.get_close_matches(word, words, 1)
-    return f"; did you mean {found[0]}?" if found else f"; allowed: {', '.join(words)}"
+    """Return the end of an error message: the word that was probably meant, or all that are allowed."""
+    matches = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {matches[0]}?" if matches else f"; allowed: {', '.join(words)}"
 
 
 class Section(BaseModel):
+    """A part of a config: it cannot be changed, and unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -54,30 +59,48 @@ class Data(Section):
     links: bool = False
     """Follow symbolic links that lead out of `root`."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """Pictures that cannot be read: fail when one is met, or look at all of them first and leave those out."""
+    """Pictures that cannot be read: fail when one is met, or look at all of them first and leave those out. `glyphs`
+    has none."""
     image_size: Annotated[int, Field(ge=8, le=1024)] = 224
     """Side of the square pictures that the backbone sees, in pixels."""
-    augment: Literal["crop", "shift", "none"] = "crop"
-    """Training views: random crop and flip (photographs), small shifts and turns (characters), or none."""
+    augment: Literal["crop", "shift", "none"] | None = None
+    """Training views: random crop and flip (`crop`, for photographs; the default), small shifts and turns (`shift`, for
+    characters), or `none`. Cannot act with `backbone.frozen`, whose features are computed once."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """`folder`, and a `table` without splits: share of the classes to test on (default 0.5)."""
     test_classes: list[str] | None = None
     """`folder`: the classes to test on, by name, in place of a share."""
-    validation_fraction: Fraction = 0.2
-    """Share of the other classes to validate on; 0: none, and the last epoch is the best."""
-    folds: Annotated[int, Field(ge=2)] = 4
-    """Equal parts of the classes that `fold` chooses from."""
+    validation_fraction: Fraction | None = None
+    """Share of the other classes to validate on (default 0.2); 0: none, and the last epoch is the best."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Equal parts of the classes that `fold` chooses from (default 4)."""
     fold: Annotated[int, Field(ge=0)] | None = None
     """Validate on this one, from 0, of `folds` equal parts of the other classes, in place of a share."""
     split_seed: Annotated[int, Field(ge=0)] = 0
-    """Draws the classes to validate (and, by share, to test) on. Apart from `seed`, so that seeds share a split."""
+    """Draws the classes to validate (and, by share, to test) on. It is not `seed`, so that seeds share a split."""
     limit_classes: Annotated[int, Field(ge=3)] | None = None
     """At most so many classes to test on, and so many to train and validate on: for quick runs."""
     loader: Literal["auto", "torch", "ray"] = "auto"
     """Who decodes: `torch`, the DataLoader of each training worker; `ray`, tasks on any node's CPUs. auto: ray where
-    nodes without training workers have CPUs."""
+    nodes without training workers have CPUs, unless `loader_processes` is set."""
     loader_processes: Annotated[int, Field(ge=0)] | None = None
-    """Decoding processes a training worker; none: as many as it has CPUs to spare."""
+    """Decoding processes of each training worker's DataLoader; none: as many as it has CPUs to spare."""
+
+    @property
+    def augmentation(self) -> Literal["crop", "shift", "none"]:
+        """What training views are made by."""
+        return self.augment or "crop"
+
+    @property
+    def fractions(self) -> tuple[float, float]:
+        """Shares of the classes: to test on, of all; to validate on, of the others."""
+        validation = 0.2 if self.validation_fraction is None else self.validation_fraction
+        return self.test_fraction or 0.5, validation
+
+    @property
+    def fold_of(self) -> tuple[int, int] | None:
+        """The fold to validate on, from 0, and how many there are; None: a share is validated on."""
+        return None if self.fold is None else (self.fold, self.folds or 4)
 
     @model_validator(mode="after")
     def _options_act(self) -> "Data":
@@ -94,17 +117,27 @@ class Data(Section):
         if self.download:
             from dml_core.data.benchmarks import BENCHMARKS
 
-            fetched = [key for key, benchmark in BENCHMARKS.items() if benchmark.fetch]
-            if name not in fetched:
-                raise ValueError(f"download cannot act on data.name={name}; it fetches {', '.join(fetched)}")
+            fetchable = [key for key, benchmark in BENCHMARKS.items() if benchmark.fetch]
+            if name not in fetchable:
+                raise ValueError(f"download cannot act on data.name={name}; it fetches {', '.join(fetchable)}")
         if self.links and name not in ("folder", "table"):
             raise ValueError(f"links cannot act on data.name={name}")
         if (self.test_fraction and name not in ("folder", "table")) or (self.test_classes and name != "folder"):
             raise ValueError(f"test_fraction and test_classes cannot act on data.name={name}, whose split is fixed")
         if self.test_fraction and self.test_classes:
             raise ValueError("test_fraction and test_classes exclude each other")
-        if self.fold is not None and self.fold >= self.folds:
-            raise ValueError(f"fold={self.fold}: the {self.folds} folds are numbered from 0")
+        if self.folds and self.fold is None:
+            raise ValueError(f"folds={self.folds} cannot act without data.fold=NUMBER, the one to validate on")
+        if self.validation_fraction is not None and self.fold is not None:
+            raise ValueError(f"validation_fraction cannot act with data.fold={self.fold}, which is validated on")
+        if self.fold_of and self.fold_of[0] >= self.fold_of[1]:
+            raise ValueError(f"fold={self.fold}: the {self.fold_of[1]} folds are numbered from 0")
+        if name == "glyphs" and self.on_bad_image == "skip":
+            raise ValueError("on_bad_image=skip cannot act on data.name=glyphs, whose pictures are embedded")
+        if name == "glyphs" and self.loader == "ray":
+            raise ValueError("loader=ray cannot act on data.name=glyphs, of which nothing is decoded")
+        if self.loader_processes is not None and self.loader == "ray":
+            raise ValueError("loader_processes cannot act with data.loader=ray, whose tasks decode; it is for torch")
         return self
 
 
@@ -140,13 +173,14 @@ class Loss(BaseModel):
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """What the loss is built with: argument -> value, of any type that a loss takes."""
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
     def _arguments_exist(self) -> "Loss":
         from dml_core import base_losses
 
-        allowed = base_losses.arguments(self.name)
+        allowed = base_losses.default_arguments(self.name)
         for key in self.arguments:
             if key not in allowed:
                 raise ValueError(f"{key} is no argument of {self.name}{nearest(key, list(allowed))}")
@@ -225,7 +259,8 @@ class Namr(Section):
     weight: Annotated[float, Field(ge=0)] = 2.0
     """lambda: of the term in the sum."""
     rerank: Positive = 100
-    """Items at the top of a plain search that evaluation orders anew by the adaptive distance."""
+    """Items at the top of a plain search that evaluation orders anew by the adaptive distance. The same for a whole
+    run: not in `changes`."""
 
 
 class Optimizer(Section):

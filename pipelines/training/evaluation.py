@@ -1,8 +1,7 @@
 """Retrieval metrics of a learner on a retrieval task, sharded over the workers."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +10,17 @@ from dml_core.data.datasets import LabelledImages, Retrieval, Splits
 from dml_core.data.sampling import Rows, blocks, one_of_each_class
 from dml_core.gather import rank, world_size
 from dml_core.learner import Learner
-from dml_core.retrieval.metrics import sharded_retrieval_metrics
+from dml_core.retrieval.metrics import CLUSTERING, RANKING, sharded_clustering_metrics, sharded_retrieval_metrics
 from dml_core.retrieval.neighbors import block_rows
 from pipelines.cluster.progress import Reporter
-from pipelines.cluster.transfer import unpacked_files
+from pipelines.cluster.transfer import received_files
 from pipelines.cluster.worker import device_of_worker
-from pipelines.config.recipe import parse_config
 from pipelines.data.features import BATCH
 from pipelines.data.sets import load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_learner
 from pipelines.models.checkpoint import load_weights, read_class_names
+from pipelines.training.job import ModelJob
 
 Outputs = Callable[[Tensor], dict[str, Tensor]]
 
@@ -31,8 +30,9 @@ def retrieval_of_learner(
 ) -> dict[str, float]:
     """{"PREFIX/recall_at_1": ...}; with NAMR also those of PREFIX_rerank/ (its top ordered anew by adaptive distance)
     and PREFIX_exact/ (the whole gallery searched by it)."""
+    extra = sources.config.extra_metrics
     if (namr := sources.config.namr) is None:
-        return retrieval_of(task, sources, stage, lambda x: {prefix: learner.embed(x)})
+        return retrieval_of(task, sources, stage, lambda x: {prefix: learner.embed(x)}, extra)
 
     def outputs(x: Tensor) -> dict[str, Tensor]:
         seen = learner.features(x)
@@ -40,9 +40,9 @@ def retrieval_of_learner(
 
     query, gallery = _both(task, sources, stage, outputs)
     z, s = query["embedding"], query["structure"]
-    found = _prefixed(prefix, _metrics(task, z, gallery.get("embedding")))
-    found |= _prefixed(f"{prefix}_rerank", _metrics(task, z, gallery.get("embedding"), s, namr.rerank))
-    return found | _prefixed(f"{prefix}_exact", _metrics(task, z, gallery.get("embedding"), s))
+    metrics = _prefixed(prefix, _metrics(task, z, gallery.get("embedding"), extra))
+    metrics |= _prefixed(f"{prefix}_rerank", _metrics(task, z, gallery.get("embedding"), extra, s, namr.rerank))
+    return metrics | _prefixed(f"{prefix}_exact", _metrics(task, z, gallery.get("embedding"), extra, s))
 
 
 def test_metrics(learner: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
@@ -53,12 +53,17 @@ def test_metrics(learner: Learner, splits: Splits, sources: Sources) -> dict[str
     return metrics
 
 
-def retrieval_of(task: Retrieval, sources: Sources, stage: str, outputs: Outputs) -> dict[str, float]:
-    """{"PREFIX/recall_at_1": ...} for each prefix that `outputs` gives embeddings (b, D) for."""
+def retrieval_of(
+    task: Retrieval, sources: Sources, stage: str, outputs: Outputs, extra: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return {"PREFIX/recall_at_1": ...} for each prefix that `outputs` gives embeddings (b, D) for.
+
+    extra: further metrics, of retrieval.metrics.EXTRA_METRICS.
+    """
     query, gallery = _both(task, sources, stage, outputs)
     metrics: dict[str, float] = {}
     for prefix in query:
-        metrics |= _prefixed(prefix, _metrics(task, query[prefix], gallery.get(prefix)))
+        metrics |= _prefixed(prefix, _metrics(task, query[prefix], gallery.get(prefix), extra))
     return metrics
 
 
@@ -71,20 +76,43 @@ def _both(
 
 
 def _metrics(
-    task: Retrieval, query: Tensor, gallery: Tensor | None, structure: Tensor | None = None, rerank: int | None = None
+    task: Retrieval,
+    query: Tensor,
+    gallery: Tensor | None,
+    extra: Sequence[str] = (),
+    structure: Tensor | None = None,
+    rerank: int | None = None,
 ) -> dict[str, float]:
+    """Return retrieval metrics of this rank's rows; with drawn galleries their means over the draws.
+
+    Of `extra`, `map` has no meaning where only the top is ordered anew, and clusters know no order of a gallery.
+    """
     labels = torch.from_numpy(task.query.labels).to(query.device)
     targets = torch.from_numpy(task.gallery.labels).to(query.device) if task.gallery else None
+    ranking = [name for name in extra if name in RANKING and not (rerank and name == "map")]
 
-    def found(in_gallery: Tensor | None = None) -> dict[str, float]:
+    def measure(in_gallery: Tensor | None = None) -> dict[str, float]:
         return sharded_retrieval_metrics(
-            query, labels, gallery, targets, structure_shard=structure, rerank=rerank, in_gallery=in_gallery
+            query,
+            labels,
+            gallery,
+            targets,
+            extra=ranking,
+            structure_shard=structure,
+            rerank=rerank,
+            in_gallery=in_gallery,
         )
 
-    if not task.draws:
-        return found()
-    draws = [found(torch.from_numpy(one_of_each_class(task.query.labels, seed))) for seed in range(task.draws)]
-    return {name: sum(metrics[name] for metrics in draws) / task.draws for name in draws[0]}
+    if task.draws:
+        draws = [measure(torch.from_numpy(one_of_each_class(task.query.labels, seed))) for seed in range(task.draws)]
+        metrics = {name: sum(draw[name] for draw in draws) / task.draws for name in draws[0]}
+    else:
+        metrics = measure()
+    clustering = [name for name in extra if name in CLUSTERING and structure is None]
+    if clustering:
+        clusters = sharded_clustering_metrics(query, labels)
+        metrics |= {name: clusters[name] for name in clustering}
+    return metrics
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -121,22 +149,38 @@ def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Output
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "sample"}
 
 
-def load_sources(job: dict[str, Any]) -> Sources:
-    """A checkpoint's learner, as one worker of several has it. job: as of evaluate_loop."""
-    config = parse_config(job["config"])
+def validation_metrics(learner: Learner, task: Retrieval, sources: Sources) -> dict[str, float]:
+    """Return val/* metrics of the validation classes."""
+    return retrieval_of_learner(learner, task, sources, "validation", "val")
+
+
+def baseline_metrics(untrained: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
+    """Return untrained/* and features/* metrics of the first test: the same network untrained, and its raw features."""
+
+    def outputs(x: Tensor) -> dict[str, Tensor]:
+        features = untrained.features(x)
+        return {"untrained": untrained.embed(features), "features": features}
+
+    return retrieval_of(splits.tests["test"], sources, "baselines", outputs)
+
+
+def embeddings_of(learner: Learner, x: Tensor) -> dict[str, Tensor]:
+    """Return raw embeddings "z" (b, D) of images or features."""
+    return {"z": learner.embed(x)}
+
+
+def load_sources(job: ModelJob) -> Sources:
+    """Load a checkpoint's learner in evaluation mode, and what gives it batches, as one worker of several has them."""
+    config, device = job.config, device_of_worker(job.config)
     torch.set_num_threads(1)
-    with unpacked_files(job["checkpoint"]) as folder:
+    with received_files(job.model) as folder:
         learner = build_learner(config, len(read_class_names(folder)), read_weights=False)
         load_weights(folder, learner)
-    learner.to(device_of_worker(config), torch.float64 if config.precision == "float64" else torch.float32).eval()
-    progress = Reporter(job["board"] if rank() == 0 else None)
-    return Sources(config, learner, device_of_worker(config), job["cpus"], progress)
+    learner.to(device, torch.float64 if config.precision == "float64" else torch.float32).eval()
+    return Sources(config, learner, device, job.worker.cpus, Reporter(job.worker.board if rank() == 0 else None))
 
 
-def evaluate_loop(job: dict[str, Any]) -> dict[str, float]:
-    """Test metrics of a checkpoint, as one worker of several.
-
-    job: config (a dict), checkpoint (launch.held), unreadable (pictures to leave out), cpus, board.
-    """
+def evaluate_loop(job: ModelJob) -> dict[str, float]:
+    """Return test metrics of a checkpoint, as one worker of several."""
     sources = load_sources(job)
-    return test_metrics(sources.learner, load_splits(sources.config, job["unreadable"]), sources)
+    return test_metrics(sources.learner, load_splits(sources.config, job.unreadable), sources)

@@ -11,7 +11,13 @@ from torch.nn import functional as F
 
 from dml_core import gather
 from dml_core.retrieval import neighbors
-from dml_core.retrieval.metrics import CMC_RANKS, clustering_metrics, retrieval_metrics, sharded_retrieval_metrics
+from dml_core.retrieval.metrics import (
+    CMC_RANKS,
+    clustering_metrics,
+    retrieval_metrics,
+    sharded_clustering_metrics,
+    sharded_retrieval_metrics,
+)
 from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, owned_rows
 from tests import ranks
 
@@ -324,3 +330,36 @@ def test_any_number_of_processes_gives_the_same_bits(tmp_path: Path) -> None:
         gallery, targets = other or (None, None)
         expected = retrieval_metrics(*query, gallery, targets, extra=("map", "cmc"))
         assert results["1-0"][name] == pytest.approx(expected, abs=1e-9)
+
+
+CLUSTERED = {"one block": (100, 9), "three blocks": (700, 20), "several gallery blocks": (GALLERY_BLOCK + 300, 12)}
+
+
+def cluster_in_group(folder: Path) -> None:
+    rank, world = gather.rank(), gather.world_size()
+    results = {}
+    for name, (size, classes) in CLUSTERED.items():
+        points, labels = clustered(size, classes)
+        results[name] = sharded_clustering_metrics(points[owned_rows(size, rank, world)], labels, seed=3)
+        with torch.inference_mode():  # as embeddings come from it
+            results[f"{name}, inference"] = sharded_clustering_metrics(
+                1 * points[owned_rows(size, rank, world)], labels, seed=3
+            )
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
+
+
+def test_clustering_in_shards_is_that_of_the_whole_set(tmp_path: Path) -> None:
+    """The same bits for any number of processes; fewer blocks than ranks, uneven blocks, several gallery blocks."""
+    for world in (2, 1):
+        ranks.run(cluster_in_group, world, tmp_path)
+    expected = {}
+    for name, (size, classes) in CLUSTERED.items():
+        expected[name] = expected[f"{name}, inference"] = clustering_metrics(*clustered(size, classes), seed=3)
+    for path in tmp_path.glob("*.json"):
+        assert json.loads(path.read_text()) == expected, path.stem
+    assert len([*tmp_path.iterdir()]) == 3 and 0 < expected["three blocks"]["ami"] < expected["three blocks"]["nmi"] < 1
+
+
+def test_a_shard_of_another_set_is_refused_for_clustering() -> None:
+    with pytest.raises(ValueError, match="2 rows, which are not this rank's of 3 labels"):
+        sharded_clustering_metrics(torch.ones(2, 2), torch.zeros(3))

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dml_core.ranking.clusters import adaptive_distance
-from dml_core.retrieval.structure import index_vectors, query_vectors, rerank
+from dml_core.retrieval.neighbors import Neighbors, reordered, rescored
+from dml_core.retrieval.structure import index_vectors, query_vectors
 
 QUERIES, GALLERY, DIM = 20, 400, 16
 
@@ -52,25 +53,35 @@ def test_unmodified_faiss_indexes(kind, recall):
     assert share >= recall
 
 
-@pytest.mark.parametrize("chunk", [1, 2**22])
-def test_rerank_orders_the_top(chunk, monkeypatch):
-    monkeypatch.setattr("dml_core.retrieval.structure.CHUNK", chunk)
+def reordered_top(query: Tensor, s: Tensor, gallery: Tensor, top: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Distances and positions (n, K) of each query's candidates, -1 for none, ordered as the metrics do."""
+    best = Neighbors(torch.zeros(top.shape, dtype=query.dtype).masked_fill(top < 0, -torch.inf), top)
+    product = best.similarity.clone()
+    for number, block in enumerate(gallery.split(rows)):
+        rescored(best, query_vectors(query, s) @ index_vectors(block).T, number * rows, product)
+    product, position = reordered(best, product)
+    return ((s * query * query).sum(1, keepdim=True) - product).sqrt(), position
+
+
+@pytest.mark.parametrize("rows", [7, GALLERY])
+def test_reordering_the_top(rows: int):
     query, s, gallery = inputs()
     top = torch.cdist(query, gallery).topk(30, largest=False).indices
-    distance, position = rerank(query, s, gallery, top)
+    distance, position = reordered_top(query, s, gallery, top, rows)
     exact = differences(query, s, gallery).sqrt()
     torch.testing.assert_close(distance, exact.gather(1, position))
     assert (distance.diff(dim=1) >= 0).all() and torch.equal(position.sort(1).values, top.sort(1).values)
 
 
-def test_rerank_of_the_whole_gallery_is_the_exact_search():
+def test_reordering_the_whole_gallery_is_the_exact_search():
     query, s, gallery = inputs()
     product = query_vectors(query, s) @ index_vectors(gallery).T
-    _, position = rerank(query, s, gallery, torch.arange(GALLERY).expand(QUERIES, -1))
+    _, position = reordered_top(query, s, gallery, torch.arange(GALLERY).expand(QUERIES, -1), GALLERY)
     assert torch.equal(position, product.argsort(1, descending=True))
 
 
-def test_rerank_keeps_ties_in_order_and_empty_places_last():
+def test_reordering_keeps_ties_in_order_and_empty_places_last():
     gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.0]])
-    distance, position = rerank(torch.zeros(1, 2), torch.ones(1, 2), gallery, torch.tensor([[-1, 1, 0, 2]]))
+    top = torch.tensor([[-1, 1, 0, 2]])
+    distance, position = reordered_top(torch.zeros(1, 2), torch.ones(1, 2), gallery, top, 2)
     assert position.tolist() == [[2, 1, 0, -1]] and distance.tolist() == [[0.5, 1, 1, torch.inf]]
