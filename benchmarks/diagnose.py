@@ -28,7 +28,7 @@ from pipelines.models import run_folder
 from pipelines.models.build import build_learner
 from pipelines.models.checkpoint import load_weights
 from pipelines.models.run_folder import checkpoint_name
-from pipelines.training.loop import train_loop
+from pipelines.training.job import TrainingJob
 
 
 def trained(arguments: list[str], folder: str, methods: list[str]) -> tuple[Config, Learner, Tensor, Tensor]:
@@ -36,8 +36,7 @@ def trained(arguments: list[str], folder: str, methods: list[str]) -> tuple[Conf
     name = "_".join(methods) or "plain"
     given = [*arguments[1:], f"method=[{','.join(methods)}]", f"storage={folder}", f"name={name}", "workers=1"]
     config = resolve_devices(load_recipe(arguments[0], given), here=True)
-    job = {"run_id": None, "tracking_uri": None, "unreadable": [], "test": False}
-    metrics = run_in_process(train_loop, config, job)
+    metrics = run_in_process(TrainingJob(config, test=False))
     splits = load_splits(config)
     learner = build_learner(config, len(splits.train.class_names))
     best = Path(run_folder.locate(config)[1]) / checkpoint_name(int(metrics["best_epoch"]))

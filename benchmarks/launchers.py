@@ -1,8 +1,8 @@
-"""What Ray costs: the same training under Ray Train (`launch.run`) and under torchrun, without Ray.
+"""What Ray costs: the same training under Ray Train (`launch.run_on_workers`) and under torchrun, without Ray.
 
     python benchmarks/launchers.py [RECIPE [KEY=VALUE]...] [--workers 1 2] [--epochs 40] [--steps 10] [--turn 2]
 
-Both run pipelines.train.train_loop on the same config, with as many threads a worker, one validation and one checkpoint
+Both run training.loop.train_loop on the same config, with as many threads a worker, one validation and one checkpoint
 at the end, no test and no MLflow. Once both train they take turns of --turn seconds: all processes of the one, Ray's
 own included, are stopped (SIGSTOP) while the other goes on, so that whatever else happens on the machine falls on both.
 images/s: pictures of the epochs that both were in, the first two left out, over the seconds that the one was not
@@ -21,18 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import psutil
 
+from pipelines.cluster.worker import Worker
 from pipelines.config.recipe import load_recipe, parse_config
 from pipelines.config.schema import Config
 from pipelines.models.checkpoint import read_history
 from pipelines.models.run_folder import checkpoint_name
+from pipelines.training.job import TrainingJob
 
-JOB = {"run_id": None, "tracking_uri": None, "unreadable": [], "test": False}
 WAYS = ("ray", "torchrun")
 NAMES = {"images_per_second": "images/s", "cpu": "CPU s per 1,000 images"}
 
@@ -97,17 +99,24 @@ class Running:
         return Speed(count / (went[1] - went[0]), (used[1] - used[0]) / count * 1e3)
 
 
-def marked_loop(job: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class MarkedJob(TrainingJob):
+    """A training that tells when its process is there."""
+
+    loop: ClassVar[str] = "launchers:marked_loop"
+
+
+def marked_loop(job: MarkedJob) -> dict[str, float]:
     """In a worker: training, after it has told that its process is there."""
     from pipelines.training.loop import train_loop
 
-    Path(job["config"]["storage"], f"{job['config']['name']}.begun").touch()
+    Path(job.config.storage, f"{job.config.name}.begun").touch()
     return train_loop(job)
 
 
 def under_ray(config: Config) -> None:
     """The driver, as `dml train` is."""
-    from launchers import marked_loop  # workers import it by this name
+    from launchers import MarkedJob  # workers import it by this name
     from rich.console import Console
 
     from pipelines.cluster.launch import run_on_workers
@@ -117,7 +126,7 @@ def under_ray(config: Config) -> None:
     Path(config.storage, config.name).mkdir()
     Path(config.storage, config.name, "run.json").touch()  # looked for by the workers
     with open_cluster(config, None):
-        run_on_workers(marked_loop, config, JOB, config.storage, config.name, Console(file=io.StringIO()))
+        run_on_workers(MarkedJob(config, test=False), config.storage, config.name, Console(file=io.StringIO()))
 
 
 def under_torchrun(config: Config) -> None:
@@ -125,8 +134,8 @@ def under_torchrun(config: Config) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    cpus = max(1, (os.cpu_count() or 1) // dist.get_world_size())  # as launch.run deals them on one machine
-    marked_loop(JOB | {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": None, "report": dict})
+    cpus = max(1, (os.cpu_count() or 1) // dist.get_world_size())  # as launch.run_on_workers deals them on one machine
+    marked_loop(MarkedJob(config, test=False, worker=Worker(cpus=cpus, report=dict)))
     dist.destroy_process_group()
 
 

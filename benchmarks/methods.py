@@ -48,13 +48,12 @@ def run(assignments: list[str], test: bool) -> dict[str, float]:
     from pipelines.cluster.devices import resolve_devices
     from pipelines.cluster.launch import run_in_process
     from pipelines.config.recipe import load_recipe
-    from pipelines.training.loop import train_loop
+    from pipelines.training.job import TrainingJob
 
     with tempfile.TemporaryDirectory() as storage:
         config = load_recipe(assignments[0], [*assignments[1:], "workers=1", "name=run", f"storage={storage}"])
-        job = {"run_id": None, "tracking_uri": None, "unreadable": [], "test": test}
         try:
-            metrics = run_in_process(train_loop, resolve_devices(config, here=True), job)
+            metrics = run_in_process(TrainingJob(resolve_devices(config, here=True), test=test))
         except RunFailed as error:
             if "not finite" not in str(error):
                 raise

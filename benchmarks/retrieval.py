@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-from dml_core.gather import agreed, all_sum, gather
+from dml_core.gather import all_sum, broadcast_object, gather
 from dml_core.retrieval import neighbors
 from dml_core.retrieval.metrics import retrieval_metrics, sharded_retrieval_metrics
 from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, block_rows, owned_rows
@@ -203,7 +203,7 @@ def check(rank: int, world: int, task: Task) -> None:
         alone = retrieval_metrics(*shard(size, task.dim, task.images, 0, 1))
         assert sharded == alone, f"{sharded} in {world} processes, {alone} in one"
         print(f"{size:,} x {task.dim}: {world} processes and one agree to the last bit")
-    assert agreed(sharded) == sharded
+    assert broadcast_object(sharded) == sharded
 
 
 def by_processes(world: int, task: Task) -> None:

@@ -30,7 +30,7 @@ from pipelines.models import run_folder
 from pipelines.models.build import build_learner
 from pipelines.models.checkpoint import load_weights
 from pipelines.models.run_folder import checkpoint_name
-from pipelines.training.loop import train_loop
+from pipelines.training.job import TrainingJob
 
 RUN = ["data.limit_classes=80", "method=[iaa,sgar]", "epochs=12", "evaluate_every=12", "workers=1", "name=run"]
 COLORS = "#1b6ca8", "#b5b5b5", "#8a8a8a"
@@ -77,9 +77,7 @@ def main(path: str) -> None:
         config = resolve_devices(load_recipe("glyphs", [*RUN, f"storage={storage}"]), here=True)
         learner = build_learner(config, len(load_splits(config).train.class_names))
         draw(axes[0], learner, config, "before training")
-        metrics = run_in_process(
-            train_loop, config, {"run_id": None, "tracking_uri": None, "unreadable": [], "test": False}
-        )
+        metrics = run_in_process(TrainingJob(config, test=False))
         folder = Path(run_folder.locate(config)[1])
         load_weights(folder / checkpoint_name(int(metrics["best_epoch"])), learner)
         draw(axes[1], learner, config, "after training")

@@ -10,7 +10,7 @@ A wing imports only wings on lines below its own:
     data | models
     cluster | compare
     config
-    tracking, pages, console, environment
+    tracking, pages, files, console, environment
 
 `environment` sets variables that Ray, Ray Tune and MLflow read when they are imported, hence is imported first.
 """

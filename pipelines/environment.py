@@ -26,6 +26,7 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # five processes for language models, in `dml ui`
     "GIT_PYTHON_REFRESH": "quiet",
 }

@@ -3,14 +3,21 @@
 import os
 
 import ray
-import ray.train
 import torch
 
 from pipelines.config.schema import Config
 
 
 def resolve_devices(config: Config, here: bool = False) -> Config:
-    """use_gpu and precision made definite for the cluster, or this process. ValueError where it has not enough."""
+    """Make `use_gpu`, `precision` and `data.loader` definite.
+
+    Args:
+        config: As the user wrote it.
+        here: For this process alone, not for the cluster.
+
+    Raises:
+        ValueError: The cluster has not enough CPUs or GPUs.
+    """
     workers = config.worker_range
     resources = {"CPU": 1, "GPU": torch.cuda.device_count()} if here else ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
@@ -26,7 +33,9 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
     precision = config.precision or ("bf16" if use_gpu else "float32")
     data = config.data
     if data.loader == "auto":
-        spare = use_gpu and not here and any(_has_only_cpus(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        can_stream = data.name != "glyphs" and data.loader_processes is None
+        cluster = use_gpu and not here and can_stream
+        spare = cluster and any(_has_only_cpus(node["Resources"]) for node in ray.nodes() if node["Alive"])
         data = data.model_copy(update={"loader": "ray" if spare else "torch"})
     elif data.loader == "ray" and not here and cpus <= workers[1]:
         raise ValueError(f"data.loader=ray: the cluster's {cpus:g} CPUs are all taken by workers={config.workers}")
@@ -34,10 +43,11 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
 
 
 def _autoscaler_hint(config: Config) -> str:
-    told = (
-        f" after {config.wait_for_nodes} s" if config.wait_for_nodes else "; wait_for_nodes=SECONDS asks an autoscaler"
-    )
-    return told if "RAY_ADDRESS" in os.environ else ""
+    if "RAY_ADDRESS" not in os.environ:
+        return ""
+    if config.wait_for_nodes:
+        return f" after {config.wait_for_nodes} s"
+    return "; wait_for_nodes=SECONDS asks an autoscaler"
 
 
 def _has_only_cpus(resources: dict[str, float]) -> bool:

@@ -3,51 +3,59 @@
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import TypeVar
 
 import ray
-import ray.train
+
+from pipelines.cluster.ray_private import means_storage_not_shared
+
+Result = TypeVar("Result")
+LOST_PEER = "Connection closed by peer"  # what gloo says in the workers that wait for one that failed
 
 
-def call_interruptibly(function: Callable[[], Any]) -> Any:
-    """function() in a thread of its own, where Ray leaves Ctrl-C and SIGTERM to us: they raise KeyboardInterrupt here,
-    and are not lost in a library's callback."""
-    outcome: list[Any] = []
-    asked = threading.Event()
+def call_interruptibly(function: Callable[[], Result]) -> Result:
+    """Call a function in a thread of its own, so that Ctrl-C and SIGTERM raise KeyboardInterrupt here.
 
-    def call() -> None:
+    In the main thread Ray would take them, or they would be lost in a library's callback.
+
+    Returns:
+        What the function returns; what it raises is raised here.
+    """
+    call: Future[Result] = Future()
+    stop_requested = threading.Event()
+
+    def run() -> None:
         try:
-            outcome.extend((function(), None))
-        except BaseException as error:  # handed to the caller's thread, which knows what to say
-            outcome.extend((None, error))
+            call.set_result(function())
+        except BaseException as error:  # raised in the caller's thread, by call.result()
+            call.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     main = threading.current_thread() is threading.main_thread()
     signals = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in signals}
+    before = {number: signal.signal(number, lambda *_: stop_requested.set()) for number in signals}
     try:
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
-            if asked.is_set():
+            if stop_requested.is_set():
                 raise KeyboardInterrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    return call.result()
 
 
 def first_cause(error: BaseException) -> str:
-    """One line that names the first cause."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        causes = [_root_cause(e) for e in failures.values()]
+    """Describe in one line what made workers fail first."""
+    worker_errors = getattr(error, "worker_failures", None)
+    if worker_errors:
+        causes = [_root_cause(worker_error) for worker_error in worker_errors.values()]
         # When one worker fails, the others fail waiting for it: theirs is not the reason.
-        error = next((c for c in causes if "Connection closed by peer" not in str(c)), causes[0])
+        error = next((cause for cause in causes if LOST_PEER not in str(cause)), causes[0])
     error = _root_cause(error)
-    if "Unable to set up cluster storage" in str(error):  # Ray Train's own look, on each node that has a worker
+    if means_storage_not_shared(error):
         return "storage: a node does not see the run's folder, which all nodes must share"
     lines = str(error).strip().splitlines() or [""]
     # What another process raised comes as its traceback, whose last line is the message.
@@ -56,7 +64,7 @@ def first_cause(error: BaseException) -> str:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    for attribute in ("_base_exc", "controller_failure", "cause", "__cause__"):
+    for attribute in ("controller_failure", "cause", "__cause__"):
         inner = getattr(error, attribute, None)
         if isinstance(inner, BaseException):
             return _root_cause(inner)

@@ -1,8 +1,9 @@
-"""From a config to workers and back: Ray, progress, failures in words. Used by training and evaluation."""
+"""Run a loop on workers of Ray Train, or in this process as the only worker."""
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,81 +13,95 @@ import torch
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from pipelines.cluster import worker
 from pipelines.cluster.failures import call_interruptibly, first_cause
-from pipelines.cluster.network import ByRaysNetwork
+from pipelines.cluster.network import NodeNetworkConfig
 from pipelines.cluster.progress import Bar, Board
-from pipelines.config.schema import Config
+from pipelines.cluster.worker import Job, Report, Worker, enter, torch_threads
 from pipelines.console import RunFailed
 
+NODE_ID_LABEL = "ray.io/node-id"  # which every node of Ray has
 
-def run_in_process(
-    loop: Callable[[dict[str, Any]], Any],
-    config: Config,
-    job: dict[str, Any],
-    report: Callable[[dict[str, Any]], object] = dict,
-) -> dict[str, float]:
-    """Run a loop in this process, as Ray Train's only worker: without the seconds that processes take to start.
 
-    report: called with what the loop reports, in Ray Train's place; by default nobody looks.
+def run_in_process(job: Job, report: Report = dict) -> Any:
+    """Run a job's loop in this process, as Ray Train's only worker: without the seconds that processes take to start.
+
+    Args:
+        job: Names its loop, and is what it is given.
+        report: Called with what the loop reports, in Ray Train's place; by default nobody looks.
+
+    Returns:
+        What the loop returns.
+
+    Raises:
+        RunFailed: The loop failed; the message is the cause.
     """
     threads = torch.get_num_threads()
-    settings = {"config": config.model_dump(exclude_none=True), "cpus": threads, "board": None, "report": report}
-    trainer = TorchTrainer(
-        loop, train_loop_config=job | settings, scaling_config=ray.train.ScalingConfig(num_workers=0)
-    )
+    job = replace(job, worker=Worker(cpus=threads, report=report))
+    # Not as train_loop_config, which Ray keeps: the tracking server's address may hold a password.
+    trainer = TorchTrainer(partial(enter, job, None), scaling_config=ray.train.ScalingConfig(num_workers=0))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    try:
-        return trainer.fit().return_value  # type: ignore[attr-defined]
-    except Exception as error:
-        raise RunFailed(first_cause(error)) from error
-    finally:
-        torch.set_num_threads(threads)
+    with torch_threads(threads):
+        try:
+            return _fit(trainer)
+        except Exception as error:
+            raise RunFailed(first_cause(error)) from error
 
 
 def run_on_workers(
-    loop: Callable[[dict[str, Any]], Any],
-    config: Config,
-    job: dict[str, Any],
-    storage: str,
-    name: str,
-    console: Console,
-    callbacks: Sequence[ray.train.UserCallback] = (),
-) -> dict[str, float]:
-    """Run a loop on config.workers workers, showing its progress; what rank 0 returns. RunFailed tells the cause."""
-    low, high = config.worker_range
+    job: Job, storage: str, name: str, console: Console, callbacks: Sequence[ray.train.UserCallback] = ()
+) -> Any:
+    """Run a job's loop on `workers` workers, and show its progress.
+
+    Args:
+        job: Names its loop, and is what it is given.
+        storage: A folder or URL below which Ray Train keeps its books; the config's own `storage`, or a scratch one.
+        name: Of the folder in `storage`.
+        console: Where progress is shown.
+        callbacks: Of Ray Train.
+
+    Returns:
+        What the loop returns on rank 0.
+
+    Raises:
+        RunFailed: Workers failed; the message is the first cause.
+    """
+    config = job.config
+    fewest, most = config.worker_range
     nodes = len(ray.nodes())
     cores = os.cpu_count() or 1 if nodes == 1 else ray.cluster_resources()["CPU"]
-    cpus = max(1, int(cores // high))
-    failures = (3 if nodes > 1 else 0) if config.max_failures is None else config.max_failures
-    per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {})
-    # Where this process is: that node is lost last.
-    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
-    board = Board.options(label_selector=here).remote()  # type: ignore[attr-defined]
-    settings = {"config": config.model_dump(exclude_none=True), "cpus": cpus, "board": board, "report": None}
+    max_failures = (3 if nodes > 1 else 0) if config.max_failures is None else config.max_failures
+    # On the node of this process, which is lost last.
+    this_node = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}
+    board_class: Any = Board  # Ray's decorator has no type for it
+    board = board_class.options(label_selector=this_node).remote()
+    job = replace(job, worker=Worker(cpus=max(1, int(cores // most)), board=board))
+    must_see = f"{storage}/{name}/run.json" if storage == config.storage else None
+    workers: Any = fewest if fewest == most else (fewest, most)
+    callback_list: Any = [*callbacks]
     trainer = TorchTrainer(
         # Not as train_loop_config, which Ray shows on its page: the tracking server's address may hold a password.
-        partial(
-            worker.enter,
-            (loop.__module__, loop.__qualname__),
-            job | settings,
-            storage == config.storage and f"{storage}/{name}/run.json",
-        ),
+        partial(enter, job, must_see),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
+            num_workers=workers,
             use_gpu=bool(config.use_gpu),
-            resources_per_worker=per_worker,
+            resources_per_worker={"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {}),
         ),
-        torch_config=ByRaysNetwork(backend="nccl" if config.use_gpu else "gloo", timeout_s=config.timeout),
+        torch_config=NodeNetworkConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=config.timeout),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
-            failure_config=ray.train.FailureConfig(max_failures=failures),
-            callbacks=list(callbacks),  # type: ignore[arg-type]
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=callback_list,
         ),
     )
     with Bar(board, console):
         try:
-            return call_interruptibly(trainer.fit).return_value
+            return call_interruptibly(partial(_fit, trainer))
         except Exception as error:
             raise RunFailed(first_cause(error)) from error
+
+
+def _fit(trainer: TorchTrainer) -> Any:
+    """Train, and return what the loop returned on rank 0. Ray's annotations are still those of its first version."""
+    result: Any = trainer.fit()
+    return result.return_value

@@ -7,9 +7,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
-import ray.train
 from ray.autoscaler.sdk import request_resources
 
 from pipelines.config.schema import Config
@@ -18,15 +18,23 @@ from pipelines.console import messages
 
 @contextlib.contextmanager
 def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bool = False) -> Iterator[None]:
-    """The Ray of RAY_ADDRESS or of this process, or a local one for the time of the block.
+    """Use the Ray of this process or of RAY_ADDRESS, or a local one for the time of the block.
 
-    logs: where the full logs of a local Ray go.  cpus, dashboard: what it has at least.  A Ray that was there before is
-    left running.
+    A Ray that was there before is left running.
+
+    Args:
+        config: Tells how many workers there must be room for, and how long to wait for nodes.
+        logs: Folder for the full logs of a local Ray; None: they go with it.
+        cpus: Least CPUs in the books of a local Ray.
+        dashboard: Whether a local Ray has one.
+
+    Raises:
+        ValueError: No cluster answers at RAY_ADDRESS.
     """
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address, session = os.environ.get("RAY_ADDRESS"), None
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -36,40 +44,40 @@ def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bo
             cpus = max(os.cpu_count() or 1, config.worker_range[1], cpus)
             if config.data.loader == "ray":
                 cpus += os.cpu_count() or 1
-            start_local(cpus, dashboard)
+            session = start_local(cpus, dashboard)
     except ConnectionError as error:
         raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
-    session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[attr-defined]
     try:
         _wait_for_nodes(config)
         yield
     finally:
         ray.shutdown()
-        if logs is not None and not address and (session / "logs").is_dir():
+        if logs is not None and session is not None and (session / "logs").is_dir():
             with contextlib.suppress(OSError):  # a full disk is told of by what failed on it, not by its logs
                 shutil.copytree(session / "logs", logs, dirs_exist_ok=True, ignore=_sockets_and_dead_links)
 
 
 def _wait_for_nodes(config: Config) -> None:
-    """Until the cluster has what the least number of workers needs, `wait_for_nodes` seconds at most."""
-    need = {"CPU": 1} | ({"GPU": 1} if config.use_gpu else {})
-    few, many = config.worker_range
+    """Wait until the cluster has what the fewest workers need, `wait_for_nodes` seconds at most."""
+    per_worker = {"CPU": 1} | ({"GPU": 1} if config.use_gpu else {})
+    fewest, most = config.worker_range
     deadline = time.monotonic() + config.wait_for_nodes
 
     def missing() -> bool:
         has = ray.cluster_resources()
-        return any(has.get(name, 0) < few for name in need)
+        return any(has.get(name, 0) < fewest for name in per_worker)
 
     if config.wait_for_nodes and missing():
-        messages.print(f"waiting for nodes, {config.wait_for_nodes} s at most: workers={config.workers}, each {need}")
-        request_resources(bundles=[need] * many)
+        wanted = f"workers={config.workers}, each {per_worker}"
+        messages.print(f"waiting for nodes, {config.wait_for_nodes} s at most: {wanted}")
+        request_resources(bundles=[per_worker] * most)
         while missing() and time.monotonic() < deadline:
             time.sleep(1)
         request_resources(bundles=[])  # from here on Ray Train asks for what it needs
 
 
-def start_local(cpus: int, dashboard: bool = False) -> None:
-    """A Ray of this process's own."""
+def start_local(cpus: int, dashboard: bool = False) -> Path:
+    """Start a Ray of this process's own, with so many CPUs in its books. Return its session's folder."""
     # Ray Train's PlacementGroupCleaner asks the newest Ray on the machine whether the controller lives, takes another
     # Ray's "unknown" for its death, and ends the training. An address where nothing answers makes it wait instead.
     inherited = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes a local node away
@@ -78,7 +86,7 @@ def start_local(cpus: int, dashboard: bool = False) -> None:
     before = {key: os.environ.get(key) for key in inherited}
     os.environ.update(inherited)  # for the processes that init starts
     try:
-        ray.init(
+        context: Any = ray.init(
             address="local",
             num_cpus=cpus,
             include_dashboard=dashboard,
@@ -90,9 +98,10 @@ def start_local(cpus: int, dashboard: bool = False) -> None:
             os.environ.pop(key)
             if value is not None:
                 os.environ[key] = value
+    return Path(context.address_info["session_dir"])
 
 
 def _sockets_and_dead_links(folder: str, names: list[str]) -> list[str]:
-    """Sockets and links to what is gone."""
+    """Return the names that cannot be copied."""
     paths = {name: Path(folder, name) for name in names}
     return [name for name, path in paths.items() if not path.is_file() and not path.is_dir()]

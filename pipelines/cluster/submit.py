@@ -5,7 +5,6 @@ data, no caches, no results, and nothing that looks like a secret.
 """
 
 import asyncio
-import logging
 import shlex
 import shutil
 import tempfile
@@ -17,20 +16,16 @@ from typing import Any, NamedTuple
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
+from pipelines.cluster.ray_private import silence_uploads
 from pipelines.cluster.working_folder import LARGEST_FILE, travelling_files
 from pipelines.console import RunFailed
 
-for _name in ("dashboard_sdk", "job.sdk"):  # how files travel; what matters is told by us
-    logging.getLogger(f"ray.dashboard.modules.{_name}").setLevel(logging.WARNING)
-
-logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-
 COMMANDS = ("train", "tune", "evaluate", "compare", "embed", "index")
 
-PATIENCE = 60.0  # seconds
+START_PATIENCE = 60.0  # seconds
 
 
-class Job(NamedTuple):
+class SubmittedJob(NamedTuple):
     """What `dml submit --json` prints. code: of the command, once it has ended."""
 
     job_id: str
@@ -39,34 +34,38 @@ class Job(NamedTuple):
     entrypoint: str
 
 
-def submit_job(address: str, arguments: Sequence[str], environment: Mapping[str, str], console: Console) -> Job:
+def submit_job(
+    address: str, arguments: Sequence[str], environment: Mapping[str, str], console: Console
+) -> SubmittedJob:
     """Start `dml ARGUMENTS` on the cluster. ValueError: no command of ours, or no job server; RunFailed: it refuses."""
     if not arguments or arguments[0] not in COMMANDS:
         raise ValueError(f"-- {' '.join(arguments[:1]) or 'nothing'}: after -- comes one of {', '.join(COMMANDS)}")
     client, folder = connect_to_jobs(address), Path.cwd()
-    found = travelling_files(folder)
+    listing = travelling_files(folder)
     if arguments[0] in ("train", "tune") and not any(a.startswith("storage=") for a in arguments):
         console.print(
             "storage= is not given: results stay in the job's folder on the head node, where no other node sees them",
             style="yellow",
         )
-    for what, paths in (("may hold a secret", found.secret), (f"larger than {LARGEST_FILE >> 20} MiB", found.large)):
+    too_large = f"larger than {LARGEST_FILE >> 20} MiB"
+    for reason, paths in (("may hold a secret", listing.secret), (too_large, listing.large)):
         if paths:
-            console.print(f"stays here, {what}: {', '.join(map(str, paths[:5]))}{' ...' if paths[5:] else ''}")
+            console.print(f"stays here, {reason}: {', '.join(map(str, paths[:5]))}{' ...' if paths[5:] else ''}")
     entrypoint = shlex.join(["python", "-m", "pipelines.cli", *arguments])
     with tempfile.TemporaryDirectory(prefix="dml-") as travels:
-        for path in found.files:
+        for path in listing.files:
             (travels / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / path, travels / path)
-        given = {"working_dir": travels, "env_vars": dict(environment)}
-        job_id = _started(client, entrypoint, given)
-    console.print(f"{job_id}: {len(found.files)} files sent; dml submit logs {job_id} --address {address}")
-    return Job(job_id, JobStatus.PENDING, None, entrypoint)
+        silence_uploads()
+        runtime_env = {"working_dir": travels, "env_vars": dict(environment)}
+        job_id = _start_job(client, entrypoint, runtime_env)
+    console.print(f"{job_id}: {len(listing.files)} files sent; dml submit logs {job_id} --address {address}")
+    return SubmittedJob(job_id, JobStatus.PENDING, None, entrypoint)
 
 
-def _started(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-    """The job's id. A cluster that has just been started answers before it can take a job: then once more."""
-    deadline = time.monotonic() + PATIENCE
+def _start_job(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """Start a job and return its id. A cluster that has just been started answers before it can take one: try again."""
+    deadline = time.monotonic() + START_PATIENCE
     while True:
         try:
             return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
@@ -76,7 +75,7 @@ def _started(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str
             time.sleep(1)
 
 
-def follow_job(address: str, job_id: str) -> Job:
+def follow_job(address: str, job_id: str) -> SubmittedJob:
     """Print a job's output until it ends."""
     client = connect_to_jobs(address)
 
@@ -85,16 +84,16 @@ def follow_job(address: str, job_id: str) -> Job:
             print(text, end="", flush=True)
 
     asyncio.run(tail())
-    return wait_for_end(client, job_id)
+    return read_job(client, job_id)
 
 
-def wait_for_end(client: JobSubmissionClient, job_id: str) -> Job:
-    """How a job stands. ValueError where there is none of that id."""
+def read_job(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
+    """Return how a job stands. ValueError where there is none of that id."""
     info = _job_details(client, job_id)
     code = info.driver_exit_code
     if code is None and info.status in (JobStatus.FAILED, JobStatus.STOPPED):
         code = 1
-    return Job(job_id, info.status, code, info.entrypoint)
+    return SubmittedJob(job_id, info.status, code, info.entrypoint)
 
 
 def job_logs(address: str, job_id: str) -> str:
@@ -103,18 +102,18 @@ def job_logs(address: str, job_id: str) -> str:
     return client.get_job_logs(job_id)
 
 
-def stop_job(address: str, job_id: str) -> Job:
+def stop_job(address: str, job_id: str) -> SubmittedJob:
     client = connect_to_jobs(address)
     _job_details(client, job_id)
     client.stop_job(job_id)
-    return wait_for_end(client, job_id)
+    return read_job(client, job_id)
 
 
-def list_jobs(address: str) -> list[Job]:
-    """Those submitted, the newest first."""
-    found = [job for job in connect_to_jobs(address).list_jobs() if job.submission_id]
-    found.sort(key=lambda job: job.start_time or 0, reverse=True)
-    return [Job(str(job.submission_id), job.status, job.driver_exit_code, job.entrypoint) for job in found]
+def list_jobs(address: str) -> list[SubmittedJob]:
+    """List the jobs that were submitted, the newest first."""
+    submitted = [job for job in connect_to_jobs(address).list_jobs() if job.submission_id]
+    submitted.sort(key=lambda job: job.start_time or 0, reverse=True)
+    return [SubmittedJob(str(job.submission_id), job.status, job.driver_exit_code, job.entrypoint) for job in submitted]
 
 
 def connect_to_jobs(address: str) -> JobSubmissionClient:

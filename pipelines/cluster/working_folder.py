@@ -26,45 +26,51 @@ SECRET = (
 )
 
 
-class Tree(NamedTuple):
-    """files: that travel, relative.  secret, large: that would, but for how they look, and for their size."""
+class FolderFiles(NamedTuple):
+    """Files of a folder, by relative paths: those that travel, and those that stay as they look like secrets or are too
+    large."""
 
     files: list[Path]
     secret: list[Path]
     large: list[Path]
 
 
-def travelling_files(folder: Path) -> Tree:
-    """What of a folder travels. ValueError where it is too much. Git's ignored files and links stay."""
-    found = Tree([], [], [])
-    for path in sorted(_listed(folder)):
+def travelling_files(folder: Path) -> FolderFiles:
+    """List what of a folder travels; files that git ignores, and links, stay.
+
+    Raises:
+        ValueError: More than LARGEST_FOLDER would travel.
+    """
+    listing = FolderFiles([], [], [])
+    for path in sorted(_list_files(folder)):
         if any(_matches(part, LEFT_OUT) for part in path.parts) or (folder / path).is_symlink():
             continue
         if any(_matches(part, SECRET) for part in path.parts):
-            found.secret.append(path)
+            listing.secret.append(path)
         elif (folder / path).is_file():
-            (found.large if (folder / path).stat().st_size > LARGEST_FILE else found.files).append(path)
-    if (size := sum((folder / path).stat().st_size for path in found.files)) > LARGEST_FOLDER:
-        first = max(found.files, key=lambda path: (folder / path).stat().st_size)
+            (listing.large if (folder / path).stat().st_size > LARGEST_FILE else listing.files).append(path)
+    if (size := sum((folder / path).stat().st_size for path in listing.files)) > LARGEST_FOLDER:
+        largest = max(listing.files, key=lambda path: (folder / path).stat().st_size)
         raise ValueError(
-            f"{folder}: {len(found.files)} files of {size >> 20} MiB would travel, at most {LARGEST_FOLDER >> 20} MiB can; "
-            f"the largest is {first}. Submit from a folder of your recipes, or list what shall stay in .gitignore"
+            f"{folder}: {len(listing.files)} files of {size >> 20} MiB would travel, at most "
+            f"{LARGEST_FOLDER >> 20} MiB can; the largest is {largest}. Submit from a folder of your recipes, or list "
+            f"what shall stay in .gitignore"
         )
-    return found
+    return listing
 
 
-def _listed(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     """All files, or in a git checkout those that git does not ignore."""
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return [Path(name) for name in listed.split("\0") if name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return [Path(name) for name in output.split("\0") if name]
     except (OSError, subprocess.CalledProcessError):
-        found = []
+        paths = []
         for parent, folders, files in os.walk(folder):
             folders[:] = [name for name in folders if not _matches(name, LEFT_OUT)]
-            found += [Path(parent, name).relative_to(folder) for name in files]
-        return found
+            paths += [Path(parent, name).relative_to(folder) for name in files]
+        return paths
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from rich.console import Console
@@ -16,83 +16,126 @@ from dml_core.data.datasets import LabelledImages
 from dml_core.data.pictures import BadPicture, decode
 from pipelines.config.sections import Data
 from pipelines.data.sets import cache_folder, load_collection
+from pipelines.files import write_atomically
 
-AT_ONCE = 512
-
-
-class Seen(NamedTuple):
-    """bad: name -> why it cannot be read.  content: of each picture a hash of its file; empty for a bad one."""
-
-    bad: dict[str, str]
-    content: list[bytes]
+PICTURES_BETWEEN_MESSAGES = 512
 
 
-def look(images: LabelledImages, console: Console) -> Seen:
+class Reading(NamedTuple):
+    """What came of reading every picture of a set.
+
+    Attributes:
+        reasons: Name of each unreadable picture -> why it cannot be read.
+        hashes: Of each picture's file; empty for an unreadable one.
+    """
+
+    reasons: dict[str, str]
+    hashes: list[bytes]
+
+
+class SetReport(TypedDict):
+    """What `dml data check --json` prints.
+
+    Attributes:
+        data: Name of the set.
+        digest: Of its names, sizes and labels.
+        counts, expected: Classes and images by part; and as published, for a benchmark.
+        unreadable, in_train_and_test: See Reading.reasons; pairs of equal pictures. Only where pictures were read.
+        problems: Lines that say what is wrong.
+    """
+
+    data: str
+    digest: str
+    counts: dict[str, int]
+    expected: Mapping[str, int]
+    unreadable: NotRequired[dict[str, str]]
+    in_train_and_test: NotRequired[list[tuple[str, str]]]
+    problems: list[str]
+
+
+def read_pictures(images: LabelledImages, console: Console) -> Reading:
     """Decode every picture, in as many threads as there are CPUs."""
-    seen = Seen({}, [])
+    reasons, hashes = dict[str, str](), list[bytes]()
 
-    def one(index: int) -> bytes:
+    def hash_of(index: int) -> bytes:
         try:
             content = images.content(index)
             decode(content, 8, images.image(index))
         except BadPicture as error:
-            seen.bad.update(error.bad)
+            reasons.update(error.bad)
             return b""
         return hashlib.sha256(content).digest()
 
     with console.status("") as status, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for start in range(0, len(images), AT_ONCE):
-            seen.content.extend(threads.map(one, range(start, min(start + AT_ONCE, len(images)))))
-            status.update(f"reading {len(seen.content):,} of {len(images):,} pictures")
-    return seen._replace(bad={name: seen.bad[name] for name in images.names.tolist() if name in seen.bad})
+        for start in range(0, len(images), PICTURES_BETWEEN_MESSAGES):
+            hashes.extend(threads.map(hash_of, range(start, min(start + PICTURES_BETWEEN_MESSAGES, len(images)))))
+            status.update(f"reading {len(hashes):,} of {len(images):,} pictures")
+    return Reading({name: reasons[name] for name in images.names.tolist() if name in reasons}, hashes)
 
 
-def unreadable(config: Data, console: Console, labelled: bool = True) -> list[str]:
-    """Names of the pictures to leave out. With on_bad_image=skip all are looked at, once: the outcome is kept on disk
-    until a file changes. labelled: see build.collection."""
+def unreadable_pictures(config: Data, console: Console, labelled: bool = True) -> tuple[str, ...]:
+    """List the pictures to leave out, by name; none with on_bad_image=fail.
+
+    With on_bad_image=skip all are read, once: the outcome is kept on disk until a file changes.
+
+    Args:
+        config: Of the set.
+        console: Where progress and the number of pictures are told.
+        labelled: See load_collection.
+    """
     if config.on_bad_image == "fail" or config.name == "glyphs":
-        return []
+        return ()
     images = load_collection(config, labelled=labelled).images
-    kept = cache_folder() / "unreadable" / f"{images.digest(stamps=True)}.json"
-    if kept.is_file():
-        found = json.loads(kept.read_text())
+    cache = cache_folder() / "unreadable" / f"{images.digest(stamps=True)}.json"
+    if cache.is_file():
+        names = tuple(json.loads(cache.read_text()))
     else:
-        found = [*look(images, console).bad]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(found))
-        os.replace(partial, kept)
-    if found:
-        console.print(f"{len(found)} unreadable pictures are left out, {found[0]} first", highlight=False)
-    return found
+        names = tuple(read_pictures(images, console).reasons)
+        write_atomically(cache, json.dumps(names))
+    if names:
+        console.print(f"{len(names)} unreadable pictures are left out, {names[0]} first", highlight=False)
+    return names
 
 
-def check(config: Data, pictures: bool, console: Console) -> dict[str, Any]:
-    """What there is, and `problems`, a list of lines. pictures: also read them all."""
+def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
+    """Count a set's classes and images, and list what is wrong with it.
+
+    Args:
+        config: Of the set.
+        pictures: Whether every picture is read, too.
+        console: Where progress is told.
+    """
     with console.status("reading the lists"):
         collection = load_collection(config)
-        splits = datasets.split(collection, config.test_fraction or 0.5, 0.0, config.split_seed)
+        splits = datasets.split(collection, config.fractions[0], 0.0, config.split_seed)
     images = collection.images
-    found = counts(splits)
+    counted = counts(splits)
     expected = BENCHMARKS[config.name].expected if config.name in BENCHMARKS else {}
-    problems = [f"{k}: {found.get(k)}, but the published set has {n}" for k, n in expected.items() if found.get(k) != n]
-    if (alone := np.bincount(images.labels) == 1).any():
-        first = images.class_names[int(alone.argmax())]
-        problems.append(f"{alone.sum()} classes have one image alone, {first} first: it can be no query's match")
-    report: dict[str, Any] = {"data": config.name, "digest": images.digest(), "counts": found, "expected": expected}
+    problems = [
+        f"{key}: {counted.get(key)}, but the published set has {count}"
+        for key, count in expected.items()
+        if counted.get(key) != count
+    ]
+    if (single := np.bincount(images.labels) == 1).any():
+        first = images.class_names[int(single.argmax())]
+        problems.append(f"{single.sum()} classes have one image alone, {first} first: it can be no query's match")
+    report = SetReport(data=config.name, digest=images.digest(), counts=counted, expected=expected, problems=problems)
     if pictures and images.files is not None:
-        seen = look(images, console)
-        problems += [f"unreadable: {name}: {reason}" for name, reason in seen.bad.items()]
-        tested = np.zeros(len(images), bool)
+        reading = read_pictures(images, console)
+        problems += [f"unreadable: {name}: {reason}" for name, reason in reading.reasons.items()]
+        is_tested = np.zeros(len(images), bool)
         for part in (part for task in splits.tests.values() for part in (task.query, task.gallery) if part):
-            tested[part.places] = True
-        twins = _on_both_sides(images.names.tolist(), seen.content, tested.tolist())
-        problems += [f"the same picture in train and test: {one} and {other}" for one, other in twins]
-        report |= {"unreadable": seen.bad, "in_train_and_test": twins}
-    return report | {"problems": problems}
+            is_tested[part.places] = True
+        pairs = _in_train_and_test(images.names.tolist(), reading.hashes, is_tested.tolist())
+        problems += [f"the same picture in train and test: {one} and {other}" for one, other in pairs]
+        report["unreadable"], report["in_train_and_test"] = reading.reasons, pairs
+    return report
 
 
-def _on_both_sides(names: Sequence[str], content: Sequence[bytes], tested: Sequence[bool]) -> list[tuple[str, str]]:
-    """(training picture, the same among the test pictures) for each content that lies on both sides."""
-    trained = {c: name for name, c, test in zip(names, content, tested, strict=True) if c and not test}
-    return [(trained[c], name) for name, c, test in zip(names, content, tested, strict=True) if test and c in trained]
+def _in_train_and_test(
+    names: Sequence[str], hashes: Sequence[bytes], is_tested: Sequence[bool]
+) -> list[tuple[str, str]]:
+    """Pair each test picture with a training picture of the same content."""
+    pictures = [*zip(names, hashes, is_tested, strict=True)]
+    trained = {content: name for name, content, tested in pictures if content and not tested}
+    return [(trained[content], name) for name, content, tested in pictures if tested and content in trained]

@@ -4,8 +4,8 @@ Where runs are stored in a bucket, the features are kept there too, for nodes th
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +19,26 @@ from dml_core.gather import all_sum, gather, rank, world_size
 from dml_core.learner import Learner
 from pipelines.config.schema import Config
 from pipelines.data.streaming import StreamedViews
+from pipelines.files import partial_file
 
 BATCH = {"cpu": 16, "cuda": 256}  # pictures at a time; the same at any worker count, hence the same bits
 
 
 class Features:
-    """(N, F) rows in a file, asked for like Views: by (sample, seed), where the seed changes nothing.
-
-    places: where in the file the samples of a part of the set are; None: the whole set.
-    """
+    """Features (N, F) in a file, asked for like Views: by (sample, seed), where the seed changes nothing."""
 
     def __init__(self, path: Path, places: np.ndarray | None):
+        """Open a file. places: the rows of a part of the set; None: the whole set."""
         self.rows, self.places = np.load(path, mmap_mode="r"), places
 
     def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
+        """Yield features (b, F), one tensor for each entry of `rows`. processes: not used; see Views."""
         for batch in rows:
             samples = np.array([sample for sample, _ in batch])
             yield torch.from_numpy(self.rows[samples if self.places is None else self.places[samples]])
 
 
-def cached(
+def cached_features(
     config: Config,
     learner: Learner,
     views: Views | StreamedViews,
@@ -48,21 +48,27 @@ def cached(
     processes: int,
     progress: Callable[[int, int], None],
 ) -> Path:
-    """A file with the features of the evaluation view of every picture, made before or now.
+    """Return a file with the features of every picture's evaluation view, (N, F), computed before or now.
 
-    folder: on this node's disk.  writes: true on one rank of each node.  progress: called with (done, of).
+    Args:
+        config: Of the run.
+        learner: Whose backbone computes them.
+        views: Of the whole set.
+        folder: On this node's disk, for caches.
+        device: Of this worker.
+        writes: Whether this rank writes to its node's disk: one rank of each node does.
+        processes: Decoding processes of this worker.
+        progress: Called with (done, total).
     """
     path = folder / "features" / f"{_key(config, learner, views)}.npy"
     files, root = pyarrow.fs.FileSystem.from_uri(config.storage)
     bucket = None if isinstance(files, pyarrow.fs.LocalFileSystem) else f"{root}/features/{path.name}"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     if writes and bucket and not path.is_file() and files.get_file_info(bucket).is_file:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.fs.copy_files(bucket, str(partial), files, pyarrow.fs.LocalFileSystem())
-        os.replace(partial, path)
+        with partial_file(path) as partial:
+            pyarrow.fs.copy_files(bucket, str(partial), files, pyarrow.fs.LocalFileSystem())
     missing = all_sum(torch.tensor([float(writes and not path.is_file())], device=device))
     if missing.item():
-        _compute(learner, views, path, partial, device, writes, processes, progress)
+        _compute(learner, views, path, device, writes, processes, progress)
         if rank() == 0 and bucket:
             files.create_dir(f"{root}/features")
             pyarrow.fs.copy_files(str(path), bucket, pyarrow.fs.LocalFileSystem(), files)
@@ -74,23 +80,22 @@ def _compute(
     learner: Learner,
     views: Views | StreamedViews,
     path: Path,
-    partial: Path,
     device: torch.device,
     writes: bool,
     processes: int,
     progress: Callable[[int, int], None],
 ) -> None:
     count, dtype, size = len(views.images), next(learner.parameters()).dtype, BATCH[device.type]
-    file = None
-    if writes:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = np.lib.format.open_memmap(
-            partial, "w+", dtype=torch.zeros(0, dtype=dtype).numpy().dtype, shape=(count, learner.backbone.dim)
-        )
-    try:
-        mine = views.batches(blocks(count, size, rank(), world_size(), size), processes)
+    target: AbstractContextManager[Path | None] = partial_file(path) if writes else nullcontext()
+    with target as partial:
+        file = None
+        if partial is not None:
+            file = np.lib.format.open_memmap(
+                partial, "w+", dtype=torch.zeros(0, dtype=dtype).numpy().dtype, shape=(count, learner.backbone.dim)
+            )
+        own_batches = views.batches(blocks(count, size, rank(), world_size(), size), processes)
         for start in range(0, count, size * world_size()):
-            images = next(mine, None)
+            images = next(own_batches, None)
             rows = torch.zeros(size, learner.backbone.dim, dtype=dtype, device=device)
             if images is not None:
                 with torch.inference_mode():
@@ -101,13 +106,10 @@ def _compute(
             progress(min(count, start + len(rows)), count)
         if file is not None:
             file.flush()
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _key(config: Config, learner: Learner, views: Views | StreamedViews) -> str:
-    """Of what features depend on: pictures, backbone with its weights, transform, precision."""
+    """Hash what features depend on: pictures, backbone with its weights, transform, precision."""
     h = hashlib.sha256(views.images.digest(stamps=True).encode())
     h.update(
         f"{config.backbone.name}|{config.data.image_size}|{views.evaluation.transform}|{config.precision}".encode()

@@ -14,7 +14,7 @@ from pipelines.config.sections import Data
 
 
 def cache_folder() -> Path:
-    """DML_CACHE, or dml-ray in the user's cache folder: rendered glyphs, features of frozen backbones."""
+    """Return the folder for rendered glyphs and features: DML_CACHE, or dml-ray in the user's cache folder."""
     if folder := os.environ.get("DML_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dml-ray"
@@ -32,9 +32,15 @@ def describe_sets() -> dict[str, str]:
 
 
 def load_collection(config: Data, unreadable: Sequence[str] = (), labelled: bool = True) -> Collection:
-    """The set as it is, before any split. ValueError where it is missing or wrong.
+    """Load a set as it is, before any split.
 
-    unreadable: names to leave out.  labelled: False takes your own pictures without labels, too, as of a class "".
+    Args:
+        config: Of the set.
+        unreadable: Names of pictures to leave out.
+        labelled: False takes users' own pictures without labels, too, as of a class "".
+
+    Raises:
+        ValueError: It is missing, or something is wrong with it.
     """
     whole = _load_whole(config, labelled)
     return whole.without(np.isin(whole.images.names, names_array([*unreadable]))) if unreadable else whole
@@ -61,16 +67,27 @@ def _load_whole(config: Data, labelled: bool) -> Collection:
 
 
 def load_splits(config: Config, unreadable: Sequence[str] = ()) -> Splits:
-    """ValueError where the set is missing or too small for what is asked of it. unreadable: names to leave out."""
+    """Load a set and divide its classes into train, validation and tests.
+
+    Args:
+        config: Of the run.
+        unreadable: Names of pictures to leave out.
+
+    Raises:
+        ValueError: The set is missing, or too small for the config's batch.
+    """
     data = config.data
     whole = load_collection(data, unreadable)
-    fold = None if data.fold is None else (data.fold, data.folds)
-    fractions = data.test_fraction or 0.5, data.validation_fraction
-    made = datasets.split(whole, *fractions, data.split_seed, fold, data.limit_classes)
-    classes = len(made.train.class_names)
+    if whole.test is not None and data.test_fraction:
+        raise ValueError("data.test_fraction cannot act: the set itself says which classes are tested on")
+    if whole.validation is not None and (data.fold is not None or data.validation_fraction is not None):
+        key = "validation_fraction" if data.fold is None else "fold"
+        raise ValueError(f"data.{key} cannot act: the set itself says which classes are validated on")
+    splits = datasets.split(whole, *data.fractions, data.split_seed, data.fold_of, data.limit_classes)
+    classes = len(splits.train.class_names)
     if config.batch.classes > classes:
         raise ValueError(f"batch.classes={config.batch.classes}: the training set has only {classes} classes")
-    return made
+    return splits
 
 
 def _with_test_classes(config: Data, whole: Collection) -> Collection:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,57 +13,71 @@ from dml_core.data.datasets import LabelledImages
 from dml_core.data.loading import Views
 from dml_core.learner import Learner
 from pipelines.cluster.progress import Reporter
+from pipelines.cluster.worker import torch_threads
 from pipelines.config.schema import Config
-from pipelines.data import features
-from pipelines.data.features import Features
+from pipelines.data.features import Features, cached_features
 from pipelines.data.sets import cache_folder
 from pipelines.data.streaming import StreamedViews
 
+Source = Views | StreamedViews | Features
+Result = TypeVar("Result")
+
 
 def views_of(config: Config, images: LabelledImages) -> Views:
-    size, augment = config.data.image_size, config.data.augment
+    """Return the training and evaluation views of a set's pictures, as the config's transforms make them."""
+    size, augment = config.data.image_size, config.data.augmentation
     return Views(images, transforms.evaluation(size), transforms.training(augment, size))
 
 
-Source = Views | StreamedViews | Features
-
-
 class Sources:
-    """Where batches of a set come from: decoded pictures or, with a frozen backbone, its cached features."""
+    """Where a worker's batches come from: decoded pictures or, with a frozen backbone, its cached features.
+
+    Attributes:
+        config: Of the run.
+        learner: Whose backbone computes features.
+        device: Of this worker.
+        cpus: CPUs of this worker.
+        processes: Decoding processes of this worker.
+        progress: Told of features that are computed.
+    """
 
     def __init__(self, config: Config, learner: Learner, device: torch.device, cpus: float, progress: Reporter):
         self.config, self.learner, self.device, self.progress = config, learner, device, progress
         # Who writes to its node's disk. Ray Train itself would say so to its own workers, not in a trial of Ray Tune.
         self.writes = int(os.environ.get("LOCAL_RANK", 0)) == 0
         spare = max(0, int(cpus) - 1) if config.data.name != "glyphs" else 0
-        asked = config.data.loader_processes
-        self.processes = min(8, spare) if asked is None else asked
-        self.files: dict[int, Path] = {}  # features of a whole set, whose parts are asked for
+        self.processes = min(8, spare) if config.data.loader_processes is None else config.data.loader_processes
         self.cpus = max(1, int(cpus))
         self.threads = ThreadPoolExecutor(self.cpus) if self.cpus > 1 and device.type == "cpu" else None
+        self._feature_files: list[tuple[LabelledImages, Path]] = []  # of whole sets
 
-    def each(self, function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
-        """map in the run's precision, on as many CPUs as this worker has."""
-        amp = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-        return (self.threads.map if self.threads else map)(amp(function), *arguments)
+    def each(self, function: Callable[..., Result], *arguments: Iterable[Any]) -> Iterator[Result]:
+        """Map a function in the run's precision, on as many CPUs as this worker has."""
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return (self.threads.map if self.threads else map)(autocast(function), *arguments)
 
     def of(self, images: LabelledImages) -> Source:
+        """Return what gives batches of a set: its views, or the features of a frozen backbone, computed when needed."""
         if not self.config.backbone.frozen:
-            return self.views(images)
-        whole = images.whole or images
-        if id(whole) not in self.files:
-            views = self.views(whole)
+            return self._views(images)
+        return Features(self._feature_file(images.whole or images), images.places)
 
-            def note(done: int, of: int) -> None:
-                self.progress.note("features", done, of)
+    def _feature_file(self, whole: LabelledImages) -> Path:
+        for images, path in self._feature_files:
+            if images is whole:
+                return path
 
-            torch.set_num_threads(self.cpus)
-            self.files[id(whole)] = features.cached(
-                self.config, self.learner, views, cache_folder(), self.device, self.writes, self.processes, note
+        def note(done: int, total: int) -> None:
+            self.progress.note("features", done, total)
+
+        with torch_threads(self.cpus):
+            views, folder = self._views(whole), cache_folder()
+            path = cached_features(
+                self.config, self.learner, views, folder, self.device, self.writes, self.processes, note
             )
-            torch.set_num_threads(1)
-        return Features(self.files[id(whole)], images.places)
+        self._feature_files.append((whole, path))
+        return path
 
-    def views(self, images: LabelledImages) -> Views | StreamedViews:
+    def _views(self, images: LabelledImages) -> Views | StreamedViews:
         views = views_of(self.config, images)
         return StreamedViews(views) if self.config.data.loader == "ray" and images.files else views

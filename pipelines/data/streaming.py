@@ -22,32 +22,35 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it
 
 
 class StreamedViews:
-    """As Views, but for where the work is done. A task makes a whole batch. Every CPU has one to do and one to come,
-    and no more, whatever the pace of the training: what is ready lies in Ray's memory."""
+    """Views that are decoded by Ray's tasks on any node, a whole batch a task; asked for like Views.
+
+    Every CPU has one task to do and one to come, and no more, whatever the pace of the training: what is ready lies in
+    Ray's memory.
+    """
 
     def __init__(self, views: Views):
         self.images, self.evaluation = views.images, views.evaluation
-        self.held = ray.put(Views(replace(views.images, whole=None), views.evaluation, views.training))
+        self.reference = ray.put(Views(replace(views.images, whole=None), views.evaluation, views.training))
 
     def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
-        """uint8 (b, 3, S, S), one for each entry of `rows`, in that order. processes: not used; see Views."""
-        ahead, most = deque[Any](), max(LEAST_AHEAD, int(2 * ray.cluster_resources()["CPU"] / world_size()))
+        """Yield uint8 (b, 3, S, S), one for each entry of `rows`, in that order. processes: not used; see Views."""
+        ahead, limit = deque[Any](), max(LEAST_AHEAD, int(2 * ray.cluster_resources()["CPU"] / world_size()))
         for batch in rows:
-            ahead.append(decode.remote(batch, [self.held]))
-            if len(ahead) > most:
+            ahead.append(decode.remote(batch, [self.reference]))
+            if len(ahead) > limit:
                 yield torch.from_numpy(ray.get(ahead.popleft()))
         while ahead:
             yield torch.from_numpy(ray.get(ahead.popleft()))
 
 
 @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")  # on all nodes, also from within a trial's own share of one
-def decode(rows: Rows, held: list[Any]) -> np.ndarray:
-    """One batch. held: a reference to Views, in a list, as Ray would fetch a bare one for each task."""
-    return _unpacked(held[0]).batch(rows).numpy()
+def decode(rows: Rows, views: list[ray.ObjectRef]) -> np.ndarray:
+    """Decode one batch. views: a reference to Views, in a list, as Ray would fetch a bare one for each task."""
+    return _fetched(views[0]).batch(rows).numpy()
 
 
 @lru_cache(4)
-def _unpacked(views: Any) -> Views:
-    """Once in each decoding process; the table travels once to each node."""
+def _fetched(views: ray.ObjectRef) -> Views:
+    """Fetch views once in each decoding process; they travel once to each node."""
     torch.set_num_threads(1)
     return ray.get(views)

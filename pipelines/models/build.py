@@ -1,4 +1,4 @@
-"""Config to objects: the sets, the learner, the optimizer and its schedule."""
+"""From a config to a learner."""
 
 import torch
 
@@ -7,17 +7,29 @@ from dml_core.learner import Learner, Weights
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
+from pipelines.cluster.worker import torch_threads
 from pipelines.config.schema import Config
 
 
 def build_learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
-    """The whole module, in float32, initialised from the config's seed. `classes` of the training set.
+    """Build the whole module on the CPU, in float32, initialised from the config's seed.
 
-    read_weights: False leaves a pre-trained backbone as initialised, for a checkpoint to fill.
+    Args:
+        config: Of the run.
+        classes: Number of training classes.
+        read_weights: False leaves a pre-trained backbone as initialised, for a checkpoint to fill.
+
+    Raises:
+        OSError: Pre-trained weights cannot be had here.
+        ValueError: There is no such backbone.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the rounding of an orthogonal matrix depends on their number, hence on that of workers
-    torch.manual_seed(config.seed)
+    # The rounding of an orthogonal matrix depends on the number of threads, hence on that of workers.
+    with torch_threads(1):
+        torch.manual_seed(config.seed)
+        return _build(config, classes, read_weights)
+
+
+def _build(config: Config, classes: int, read_weights: bool) -> Learner:
     backbone = backbones.build(config.backbone.name, config.backbone.weights, read_weights)
     if config.backbone.frozen:
         backbone.freeze()
@@ -44,6 +56,4 @@ def build_learner(config: Config, classes: int, read_weights: bool = True) -> Le
     if (n := config.namr) is not None:
         weights = weights._replace(namr_rank=n.weight)
         namr = ClusterRanking(heads.Structure(backbone.dim, dim), n.centers, n.t, n.alpha, n.spacing)
-    made = Learner(backbone, head, loss, weights, iaa, sgar, namr)
-    torch.set_num_threads(threads)
-    return made
+    return Learner(backbone, head, loss, weights, iaa, sgar, namr)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,25 +22,39 @@ from torch import nn
 
 from pipelines.config.recipe import parse_config, read_yaml, to_yaml
 from pipelines.config.schema import Config
+from pipelines.tracking.records import EpochRecord
 
 MANIFEST = "manifest.json"
+MODEL_FILES = ("learner.safetensors", "config.yaml", "classes.json")  # all that embedding takes
 
 
 class TrainingState(NamedTuple):
-    """Where training stands: `epoch` epochs are done, and `step` steps of the next; of those evaluated the best, and
-    its score."""
+    """How far a training is.
+
+    Attributes:
+        epoch: Finished epochs.
+        best_epoch: The one of them with the best validation; the last, where nothing is validated.
+        best_score: Its val/map_at_r; None where nothing has been validated.
+        step: Steps done of the next epoch.
+    """
 
     epoch: int = 0
     best_epoch: int = 0
-    best_score: float = -1.0
+    best_score: float | None = None
     step: int = 0
 
 
 class LoadedCheckpoint(NamedTuple):
-    """steps: (state.step, T + 1), of the epoch under way: the T terms of each step, and the gradient's norm."""
+    """A checkpoint's content besides weights, optimizer and schedule.
+
+    Attributes:
+        state: How far the training was.
+        history: A record of each finished epoch.
+        steps: (state.step, T + 1) of the epoch under way: the T terms of each step, and the gradient's norm.
+    """
 
     state: TrainingState
-    history: list[dict[str, Any]]
+    history: list[EpochRecord]
     steps: torch.Tensor
 
 
@@ -52,11 +66,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     state: TrainingState,
-    history: list[dict[str, Any]],
+    history: list[EpochRecord],
     metrics: dict[str, float],
     steps: torch.Tensor,
 ) -> None:
-    """steps: as in Loaded."""
+    """Write a checkpoint folder; its manifest last. Arguments as in TrainingState and LoadedCheckpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in learner.state_dict().items()}
     save_file(weights, folder / "learner.safetensors")
@@ -75,7 +89,7 @@ def save(
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there as it was written."""
+    """Return whether every file of a checkpoint folder is there as it was written."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
         return all(_fingerprint(folder / name) == tuple(print_) for name, print_ in files.items())
@@ -84,22 +98,27 @@ def is_whole(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> Config:
+    """Read the config that a checkpoint was trained by."""
     return parse_config(read_yaml((folder / "config.yaml").read_text()))
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
+    """Read the names of the training classes, in the order of their labels."""
     return tuple(json.loads((folder / "classes.json").read_text()))
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
+def read_history(folder: Path) -> list[EpochRecord]:
+    """Read the records of the epochs up to a checkpoint."""
     return json.loads((folder / "history.json").read_text())
 
 
 def read_state(folder: Path) -> TrainingState:
+    """Read how far the training of a checkpoint was."""
     return TrainingState(**json.loads((folder / "state.json").read_text()))
 
 
 def load_weights(folder: Path, learner: nn.Module) -> None:
+    """Load a checkpoint's weights and buffers into a learner built from its config."""
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
 
 
@@ -109,7 +128,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> LoadedCheckpoint:
-    """Put everything back as it was when the folder was saved."""
+    """Put weights, optimizer and schedule back as they were when the folder was saved, and read the rest."""
     load_weights(folder, learner)
     states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])
@@ -123,17 +142,14 @@ def _fingerprint(path: Path) -> tuple[int, str]:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-MODEL_FILES = ("learner.safetensors", "config.yaml", "classes.json")  # of a checkpoint: all that embedding takes
-
-
 def model_fingerprint(folder: Path) -> str:
-    """Tells a checkpoint's model from all others: of its files' hashes."""
+    """Return a hash of a checkpoint's model files, which tells the model from all others."""
     files = json.loads((folder / MANIFEST).read_text())
     return hashlib.sha256(json.dumps([files[name] for name in MODEL_FILES]).encode()).hexdigest()
 
 
 def copy_model(folder: Path, into: Path) -> None:
-    """What of a checkpoint an Embedder needs, as a whole checkpoint folder of the same fingerprint."""
+    """Copy what an Embedder needs of a checkpoint; the copy is a whole checkpoint folder of the same fingerprint."""
     into.mkdir(parents=True)
     for name in MODEL_FILES:
         shutil.copyfile(folder / name, into / name)

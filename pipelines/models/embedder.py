@@ -16,18 +16,23 @@ from pipelines.models.checkpoint import is_whole, load_weights, read_class_names
 
 
 def embed_views(learner: Learner, x: Tensor) -> dict[str, Tensor]:
-    """Images or features to float32 "vector" (b, D) of unit length and, with NAMR, "structure" (b, D)."""
-    seen = learner.features(x)
-    found = {"vector": torch.nn.functional.normalize(learner.embed(seen), dim=1).float()}
+    """Embed views (b, 3, S, S) or features (b, F).
+
+    Returns:
+        float32 "vector" (b, D) of unit length and, with NAMR, "structure" (b, D).
+    """
+    features = learner.features(x)
+    outputs = {"vector": torch.nn.functional.normalize(learner.embed(features), dim=1).float()}
     if learner.namr is not None:
-        found["structure"] = learner.structure(seen).float()
-    return found
+        outputs["structure"] = learner.structure(features).float()
+    return outputs
 
 
 class Embedder:
-    """predict(pictures) -> (N, D) float32 unit vectors. Loaded from a checkpoint; one device, no Ray."""
+    """A model that turns encoded pictures into unit vectors: a checkpoint on one device, without Ray."""
 
     def __init__(self, folder: str | Path):
+        """Load a checkpoint folder. ValueError where it is not a whole one."""
         folder = Path(folder)
         if not is_whole(folder):
             raise ValueError(f"{folder}: not a whole checkpoint folder")
@@ -39,14 +44,18 @@ class Embedder:
 
     @torch.inference_mode()
     def vectors(self, pictures: list[bytes]) -> dict[str, Tensor]:
-        """Encoded pictures (JPEG, PNG, ...) to "vector" (N, D) and, with NAMR, "structure" (N, D)."""
+        """Embed N encoded pictures (JPEG, PNG, ...): "vector" (N, D) and, with NAMR, "structure" (N, D).
+
+        Raises:
+            BadPicture: One cannot be decoded.
+        """
         transform, side = self.view
         named = ((f"number {number} of the input", picture) for number, picture in enumerate(pictures, 1))
         views = torch.stack([transform(decode(picture, side, name)) for name, picture in named])
         return embed_views(self.learner, views)
 
     def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> np.ndarray:
-        """inputs: a DataFrame with a column `image` of encoded pictures (bytes). For MLflow, whose error it raises."""
+        """Embed the column `image` of a DataFrame, encoded pictures: (N, D) float32. It raises MLflow's error."""
         try:
             return self.vectors([*map(_plain, inputs["image"])])["vector"].numpy()
         except BadPicture as error:
@@ -56,7 +65,7 @@ class Embedder:
 
 
 def _plain(content: bytes) -> bytes:
-    """Of base64, in which MLflow's server leaves `inputs` and `instances`. No picture's own bytes are base64."""
+    """Decode base64, in which MLflow's server leaves `inputs` and `instances`. No picture's own bytes are base64."""
     try:
         return base64.b64decode(content, validate=True)
     except ValueError:

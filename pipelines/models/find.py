@@ -13,20 +13,26 @@ from pipelines.tracking.server import default_uri, prepare_store
 
 
 def find_checkpoint(run: str) -> Path:
-    """The folder, on this machine, of an MLflow run id, a checkpoint folder here or in a bucket, or models:/NAME@ALIAS.
-    ValueError: not there, or torn."""
-    found = Path(run)
+    """Find the checkpoint folder that a name means; one that is elsewhere is copied until this process ends.
+
+    Args:
+        run: An MLflow run id, a checkpoint folder or its URL in a bucket, or models:/NAME@ALIAS.
+
+    Raises:
+        ValueError: It is not there, or it is torn.
+    """
+    folder = Path(run)
     if "://" in run:
-        found = Path(tempfile.mkdtemp(prefix="dml-"))
-        atexit.register(shutil.rmtree, found, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix="dml-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         try:
-            pyarrow.fs.copy_files(run, str(found))
+            pyarrow.fs.copy_files(run, str(folder))
         except (OSError, ValueError) as error:
             raise ValueError(f"{run}: cannot be read ({str(error).splitlines()[0]})") from None
-    elif not found.is_dir():
+    elif not folder.is_dir():
         uri = default_uri(Path.cwd())
         prepare_store(uri)
-        found = fetch_checkpoint(uri, run)
-    if not is_whole(found):
+        folder = fetch_checkpoint(uri, run)
+    if not is_whole(folder):
         raise ValueError(f"{run}: not a whole checkpoint folder (its manifest does not fit)")
-    return found.resolve()
+    return folder.resolve()

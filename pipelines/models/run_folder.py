@@ -1,4 +1,4 @@
-"""What a run, or a sweep, leaves in `storage`, here or in a bucket, beside what MLflow keeps."""
+"""The folder of a run or a sweep in `storage`, here or in a bucket: its checkpoints and small JSON files."""
 
 import contextlib
 import json
@@ -14,18 +14,25 @@ from pipelines.models.checkpoint import TrainingState, is_whole
 
 
 def locate(config: Config) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Where a run's files are: storage/NAME. OSError or ValueError where that cannot be."""
+    """Return the file system and the path of a run's folder, storage/NAME. OSError or ValueError: no such storage."""
     files, root = pyarrow.fs.FileSystem.from_uri(config.storage)
     return files, f"{root}/{config.name}"
 
 
 def checkpoint_name(epoch: int, step: int = 0) -> str:
-    """Names sort by time."""
+    """Return the name of a checkpoint's folder; names sort by time."""
     return f"epoch_{epoch:05d}" + (f"_step_{step:07d}" if step else "")
 
 
 def keep_checkpoint(files: pyarrow.fs.FileSystem, run: str, folder: Path, state: TrainingState) -> None:
-    """Add a saved checkpoint to a run's folder; of those before it keep the best, and the last should this one tear."""
+    """Add a saved checkpoint to a run's folder, and delete older ones but the best and, should this one tear, the last.
+
+    Args:
+        files: The file system.
+        run: Path of the run's folder.
+        folder: The checkpoint, on this machine.
+        state: How far its training is.
+    """
     path = f"{run}/{checkpoint_name(state.epoch, state.step)}"
     files.create_dir(path, recursive=True)
     try:
@@ -33,19 +40,19 @@ def keep_checkpoint(files: pyarrow.fs.FileSystem, run: str, folder: Path, state:
     except OSError:
         files.delete_dir(path)  # a full disk: nothing half-written
         raise
-    kept = checkpoint_names(files, run)
-    for name in {*kept[:-2]} - {checkpoint_name(state.best_epoch)}:
+    names = checkpoint_names(files, run)
+    for name in {*names[:-2]} - {checkpoint_name(state.best_epoch)}:
         files.delete_dir(f"{run}/{name}")
 
 
 def checkpoint_names(files: pyarrow.fs.FileSystem, run: str) -> list[str]:
-    """Of the checkpoints below a run's folder, oldest first, whole or torn."""
+    """List the checkpoints in a run's folder by name, oldest first, whole or torn."""
     selector = pyarrow.fs.FileSelector(run, allow_not_found=True)
     return sorted(f.base_name for f in files.get_file_info(selector) if f.base_name.startswith("epoch_"))
 
 
 def newest_checkpoint(files: pyarrow.fs.FileSystem, run: str) -> str | None:
-    """The name of the newest whole checkpoint below a run's folder, here or in a bucket; torn ones are passed over."""
+    """Return the name of the newest whole checkpoint of a run; None where there is none. Torn ones are passed over."""
     for name in reversed(checkpoint_names(files, run)):
         with local_copy(files, f"{run}/{name}") as folder:
             if is_whole(folder):
@@ -55,7 +62,7 @@ def newest_checkpoint(files: pyarrow.fs.FileSystem, run: str) -> str | None:
 
 @contextlib.contextmanager
 def local_copy(files: pyarrow.fs.FileSystem, path: str) -> Iterator[Path]:
-    """A local folder with the content of a checkpoint: itself, or a copy for the time of the block."""
+    """Yield a local folder with the content of a checkpoint: itself, or a copy for the time of the block."""
     if isinstance(files, pyarrow.fs.LocalFileSystem):
         yield Path(path)
         return
@@ -65,9 +72,15 @@ def local_copy(files: pyarrow.fs.FileSystem, path: str) -> Iterator[Path]:
 
 
 class RunFolder:
-    """storage/NAME: run.json (id and config), checkpoints, result.json at the end, logs/ where it is local."""
+    """The folder storage/NAME: run.json (id and config), checkpoints, result.json at the end, logs/ where it is local.
+
+    Attributes:
+        filesystem, path: Where it is.
+        logs: Folder for logs; None in a bucket.
+    """
 
     def __init__(self, config: Config):
+        """Find the folder, and make its parent. ValueError where it cannot be written to."""
         try:
             self.filesystem, self.path = locate(config)
             self.filesystem.create_dir(str(Path(self.path).parent), recursive=True)
@@ -76,21 +89,22 @@ class RunFolder:
         self.logs = Path(self.path) / "logs" if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem) else None
 
     def read(self, name: str) -> dict[str, Any] | None:
+        """Read a JSON file of the folder; None where there is none."""
         try:
             with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
                 return json.loads(file.read())
         except FileNotFoundError:
             return None
 
-    def forget(self, kept: Container[str]) -> None:
-        """Of a sweep: checkpoints of all its runs but the `kept`; what came of them stays."""
-        for found in self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, recursive=True)):
-            run, name = Path(found.path).parts[-2:]
-            if name.startswith(("epoch_", "checkpoint_")) and run not in kept and not found.is_file:
-                self.filesystem.delete_dir(found.path)
+    def delete_checkpoints(self, except_of: Container[str]) -> None:
+        """Delete the checkpoints of all runs in a sweep's folder but the named ones; their other files stay."""
+        for entry in self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, recursive=True)):
+            run, name = Path(entry.path).parts[-2:]
+            if name.startswith(("epoch_", "checkpoint_")) and run not in except_of and not entry.is_file:
+                self.filesystem.delete_dir(entry.path)
 
     def write(self, name: str, content: dict[str, Any] | str) -> None:
-        """A text, or JSON."""
+        """Write a text, or a dictionary as JSON: whole or not at all."""
         text = content if isinstance(content, str) else json.dumps(content, indent=1)
         self.filesystem.create_dir(self.path, recursive=True)
         with self.filesystem.open_output_stream(f"{self.path}/{name}.partial") as file:

@@ -1,13 +1,14 @@
 """What a trained model does with its test pictures: neighbours, errors, a map, how classes vary. One worker's work.
 
-A set of more than PICTURES test pictures is looked at in part: whole classes, drawn by a fixed seed. Embeddings of that
-part are held, and of similarities a block of queries at a time.
+Of a set of more than MAX_PICTURES test pictures only some classes are looked at, drawn by a fixed seed. Embeddings of
+these are kept in memory, similarities only of a block of queries at a time.
 """
 
 import base64
 import io
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,25 +26,26 @@ from pipelines.data.sources import Sources
 from pipelines.models.build import build_learner
 from pipelines.reports import geometry
 from pipelines.reports.geometry import Cloud, Point, Variation
-from pipelines.training.evaluation import load_sources, retrieval_of, stream_outputs, test_metrics
+from pipelines.reports.job import InspectJob
+from pipelines.training.evaluation import baseline_metrics, load_sources, stream_outputs, test_metrics
 
-PICTURES = 20_000  # test pictures looked at, at most: 80 MB of embeddings of 512 numbers, twice
+MAX_PICTURES = 20_000  # test pictures looked at: 80 MB of embeddings of 512 numbers, twice
 
-MAPPED = 1_500
+MAX_POINTS = 1_500  # pictures on the map
 
-SHOWN = 6  # neighbours of a query
+NEIGHBOURS = 6  # shown for a query
 
-QUERIES = 6  # shown, of each sort
+QUERIES = 6  # shown of each sort
 
-WORST = 10  # classes, and pairs of them
+TABLE_ROWS = 10  # hardest classes, and confused pairs
 
-CHUNK = 1024  # queries at a time
+QUERY_BLOCK = 1024  # queries ranked at a time
 
-SIDES = {"picture": 96, "dot": 48}  # pixels
+PICTURE_SIDE, POINT_SIDE = 96, 48  # pixels of the larger side, of a picture shown and of one on the map
 
 
 class Hit(NamedTuple):
-    """A neighbour. right: of the query's class."""
+    """A neighbour of a query. picture: a data URL.  right: it is of the query's class."""
 
     picture: str
     label: str
@@ -51,15 +53,23 @@ class Hit(NamedTuple):
 
 
 class Query(NamedTuple):
-    """rows: the way of ranking -> the nearest, best first."""
+    """A query. picture: a data URL.  hits: its nearest neighbours, the best first, by each way of ranking."""
 
     picture: str
     label: str
-    rows: dict[str, list[Hit]]
+    hits: dict[str, list[Hit]]
 
 
-class Hard(NamedTuple):
-    """A class. scores: the way of ranking -> (R@1, MAP@R).  taken_for: of most first neighbours that are wrong."""
+class HardClass(NamedTuple):
+    """A class with a low MAP@R.
+
+    Attributes:
+        picture: A data URL of one of its pictures.
+        label: Its name.
+        queries: How many of its pictures have a match.
+        scores: (R@1, MAP@R) by each way of ranking.
+        taken_for: The class that most of its wrong first neighbours are of; empty where none is wrong.
+    """
 
     picture: str
     label: str
@@ -68,8 +78,8 @@ class Hard(NamedTuple):
     taken_for: str
 
 
-class Pair(NamedTuple):
-    """Two classes, and of how many of their queries the nearest picture is of the other."""
+class ConfusedPair(NamedTuple):
+    """Two classes, and how many of their queries have the nearest picture in the other. pictures: data URLs."""
 
     pictures: tuple[str, str]
     labels: tuple[str, str]
@@ -78,188 +88,239 @@ class Pair(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """numbers: metrics of the run's tests.  looked_at, of: test pictures."""
+    """What a report shows of a trained model.
 
-    numbers: dict[str, float]
-    looked_at: int
-    of: int
-    drawn: list[Query]
-    missed: list[Query]
-    hard: list[Hard]
-    confused: list[Pair]
+    Attributes:
+        metrics: Test metrics by name.
+        inspected: How many test pictures were looked at.
+        total: How many there are.
+        random_queries: Queries drawn at random.
+        missed_queries: Queries whose nearest picture is of another class, drawn at random.
+        hardest_classes: Classes of the lowest MAP@R.
+        confused_pairs: Pairs of classes that are most often confused.
+        points: The map.
+        variation: How the test classes vary, by network: "untrained" and "trained".
+        clouds: Synthetics around embeddings, for each method of synthesis in use.
+    """
+
+    metrics: Mapping[str, float]
+    inspected: int
+    total: int
+    random_queries: list[Query]
+    missed_queries: list[Query]
+    hardest_classes: list[HardClass]
+    confused_pairs: list[ConfusedPair]
     points: list[Point]
     variation: dict[str, Variation]
     clouds: list[Cloud]
 
 
 class Ranking(NamedTuple):
-    """Of each query: near (N, SHOWN) positions in the gallery; recall, precision (N,): R@1 and MAP@R."""
+    """N queries ranked.
+
+    Attributes:
+        near: (N, NEIGHBOURS) places of the nearest in the gallery, the best first; -1: there is none.
+        recall: (N,) R@1 of each query.
+        precision: (N,) MAP@R of each query.
+    """
 
     near: Tensor
     recall: Tensor
     precision: Tensor
 
 
-def inspect_loop(job: dict[str, Any]) -> Inspection:
-    """job: as of evaluate.evaluate_loop, and numbers: the tests' metrics, or None where they are to be found here."""
+def inspect_loop(job: InspectJob) -> Inspection:
+    """Look at what a trained model does with its test pictures: one worker's work."""
     sources = load_sources(job)
     config, learner = sources.config, sources.learner
-    splits = load_splits(config, job["unreadable"])
+    splits = load_splits(config, job.unreadable)
     parameter = next(learner.parameters())
     untrained = build_learner(config, len(splits.train.class_names)).to(parameter.device, parameter.dtype).eval()
     whole = splits.tests["test"]
-    numbers = job["numbers"] or _numbers(learner, untrained, splits, sources)
-    task = part(whole)
-    query = embedded(task.query, sources, learner, untrained)
-    gallery = embedded(task.gallery, sources, learner, untrained) if task.gallery else query
+    metrics = job.metrics or _measure(learner, untrained, splits, sources)
+    task = limit_task(whole)
+    query = embed_images(task.query, sources, learner, untrained)
+    gallery = embed_images(task.gallery, sources, learner, untrained) if task.gallery else query
     torch.set_num_threads(sources.cpus)
     images, targets = task.query, task.gallery or task.query
-    labels, of_gallery = torch.from_numpy(images.labels), torch.from_numpy(targets.labels)
-    counts = torch.bincount(of_gallery, minlength=len(images.class_names))[labels] - int(task.gallery is None)
+    labels, target_labels = torch.from_numpy(images.labels), torch.from_numpy(targets.labels)
+    matches = torch.bincount(target_labels, minlength=len(images.class_names))[labels] - int(task.gallery is None)
 
-    ranked = {"plain": ranking(query["trained"], gallery["trained"], labels, of_gallery, counts, task)}
+    rankings = {"plain": rank_queries(query["trained"], gallery["trained"], labels, target_labels, matches, task)}
     if "structure" in query:
         vectors = query_vectors(query["trained"], query["structure"]), index_vectors(gallery["trained"])
-        ranked["structure-aware"] = ranking(*vectors, labels, of_gallery, counts, task)
-    plain, asked = ranked["plain"], np.flatnonzero(counts.numpy() > 0)
-    wrong = asked[plain.recall[asked].numpy() == 0]
+        rankings["structure-aware"] = rank_queries(*vectors, labels, target_labels, matches, task)
+    plain, with_match = rankings["plain"], np.flatnonzero(matches.numpy() > 0)
+    missed = with_match[plain.recall[with_match].numpy() == 0]
 
-    def shown(rows: np.ndarray) -> list[Query]:
+    def some_queries(rows: np.ndarray) -> list[Query]:
         rng = np.random.default_rng(0)
         chosen = rng.permutation(rows)[:QUERIES].tolist()
-        return [_query(images, targets, row, {way: found.near[row] for way, found in ranked.items()}) for row in chosen]
+        return [
+            _describe_query(images, targets, row, {way: ranking.near[row] for way, ranking in rankings.items()})
+            for row in chosen
+        ]
 
-    first = of_gallery[plain.near[:, 0]].numpy()
+    first_labels = target_labels[plain.near[:, 0]].numpy()
     sources.progress.note("map", 0, 1)
     return Inspection(
-        numbers,
-        looked_at=len(images) + (len(task.gallery) if task.gallery else 0),
-        of=len(whole.query) + (len(whole.gallery) if whole.gallery else 0),
-        drawn=shown(asked),
-        missed=shown(wrong),
-        hard=_hard(images, ranked, asked, first),
-        confused=_confused(images, asked, wrong, first),
-        points=_points(images, query["trained"]),
-        variation={name: geometry.variation(query[name], labels) for name in ("untrained", "trained")},
-        clouds=geometry.clouds(learner, splits.train, sources, job["epoch"]),
+        metrics,
+        inspected=len(images) + (len(task.gallery) if task.gallery else 0),
+        total=len(whole.query) + (len(whole.gallery) if whole.gallery else 0),
+        random_queries=some_queries(with_match),
+        missed_queries=some_queries(missed),
+        hardest_classes=_hardest_classes(images, rankings, with_match, first_labels),
+        confused_pairs=_confused_pairs(images, with_match, missed, first_labels),
+        points=_map_points(images, query["trained"]),
+        variation={name: geometry.measure_variation(query[name], labels) for name in ("untrained", "trained")},
+        clouds=geometry.draw_synthetics(learner, splits.train, sources, job.epoch),
     )
 
 
-def _numbers(learner: Learner, untrained: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
-    """As at the end of training."""
-
-    def baselines(x: Tensor) -> dict[str, Tensor]:
-        seen = untrained.features(x)
-        return {"untrained": untrained.embed(seen), "features": seen}
-
-    found = test_metrics(learner, splits, sources)
-    return found | retrieval_of(splits.tests["test"], sources, "baselines", baselines)
+def _measure(learner: Learner, untrained: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
+    """Measure what a training measures at its end."""
+    return test_metrics(learner, splits, sources) | baseline_metrics(untrained, splits, sources)
 
 
-def some_classes(counts: np.ndarray, limit: int) -> np.ndarray:
-    """Drawn by a fixed seed: of at most so many pictures together, or two. counts (C,)."""
+def draw_classes(counts: np.ndarray, limit: int) -> np.ndarray:
+    """Draw classes by a fixed seed: as many as have at most `limit` pictures together, but two at least.
+
+    Args:
+        counts: (C,) pictures of each class.
+        limit: Pictures.
+
+    Returns:
+        Indices of the classes drawn.
+    """
     order = np.random.default_rng(0).permutation(len(counts))
     return order[: max(2, int((counts[order].cumsum() <= limit).sum()))]
 
 
-def part(task: Retrieval) -> Retrieval:
-    """Whole classes of a task of more than PICTURES."""
+def limit_task(task: Retrieval) -> Retrieval:
+    """Return whole classes of a task, drawn by a fixed seed, with MAX_PICTURES pictures at most."""
     query, gallery = task.query, task.gallery
     counts = np.bincount(query.labels, minlength=len(query.class_names))
     if gallery:
         counts += np.bincount(gallery.labels, minlength=len(counts))
-    classes = some_classes(counts, PICTURES)
+    classes = draw_classes(counts, MAX_PICTURES)
 
-    def of(images: LabelledImages) -> LabelledImages:
+    def of_classes(images: LabelledImages) -> LabelledImages:
         return images.rows(np.isin(images.labels, classes))
 
-    return Retrieval(of(query), of(gallery) if gallery else None)
+    return Retrieval(of_classes(query), of_classes(gallery) if gallery else None)
 
 
-def embedded(images: LabelledImages, sources: Sources, learner: Learner, untrained: Learner) -> dict[str, Tensor]:
-    """Of unit length, (N, D) "trained" and "untrained"; with NAMR "structure", too."""
+def embed_images(images: LabelledImages, sources: Sources, learner: Learner, untrained: Learner) -> dict[str, Tensor]:
+    """Embed pictures by the trained and by the untrained network.
+
+    Returns:
+        "trained" and "untrained": (N, D) of unit length; with NAMR "structure", too.
+    """
 
     def outputs(x: Tensor) -> dict[str, Tensor]:
-        seen = learner.features(x)
-        found = {"trained": normalize(learner.embed(seen)), "untrained": normalize(untrained.embed(x))}
-        return found | ({} if learner.namr is None else {"structure": learner.structure(seen)})
+        features = learner.features(x)
+        vectors = {"trained": normalize(learner.embed(features)), "untrained": normalize(untrained.embed(x))}
+        return vectors | ({} if learner.namr is None else {"structure": learner.structure(features)})
 
-    parts = [*stream_outputs(images, sources, "embedding", outputs)]
-    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+    batches = [*stream_outputs(images, sources, "embedding", outputs)]
+    return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
 
 
-def ranking(
-    query: Tensor, gallery: Tensor, labels: Tensor, targets: Tensor, counts: Tensor, task: Retrieval
+def rank_queries(
+    query: Tensor, gallery: Tensor, labels: Tensor, targets: Tensor, matches: Tensor, task: Retrieval
 ) -> Ranking:
-    """labels, targets: of query and gallery.  counts: how many of the gallery are of each query's class."""
+    """Rank the gallery for each query, exactly.
+
+    Args:
+        query: (N, D).
+        gallery: (M, D); without a gallery of its own the queries, each but itself.
+        labels: (N,) of the queries.
+        targets: (M,) labels of the gallery.
+        matches: (N,) how many of the gallery are of the query's class.
+        task: Whether there is a gallery.
+    """
     blocks = [*zip(range(0, len(gallery), GALLERY_BLOCK), gallery.split(GALLERY_BLOCK))]
-    k = min(len(gallery), max(SHOWN, int(counts.max())))
+    k = min(len(gallery), max(NEIGHBOURS, int(matches.max())))
     parts = []
-    for rows in torch.arange(len(query)).split(CHUNK):
+    for rows in torch.arange(len(query)).split(QUERY_BLOCK):
         near = nearest(query[rows], blocks, k, None if task.gallery else rows).position
         relevant = (targets[near] == labels[rows, None]) & (near >= 0)
-        scores = recall_at_k(relevant, 1), average_precision_at_r(relevant, counts[rows])
-        parts.append(Ranking(near[:, :SHOWN], *scores))
+        scores = recall_at_k(relevant, 1), average_precision_at_r(relevant, matches[rows])
+        parts.append(Ranking(near[:, :NEIGHBOURS], *scores))
     return Ranking(*(torch.cat(columns) for columns in zip(*parts)))
 
 
-def _query(images: LabelledImages, targets: LabelledImages, row: int, near: dict[str, Tensor]) -> Query:
-    def hit(position: int) -> Hit:
-        right = targets.labels[position] == images.labels[row]
-        return Hit(picture(targets, position), _label(targets, position), bool(right))
+def _describe_query(images: LabelledImages, targets: LabelledImages, row: int, near: dict[str, Tensor]) -> Query:
+    """Make a query and its neighbours to show. near: places in the gallery by each way of ranking."""
 
-    found = {way: [hit(p) for p in positions.tolist() if p >= 0] for way, positions in near.items()}
-    return Query(picture(images, row), _label(images, row), found)
+    def hit(place: int) -> Hit:
+        right = targets.labels[place] == images.labels[row]
+        return Hit(encode_picture(targets, place), _class_name(targets, place), bool(right))
+
+    hits = {way: [hit(place) for place in places.tolist() if place >= 0] for way, places in near.items()}
+    return Query(encode_picture(images, row), _class_name(images, row), hits)
 
 
-def _hard(images: LabelledImages, ranked: dict[str, Ranking], asked: np.ndarray, first: np.ndarray) -> list[Hard]:
-    """Classes of the lowest MAP@R by cosine, with at least one match."""
-    labels, classes = images.labels[asked], len(images.class_names)
+def _hardest_classes(
+    images: LabelledImages, rankings: dict[str, Ranking], with_match: np.ndarray, first_labels: np.ndarray
+) -> list[HardClass]:
+    """List the classes of the lowest MAP@R by cosine.
+
+    with_match: rows of the queries that have a match.  first_labels (N,): the class of each query's first neighbour.
+    """
+    labels, classes = images.labels[with_match], len(images.class_names)
     counts = np.bincount(labels, minlength=classes)
 
-    def means(values: Tensor) -> np.ndarray:
-        return np.bincount(labels, values[asked].numpy(), classes) / np.maximum(counts, 1)
+    def class_means(values: Tensor) -> np.ndarray:
+        return np.bincount(labels, values[with_match].numpy(), classes) / np.maximum(counts, 1)
 
-    scores = {way: (means(found.recall), means(found.precision)) for way, found in ranked.items()}
-    order = np.lexsort((np.arange(classes), scores["plain"][1] + (counts == 0) * 2))
-    made = []
-    for label in order[: min(WORST, (counts > 0).sum())].tolist():
-        rows = asked[labels == label]
-        others = Counter(c for c in first[rows].tolist() if c != label)
-        taken = images.class_names[others.most_common(1)[0][0]] if others else ""
-        own = {way: (float(recall[label]), float(precision[label])) for way, (recall, precision) in scores.items()}
-        made.append(Hard(picture(images, rows[0]), images.class_names[label], len(rows), own, taken))
-    return made
+    means = {way: (class_means(ranking.recall), class_means(ranking.precision)) for way, ranking in rankings.items()}
+    order = np.lexsort((np.arange(classes), means["plain"][1] + (counts == 0) * 2))
+    hardest = []
+    for label in order[: min(TABLE_ROWS, (counts > 0).sum())].tolist():
+        rows = with_match[labels == label]
+        others = Counter(other for other in first_labels[rows].tolist() if other != label)
+        taken_for = images.class_names[others.most_common(1)[0][0]] if others else ""
+        scores = {way: (float(recall[label]), float(precision[label])) for way, (recall, precision) in means.items()}
+        picture = encode_picture(images, rows[0])
+        hardest.append(HardClass(picture, images.class_names[label], len(rows), scores, taken_for))
+    return hardest
 
 
-def _confused(images: LabelledImages, asked: np.ndarray, wrong: np.ndarray, first: np.ndarray) -> list[Pair]:
-    counts = np.bincount(images.labels[asked], minlength=len(images.class_names))
-    taken = Counter(tuple(sorted(pair)) for pair in zip(images.labels[wrong].tolist(), first[wrong].tolist()))
-    made = []
-    for (a, b), times in sorted(taken.items(), key=lambda item: (-item[1], item[0]))[:WORST]:
+def _confused_pairs(
+    images: LabelledImages, with_match: np.ndarray, missed: np.ndarray, first_labels: np.ndarray
+) -> list[ConfusedPair]:
+    """List the pairs of classes that are confused most often. missed: rows of the queries whose first hit is wrong."""
+    counts = np.bincount(images.labels[with_match], minlength=len(images.class_names))
+    confusions = zip(images.labels[missed].tolist(), first_labels[missed].tolist())
+    times = Counter(tuple(sorted(pair)) for pair in confusions)
+    pairs = []
+    for (a, b), wrong in sorted(times.items(), key=lambda item: (-item[1], item[0]))[:TABLE_ROWS]:
         samples = [int(np.flatnonzero(images.labels == label)[0]) for label in (a, b)]
-        pictures, labels = ([f(images, s) for s in samples] for f in (picture, _label))
-        made.append(Pair((pictures[0], pictures[1]), (labels[0], labels[1]), times, int(counts[a] + counts[b])))
-    return made
+        one, other = (encode_picture(images, row) for row in samples)
+        labels = images.class_names[a], images.class_names[b]
+        pairs.append(ConfusedPair((one, other), labels, wrong, int(counts[a] + counts[b])))
+    return pairs
 
 
-def _points(images: LabelledImages, z: Tensor) -> list[Point]:
-    """Of whole classes, MAPPED pictures at most."""
-    kept = np.flatnonzero(np.isin(images.labels, some_classes(np.bincount(images.labels), MAPPED)))[:MAPPED]
-    places = geometry.placed(z[kept].float().numpy())
+def _map_points(images: LabelledImages, z: Tensor) -> list[Point]:
+    """Place pictures of whole classes, MAX_POINTS at most, on the map."""
+    classes = draw_classes(np.bincount(images.labels), MAX_POINTS)
+    rows = np.flatnonzero(np.isin(images.labels, classes))[:MAX_POINTS]
+    places = geometry.place_by_tsne(z[rows].float().numpy())
     return [
-        Point(x, y, int(images.labels[row]), _label(images, row), picture(images, row, "dot"))
-        for row, (x, y) in zip(kept.tolist(), places, strict=True)
+        Point(x, y, int(images.labels[row]), _class_name(images, row), encode_picture(images, row, POINT_SIDE))
+        for row, (x, y) in zip(rows.tolist(), places, strict=True)
     ]
 
 
-def _label(images: LabelledImages, row: int) -> str:
+def _class_name(images: LabelledImages, row: int) -> str:
     return images.class_names[images.labels[row]]
 
 
-def picture(images: LabelledImages, row: int, kind: str = "picture") -> str:
-    """A small WebP, as an address that holds it."""
-    side, file = SIDES[kind], io.BytesIO()
+def encode_picture(images: LabelledImages, row: int, side: int = PICTURE_SIDE) -> str:
+    """Return a picture as a data URL of a small WebP. side: at most so many pixels wide and high."""
+    file = io.BytesIO()
     small = to_pil_image(images.picture(row, side))
     small.thumbnail((side, side))
     small.save(file, "WEBP", quality=60)

@@ -1,13 +1,26 @@
 """What a training returns, and what a run that belongs to a sweep is given."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import ray.train
 
+from pipelines.cluster.worker import Report
+
 
 class TrainOutcome(NamedTuple):
-    """What `dml train --json` prints. `checkpoint`: the best epoch's. `model`: its registered version."""
+    """What `dml train --json` prints.
+
+    Attributes:
+        run_id: Of MLflow.
+        experiment: Of MLflow, by name.
+        checkpoint: Folder or URL of the best epoch's checkpoint.
+        metrics: Of the last epoch, of the best one (val/best_map_at_r), and of the test.
+        seconds: Of the whole command.
+        images_per_second: Of the last epoch.
+        name: Of the run and its folder.
+        model: The registered model as NAME/VERSION; None where none was registered.
+    """
 
     run_id: str
     experiment: str
@@ -20,16 +33,20 @@ class TrainOutcome(NamedTuple):
 
 
 class SweepMember(NamedTuple):
-    """Of a run that is part of a sweep.
+    """What a run that belongs to a sweep is given.
 
-    uri, parent: of MLflow, the sweep's run.  tags: of the run.  test: whether it is tested and its model registered.
-    report: called with the metrics of each epoch that is validated, when the run is in this process.  callbacks: of Ray
-    Train, when it is on workers.
+    Attributes:
+        uri: MLflow's store.
+        parent: The sweep's run in MLflow.
+        tags: Of the run in MLflow.
+        test: Whether the run is tested at its end and its model registered.
+        report: Called with the metrics of each validated epoch, when the run is in this process.
+        callbacks: Of Ray Train, when it is on workers.
     """
 
     uri: str
     parent: str
     tags: dict[str, str]
     test: bool
-    report: Callable[[dict[str, Any]], object] = dict
+    report: Report = dict
     callbacks: Sequence[ray.train.UserCallback] = ()

@@ -1,24 +1,41 @@
 """A run's record in MLflow: params, tags, data set, model."""
 
 import hashlib
+import io
 import json
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from torchvision.transforms.functional import to_pil_image
 
 from dml_core.data.datasets import Splits
 from pipelines.config.identity import FREE_KEYS
 from pipelines.config.recipe import to_yaml
 from pipelines.config.schema import Config
+from pipelines.models.run_folder import RunFolder, local_copy
 from pipelines.runs.outcome import SweepMember
+from pipelines.tracking.models import log_model
 from pipelines.tracking.runs import log_text, start_run
 
 
-def record_run(uri: str, config: Config, params: dict[str, Any], tags: dict[str, str], splits: Splits) -> str:
-    """A run of MLflow's for a config, its data set and tags included. Returns its id."""
+def record_run(uri: str, config: Config, params: Mapping[str, Any], tags: Mapping[str, str], splits: Splits) -> str:
+    """Start a run in MLflow, with its data set as an input and its config as an artifact.
+
+    Args:
+        uri: MLflow's store.
+        config: Of the run.
+        params: To log, by name.
+        tags: Besides those that every run has: method, base loss, backbone, data, seed, git commit.
+        splits: Of the run's data set.
+
+    Returns:
+        The run's id.
+    """
     assert config.name
-    tags = {
+    all_tags = {
         "method": "+".join(config.method) or "none",
         "base_loss": config.loss.name,
         "backbone": config.backbone.name,
@@ -29,25 +46,42 @@ def record_run(uri: str, config: Config, params: dict[str, Any], tags: dict[str,
     }
     source = config.data.table or config.data.root or "embedded"
     whole = splits.train.whole or splits.train
-    run_id = start_run(uri, config.data.name, config.name, params, tags, whole.digest(), source)
+    run_id = start_run(uri, config.data.name, config.name, params, all_tags, whole.digest(), source)
     log_text(uri, run_id, to_yaml(config), "config.yaml")
     return run_id
 
 
-def record_training(uri: str, config: Config, splits: Splits, unreadable: list[str], part: SweepMember | None) -> str:
-    flat, tags = config.flat(), {"workers": str(config.workers)}
-    if part:
-        tags |= part.tags | {"mlflow.parentRunId": part.parent}
-    if part is None or part.test:  # a trial has nothing that `dml compare` could compare
-        group = {k: v for k, v in flat.items() if k not in (*FREE_KEYS, "seed")}
+def record_training(
+    uri: str, config: Config, splits: Splits, unreadable: Sequence[str], member: SweepMember | None
+) -> str:
+    """Start a training's run in MLflow; runs that differ by their seed alone share the tag `group`. Return its id."""
+    params, tags = config.flat(), {"workers": str(config.workers)}
+    if member:
+        tags |= member.tags | {"mlflow.parentRunId": member.parent}
+    if member is None or member.test:  # a trial has nothing that `dml compare` could compare
+        group = {key: value for key, value in params.items() if key not in (*FREE_KEYS, "seed")}
         tags["group"] = hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    run_id = record_run(uri, config, flat, tags, splits)
+    run_id = record_run(uri, config, params, tags, splits)
     if unreadable:
         log_text(uri, run_id, "\n".join(unreadable), "left_out.txt")
     return run_id
 
 
+def register_model(uri: str, run_id: str, config: Config, folder: RunFolder, checkpoint: str, splits: Splits) -> str:
+    """Log a checkpoint of a run's folder as a model of MLflow, with a test picture as its example.
+
+    Returns:
+        The registered model as NAME/VERSION.
+    """
+    example = io.BytesIO()
+    to_pil_image(splits.tests["test"].query.picture(0, config.data.image_size)).save(example, "PNG")
+    name = config.model_name or f"dml-{config.data.name}"
+    with local_copy(folder.filesystem, f"{folder.path}/{checkpoint}") as local:
+        return log_model(uri, run_id, local, name, example.getvalue(), config.embedding_dim, package_version())
+
+
 def package_version() -> str:
+    """Return the installed version of this package; "0" where it is used without being installed."""
     try:
         return version("dml-ray")
     except PackageNotFoundError:

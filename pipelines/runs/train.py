@@ -1,12 +1,12 @@
-"""What the driver does around the workers: checks, the run's folder, MLflow's run, the outcome."""
+"""Train one run, from the driver: checks, the run's folder, MLflow's run, workers, the outcome."""
 
 import contextlib
-import io
+import logging
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
-from torchvision.transforms.functional import to_pil_image
 
 from dml_core.data.datasets import Splits
 from pipelines.cluster.devices import resolve_devices
@@ -15,79 +15,78 @@ from pipelines.cluster.session import open_cluster
 from pipelines.config.identity import require_same, with_absolute_paths
 from pipelines.config.schema import Config
 from pipelines.console import messages
-from pipelines.data import check
-from pipelines.data.sets import load_splits
+from pipelines.data.check import unreadable_pictures
+from pipelines.data.sets import cache_folder, load_splits
 from pipelines.models.build import build_learner
-from pipelines.models.run_folder import RunFolder, checkpoint_name, local_copy
+from pipelines.models.run_folder import RunFolder, checkpoint_name
+from pipelines.runs.log import logged_to
 from pipelines.runs.outcome import SweepMember, TrainOutcome
-from pipelines.runs.record import package_version, record_training
-from pipelines.tracking.models import log_model
+from pipelines.runs.record import record_training, register_model
 from pipelines.tracking.runs import end_run, resume_run
 from pipelines.tracking.server import default_uri, prepare_store
-from pipelines.training.loop import train_loop
+from pipelines.training.job import TrainingJob
+
+
+class Inputs(NamedTuple):
+    """A run's data, checked: its splits, and the names of pictures that are left out."""
+
+    splits: Splits
+    unreadable: tuple[str, ...]
 
 
 def run_training(
-    config: Config, console: Console = messages, here: bool = False, part: SweepMember | None = None
+    config: Config, console: Console = messages, here: bool = False, member: SweepMember | None = None
 ) -> TrainOutcome:
-    """Train, test and log; or continue, or repeat the outcome of, the run of the same name.
+    """Train, test and log a run; or continue, or repeat the outcome of, the run of the same name.
 
-    here: in this process, as the only worker, instead of on a cluster.
-    ValueError: bad input, before any worker starts. launch.RunFailed: on the way. KeyboardInterrupt: stopped; so does
-    SystemExit, with which Ray Tune ends a trial.
+    Args:
+        config: Of the run.
+        console: Where messages and progress go.
+        here: In this process, as the only worker, instead of on a cluster.
+        member: What a run that belongs to a sweep is given.
+
+    Raises:
+        ValueError: Bad input, before any worker starts.
+        RunFailed: Workers failed on the way.
+        KeyboardInterrupt: The run was stopped; likewise SystemExit, with which Ray Tune ends a trial.
     """
     started = time.monotonic()
-    config, test = with_absolute_paths(config), part is None or part.test
+    config = with_absolute_paths(config)
     folder = RunFolder(config)
     earlier = folder.read("run.json")
-    unreadable = earlier.get("unreadable", []) if earlier else check.unreadable(config.data, console)
-    with console.status("reading the data"):
-        splits = load_splits(config, unreadable)
-        _check_model(config, len(splits.train.class_names))
-    uri = part.uri if part else default_uri(Path.cwd())
+    inputs = check_inputs(config, tuple(earlier.get("unreadable", ())) if earlier else None, console)
+    uri = member.uri if member else default_uri(Path.cwd())
     prepare_store(uri)
-    with contextlib.nullcontext() if here else open_cluster(config, folder.logs):
+    log_folder = folder.logs or cache_folder() / "logs" / str(config.name)
+    with logged_to(log_folder) as log, contextlib.nullcontext() if here else open_cluster(config, folder.logs):
         config = resolve_devices(config, here)
-        where = f"workers={config.workers} on {'GPUs' if config.use_gpu else 'CPUs'}, precision={config.precision}"
-        console.print(where, highlight=False)
+        devices = "GPUs" if config.use_gpu else "CPUs"
+        console.print(f"workers={config.workers} on {devices}, precision={config.precision}", highlight=False)
         if earlier:
             require_same(config, earlier["config"], folder.path)
             if result := folder.read("result.json"):
                 console.print(f"{config.name} is finished; this is its outcome. Another name starts a new run.")
                 return TrainOutcome(**result)
             console.print(f"continuing {config.name}")
-            resume_run(uri, earlier["run_id"], {"workers": str(config.workers)})
+            run_id = earlier["run_id"]
+            resume_run(uri, run_id, {"workers": str(config.workers)})
         else:
-            told = f"{folder.path}  (if interrupted, name={config.name} continues it)"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
-        run_id = earlier["run_id"] if earlier else record_training(uri, config, splits, unreadable, part)
-        begun = {"run_id": run_id, "config": config.model_dump(exclude_none=True), "unreadable": unreadable}
-        folder.write("run.json", begun)
-        assert config.name
-        job = {"run_id": run_id, "tracking_uri": uri, "unreadable": unreadable, "test": test}
-        status = "FAILED"
-        try:
-            if here:
-                metrics = run_in_process(train_loop, config, job, part.report if part else dict)
-            else:
-                callbacks = part.callbacks if part else ()
-                metrics = run_on_workers(train_loop, config, job, config.storage, config.name, console, callbacks)
-            status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
-            raise
-        finally:
-            end_run(uri, run_id, status)
-    unsent = metrics.pop("unsent")
-    best = checkpoint_name(int(metrics["best_epoch"]))
-    model = None
-    try:
-        if test:
-            with console.status("registering the model"):
-                model = _log_model(uri, run_id, config, folder, best, splits)
-    except Exception as error:
-        unsent += 1
-        console.print(f"the model is not registered: {str(error).splitlines()[0]}", style="yellow")
+            line = f"{folder.path}  (if interrupted, name={config.name} continues it)"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            run_id = record_training(uri, config, inputs.splits, inputs.unreadable, member)
+        folder.write("run.json", {"run_id": run_id, "config": config.to_dict(), "unreadable": inputs.unreadable})
+        metrics = _train(config, inputs, uri, run_id, console, here, member)
+        unsent = metrics.pop("unsent")
+        best, model = checkpoint_name(int(metrics["best_epoch"])), None
+        if member is None or member.test:
+            try:
+                with console.status("registering the model"):
+                    model = register_model(uri, run_id, config, folder, best, inputs.splits)
+            except Exception as error:
+                logging.getLogger(__name__).exception("the model is not registered")
+                unsent += 1
+                reason = str(error).splitlines()[0]
+                console.print(f"the model is not registered: {reason} ({log} has the traceback)", style="yellow")
     outcome = TrainOutcome(
         run_id=run_id,
         experiment=config.data.name,
@@ -95,7 +94,7 @@ def run_training(
         metrics=metrics,
         seconds=time.monotonic() - started,
         images_per_second=metrics["train/images_per_second"],
-        name=config.name,
+        name=str(config.name),
         model=model,
     )
     if unsent:
@@ -107,21 +106,48 @@ def run_training(
     return outcome
 
 
-def _check_model(config: Config, classes: int) -> None:
-    """Build it here once: an unknown network, or weights that cannot be had, shall stop us before any worker starts."""
-    try:
-        loss = build_learner(config, classes).base_loss
-    except OSError as error:
-        raise ValueError(f"backbone.weights={config.backbone.weights}: cannot be had here ({error})") from None
+def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Console) -> Inputs:
+    """Read the data and build the learner once, so that what is wrong with them ends a run before any worker starts.
+
+    Args:
+        config: Of the run.
+        unreadable: Names of pictures to leave out, known from before; None: they are looked for.
+        console: Where messages go.
+
+    Raises:
+        ValueError: The set is missing or too small; the network is unknown, or its weights are not here.
+    """
+    if unreadable is None:
+        unreadable = unreadable_pictures(config.data, console)
+    with console.status("reading the data"):
+        splits = load_splits(config, unreadable)
+        try:
+            loss = build_learner(config, len(splits.train.class_names)).base_loss
+        except OSError as error:
+            raise ValueError(f"backbone.weights={config.backbone.weights}: cannot be had here ({error})") from None
     if loss.needs_positives and config.batch.images < 2:
         raise ValueError(
             f"batch.images=1: loss.name={config.loss.name} compares images of one class and needs at least 2"
         )
+    return Inputs(splits, unreadable)
 
 
-def _log_model(uri: str, run_id: str, config: Config, folder: RunFolder, best: str, splits: Splits) -> str:
-    example = io.BytesIO()
-    to_pil_image(splits.tests["test"].query.picture(0, config.data.image_size)).save(example, "PNG")
-    name = config.model_name or f"dml-{config.data.name}"
-    with local_copy(folder.filesystem, f"{folder.path}/{best}") as local:
-        return log_model(uri, run_id, local, name, example.getvalue(), config.embedding_dim, package_version())
+def _train(
+    config: Config, inputs: Inputs, uri: str, run_id: str, console: Console, here: bool, member: SweepMember | None
+) -> dict[str, float]:
+    """Run the training loop, and end MLflow's run as it ended. Return the final metrics."""
+    job = TrainingJob(config, inputs.unreadable, run_id=run_id, tracking_uri=uri, test=member is None or member.test)
+    status = "FAILED"
+    try:
+        if here:
+            metrics = run_in_process(job, member.report if member else dict)
+        else:
+            callbacks = member.callbacks if member else ()
+            metrics = run_on_workers(job, config.storage, str(config.name), console, callbacks)
+        status = "FINISHED"
+        return metrics
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        end_run(uri, run_id, status)

@@ -6,19 +6,31 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from pipelines.tracking import server
-from pipelines.tracking.server import quiet_mlflow, without_password
+from pipelines.tracking.server import without_password
 
 
 def set_alias(uri: str, model: str, alias: str) -> None:
-    """model: NAME/VERSION."""
+    """Point an alias at a registered model, NAME/VERSION."""
     name, _, version = model.rpartition("/")
     server.connect(uri).set_registered_model_alias(name, alias, version)
 
 
 def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example: bytes, dim: int, version: str) -> str:
-    """Log the checkpoint as a pyfunc model, encoded pictures -> embeddings, and register it. Returns NAME/VERSION.
+    """Log a checkpoint as a pyfunc model, from encoded pictures to embeddings, and register it.
 
-    The model is the folder itself and pipelines.embedder reads it: nothing is pickled.
+    The model is the folder itself, which pipelines.embedder reads: nothing is pickled.
+
+    Args:
+        uri: MLflow's store.
+        run_id: The run that made the checkpoint.
+        checkpoint: Its folder.
+        model_name: Of the registered model, to which a version is added.
+        example: An encoded picture, the input example.
+        dim: Numbers in an embedding.
+        version: Of this package, which the model requires.
+
+    Returns:
+        NAME/VERSION.
     """
     import numpy as np
     import pandas as pd
@@ -28,7 +40,8 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
     mlflow.set_tracking_uri(uri)
     output = TensorSpec(np.dtype("float32"), (-1, dim))
     signature = ModelSignature(Schema([ColSpec("binary", "image")]), Schema([output]))
-    with quiet_mlflow(), mlflow.start_run(run_id=run_id):
+    mlflow.start_run(run_id=run_id)
+    try:
         info = mlflow.pyfunc.log_model(
             name="model",
             loader_module="pipelines.embedder",
@@ -38,11 +51,13 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
             pip_requirements=[f"dml-ray=={version}"],
             registered_model_name=model_name,
         )
+    finally:
+        mlflow.end_run("FINISHED")  # whatever becomes of the model: the training has ended well
     return f"{model_name}/{info.registered_model_version}"
 
 
 def fetch_checkpoint(uri: str, run: str) -> Path:
-    """The checkpoint folder of a run id or models:/NAME@ALIAS, fetched from MLflow. ValueError if there is none."""
+    """Fetch the checkpoint folder of a run id or models:/NAME@ALIAS from MLflow. ValueError if there is none."""
     mlflow.set_tracking_uri(uri)
     try:
         if run.startswith("models:/"):
@@ -54,6 +69,6 @@ def fetch_checkpoint(uri: str, run: str) -> Path:
             model = f"models:/{outputs.model_outputs[-1].model_id}"
         local = Path(mlflow.artifacts.download_artifacts(model))
     except MlflowException as error:
-        told = f"not a checkpoint folder, and unknown to MLflow at {without_password(uri)}"
-        raise ValueError(f"{run}: {told} ({error.message})") from None
+        reason = f"not a checkpoint folder, and unknown to MLflow at {without_password(uri)}"
+        raise ValueError(f"{run}: {reason} ({error.message})") from None
     return next(path.parent for path in local.rglob("manifest.json"))

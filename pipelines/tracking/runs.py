@@ -6,8 +6,9 @@ checkpoint: what a server has not received by the end is sent by the next `dml t
 """
 
 import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlflow
@@ -15,15 +16,15 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipelines.tracking import server
-from pipelines.tracking.server import experiment_id, quiet_mlflow, without_password
+from pipelines.tracking.server import experiment_id, without_password
 
 PARAMS_PER_CALL = 100
 
 
 def start_run(
-    uri: str, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str], digest: str, source: str
+    uri: str, experiment: str, name: str, params: Mapping[str, Any], tags: dict[str, str], digest: str, source: str
 ) -> str:
-    """A new run of an experiment, with its params, tags and data set. Returns its id."""
+    """Start a run of an experiment, with its params, tags and data set. Return its id."""
     client = server.connect(uri)
     run = client.create_run(experiment_id(client, uri, experiment), run_name=name, tags=tags)
     logged = [Param(key, str(value)[:6000]) for key, value in params.items()]
@@ -35,15 +36,18 @@ def start_run(
 
 
 def resume_run(uri: str, run_id: str, tags: dict[str, str]) -> None:
+    """Set a run to RUNNING again, with tags on top of its own."""
     client = server.connect(uri)
     client.update_run(run_id, status="RUNNING")
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
 def end_run(uri: str, run_id: str, status: str) -> None:
-    """status: FINISHED, FAILED or KILLED. A server that is gone by now is no failure of the run."""
-    with contextlib.suppress(Exception), quiet_mlflow():
+    """End a run as FINISHED, FAILED or KILLED. A server that is gone by now is no failure of the run."""
+    try:
         server.connect(uri).set_terminated(run_id, status)
+    except Exception:
+        logging.getLogger(__name__).exception("MLflow was not told that run %s is %s", run_id, status)
 
 
 def log_text(uri: str, run_id: str, text: str, name: str) -> None:
@@ -58,12 +62,20 @@ def log_figure(uri: str, run_id: str, figure: Any, name: str) -> None:
 
 
 def log_metrics(uri: str, run_id: str, metrics: dict[str, float]) -> None:
+    """Log metrics at step 0."""
     now = int(time.time() * 1000)
     server.connect(uri).log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
 
 
 class LoggedRun(NamedTuple):
-    """experiment: its id. group: the same for runs that differ by seed alone. started: ms. metrics: the last values."""
+    """A run as MLflow knows it.
+
+    Attributes:
+        experiment: The experiment's id.
+        group: The same for runs that differ by their seed alone; empty where the run is not for comparison.
+        started: In milliseconds since 1970.
+        metrics: The last value of each.
+    """
 
     run_id: str
     name: str
@@ -78,7 +90,7 @@ class LoggedRun(NamedTuple):
 
 
 def find_run(uri: str, name: str) -> LoggedRun | None:
-    """Of a run id, or of models:/NAME@ALIAS the run that made it; None where MLflow knows it not."""
+    """Find the run of a run id, or the run that made models:/NAME@ALIAS; None where MLflow does not know it."""
     mlflow.set_tracking_uri(uri)
     with contextlib.suppress(MlflowException):
         run_id = mlflow.models.get_model_info(name).run_id if name.startswith("models:/") else name
@@ -87,14 +99,14 @@ def find_run(uri: str, name: str) -> LoggedRun | None:
 
 
 def read_text(uri: str, run_id: str, name: str) -> str:
-    """An artifact of the run."""
+    """Read a text that is an artifact of a run."""
     mlflow.set_tracking_uri(uri)
     return mlflow.artifacts.load_text(f"runs:/{run_id}/{name}")
 
 
 def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
-    """The runs of run ids and experiments, each once. ValueError for a name that is neither."""
-    client, found = server.connect(uri), dict[str, LoggedRun]()
+    """Read the runs of run ids and experiments, each once. ValueError for a name that is neither."""
+    client, runs_by_id = server.connect(uri), dict[str, LoggedRun]()
     for name in names:
         experiment = client.get_experiment_by_name(name)
         try:
@@ -103,35 +115,35 @@ def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
             raise ValueError(f"{name}: neither a run nor an experiment of MLflow at {without_password(uri)}") from None
         for run in runs:
             if "group" in run.data.tags:
-                found[run.info.run_id] = _logged_run(run)
-    return [*found.values()]
+                runs_by_id[run.info.run_id] = _logged_run(run)
+    return [*runs_by_id.values()]
 
 
 def _logged_run(run: mlflow.entities.Run) -> LoggedRun:
     tags, info = run.data.tags, run.info
-    about = info.run_id, info.run_name, info.experiment_id, tags.get("group", ""), tags.get("seed", "0")
-    return LoggedRun(*about, info.status, info.start_time, run.data.params, run.data.metrics, tags)
+    identity = info.run_id, info.run_name, info.experiment_id, tags.get("group", ""), tags.get("seed", "0")
+    return LoggedRun(*identity, info.status, info.start_time, run.data.params, run.data.metrics, tags)
 
 
-def _search_runs(client: mlflow.MlflowClient, experiment: str, wanted: str = "") -> list[mlflow.entities.Run]:
+def _search_runs(client: mlflow.MlflowClient, experiment: str, query: str = "") -> list[mlflow.entities.Run]:
     runs, token = list[mlflow.entities.Run](), None
     while True:
-        part = client.search_runs([experiment], wanted, max_results=1000, page_token=token)
+        part = client.search_runs([experiment], query, max_results=1000, page_token=token)
         runs += part
         if not (token := part.token):
             return runs
 
 
 def running_children(uri: str, parent: str) -> list[LoggedRun]:
-    """Child runs of a run that are said to be running."""
+    """Read the child runs of a run that MLflow takes for running."""
     client = server.connect(uri)
     experiment = client.get_run(parent).info.experiment_id
-    wanted = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
-    return [_logged_run(run) for run in _search_runs(client, experiment, wanted)]
+    query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+    return [_logged_run(run) for run in _search_runs(client, experiment, query)]
 
 
 def log_page(uri: str, experiment: str, name: str, files: dict[str, str]) -> str:
-    """A run, in the experiment of this id, that holds texts as artifacts. Returns its id."""
+    """Keep texts as artifacts of a run of their own, in the experiment of an id. Return the run's id."""
     client = server.connect(uri)
     run = client.create_run(experiment, run_name=name, tags={"kind": "comparison"})
     for file, text in files.items():

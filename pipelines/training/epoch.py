@@ -1,19 +1,112 @@
-"""One epoch of training steps."""
+"""One epoch: its steps, each over one global batch, and the means of what they measured."""
+
+import math
+import time
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from dml_core.data.sampling import STEP, derive_seed
+from dml_core.gather import world_size
 from dml_core.learner import Terms
+from pipelines.training.history import STEP_COLUMNS
+from pipelines.training.setup import Batches, Training
 
 
-def epoch_metrics(steps: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Means over the steps of an epoch; steps (steps, terms + 1)."""
-    means = zip((*Terms._fields, "gradient_norm"), steps.mean(0).tolist(), strict=True)
-    metrics = {f"train/{name}": value for name, value in means}
-    return metrics | {"train/lr": min(group["lr"] for group in optimizer.param_groups)}
+def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, float]:
+    """Take an epoch's steps.
+
+    Returns:
+        train/* metrics: means of the loss's terms and of the gradient's norm, learning rate, images per second, and
+        the share of the time that was spent waiting for data.
+
+    Raises:
+        ArithmeticError: The loss is no longer finite.
+    """
+    config, plan, main = training.config, training.plan, training.is_main
+    parameters = [p for p in training.learner.parameters() if p.requires_grad]
+    slices = config.slices // world_size() if config.slices % world_size() == 0 else 1
+    started, seconds_waited, measured = time.perf_counter(), 0.0, list[Tensor]()
+    for step, samples in enumerate(batches.samples, batches.first_step):
+        asked = time.perf_counter()
+        images, labels = next(batches.images), training.labels[samples]
+        seconds_waited += time.perf_counter() - asked
+        terms, norm = train_step(training, epoch, step, images, labels, parameters, slices)
+        measured.append(torch.stack([value.detach().double() for value in (*terms, norm)]))
+
+        steps_done = epoch * plan.steps + step + 1
+        wants_checkpoint = steps_done % (config.checkpoint_every or math.inf) == 0
+        if main and step + 1 < plan.steps and (training.preemption.new_notice() or wants_checkpoint):
+            store_within_epoch(training, epoch, step + 1, measured)
+        if training.progress.due():
+            seconds = time.perf_counter() - started
+            training.progress.note(
+                "training",
+                steps_done,
+                config.epochs * plan.steps,
+                {
+                    "epoch": f"{epoch + 1}/{config.epochs}",
+                    "loss": terms.loss.item(),
+                    "images_per_second": len(measured) * len(images) * world_size() / seconds,
+                },
+            )
+    seconds = time.perf_counter() - started
+    training.steps = torch.cat([training.steps, torch.stack(measured).cpu()])
+    require_finite(training.steps, epoch)
+    images_per_step = config.batch.classes * config.batch.images
+    return means_of(training.steps) | {
+        "train/lr": min(group["lr"] for group in training.optimizer.param_groups),
+        "train/images_per_second": len(measured) * images_per_step / seconds,
+        "train/data_wait": seconds_waited / seconds,
+    }
 
 
-def require_finite(steps: torch.Tensor, epoch: int) -> None:
+def train_step(
+    training: Training,
+    epoch: int,
+    step: int,
+    images: Tensor,
+    labels: Tensor,
+    parameters: list[torch.nn.Parameter],
+    slices: int,
+) -> tuple[Terms, Tensor]:
+    """Take one step of the optimizer on a global batch, of which this rank has `images` and `labels`.
+
+    Returns:
+        The terms of the loss, and the norm of the gradient before it is clipped.
+    """
+    config, device = training.config, training.device
+    seed = derive_seed(config.seed, STEP, epoch, step)
+    for generator in training.generators:
+        generator.manual_seed(seed)
+    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    training.optimizer.zero_grad()
+    terms = training.learner.backward(images, labels, epoch, training.noise, slices, training.sources.each)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if config.optimizer.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, norm)
+    training.optimizer.step()
+    training.schedule.step()
+    return terms, norm
+
+
+def store_within_epoch(training: Training, epoch: int, steps: int, measured: list[Tensor]) -> None:
+    """Store a checkpoint of an epoch of which so many steps are done."""
+    before = training.steps
+    training.steps = torch.cat([before, torch.stack(measured).cpu()])
+    require_finite(training.steps, epoch)
+    training.store(training.state._replace(epoch=epoch, step=steps), {})
+    training.steps = before
+
+
+def means_of(steps: Tensor) -> dict[str, float]:
+    """Return the mean of each column over an epoch's steps (n, columns)."""
+    return {f"train/{name}": mean for name, mean in zip(STEP_COLUMNS, steps.mean(0).tolist(), strict=True)}
+
+
+def require_finite(steps: Tensor, epoch: int) -> None:
+    """Raise ArithmeticError that names the first step (n, columns) with a term that is not finite."""
     terms = steps[:, :-1]
     if not terms.isfinite().all():
         step = int(np.flatnonzero(~terms.isfinite().all(1).numpy())[0])

@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 from dml_core.gather import rank
 from dml_core.learner import Terms
 from pipelines.cli import main
+from pipelines.cluster.worker import Worker
 from pipelines.config.recipe import load_recipe, with_values
 from pipelines.models.checkpoint import read_config, read_history
 from pipelines.models.run_folder import checkpoint_name
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
 from pipelines.tracking.models import fetch_checkpoint
+from pipelines.training.job import TrainingJob
 from pipelines.training.loop import train_loop
 from tests import ranks
 from tests.pipelines.conftest import EXACT, QUIET
@@ -54,7 +56,7 @@ def test_two_workers_change_no_loss_and_no_metric(exact: dict[int, TrainOutcome]
     assert_like_one_worker(exact, step_losses(exact[2]), exact[2].metrics)
 
 
-def train_in_group(job: dict, folder: Path, cache: Path) -> None:
+def train_in_group(job: TrainingJob, folder: Path, cache: Path) -> None:
     os.environ["DML_CACHE"] = str(cache)
     metrics = train_loop(job)
     if rank() == 0:
@@ -65,8 +67,7 @@ def test_four_workers_change_no_loss_and_no_metric(exact: dict[int, TrainOutcome
     """The loop that Ray's workers run, in a group of processes without Ray, which takes them a minute to start."""
     values = {"workers": 4, "storage": str(tmp_path), "name": "exact4"}
     config = with_values(read_config(Path(exact[2].checkpoint)), values)
-    job = {"config": config.model_dump(exclude_none=True), "run_id": None, "tracking_uri": None, "unreadable": []}
-    ranks.run(train_in_group, 4, job | {"test": True, "report": dict, "cpus": 1, "board": None}, tmp_path, cache)
+    ranks.run(train_in_group, 4, TrainingJob(config, worker=Worker(report=dict)), tmp_path, cache)
     history = read_history(tmp_path / "exact4" / checkpoint_name(6))
     losses = np.concatenate([record["step_loss"] for record in history])
     assert_like_one_worker(exact, losses, json.loads((tmp_path / "metrics.json").read_text()))
@@ -168,7 +169,7 @@ FROZEN = ["data.name=folder", "data.image_size=48", "data.limit_classes=5", "bat
 def test_frozen_backbone_computes_its_features_once(folder_set: Path) -> None:
     """The same losses and metrics by two workers, who share what Ray's tasks decode, and by one, who finds it done."""
     cache = Path(os.environ["DML_CACHE"]) / "features"
-    given = [*FROZEN, f"data.root={folder_set}", "data.augment=none", "backbone.frozen=true", "precision=float64"]
+    given = [*FROZEN, f"data.root={folder_set}", "backbone.frozen=true", "precision=float64"]
     given += ["backbone.name=efficientnet_lite0", "backbone.weights=imagenet"]
     two = train(*given, "workers=2", "data.loader=ray")
     files = {path: path.stat().st_mtime_ns for path in cache.iterdir()}

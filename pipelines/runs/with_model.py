@@ -1,0 +1,82 @@
+"""Run a loop over a trained model: the one way in which evaluate, embed and report use one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from pipelines.cluster.devices import resolve_devices
+from pipelines.cluster.launch import run_on_workers
+from pipelines.cluster.session import open_cluster
+from pipelines.cluster.transfer import scratch_storage, send_files
+from pipelines.config.identity import with_absolute_paths
+from pipelines.config.recipe import with_values
+from pipelines.config.schema import Config
+from pipelines.data.check import unreadable_pictures
+from pipelines.data.sets import load_splits
+from pipelines.models.checkpoint import MODEL_FILES, read_config
+from pipelines.models.find import find_checkpoint
+from pipelines.training.job import ModelJob
+
+
+class TrainedModel(NamedTuple):
+    """A trained model and the config that it is used with now.
+
+    Attributes:
+        checkpoint: Its folder, on this machine.
+        trained_by: The config that it was trained by.
+        config: The same with other values, and with absolute paths.
+        unreadable: Names of pictures to leave out.
+    """
+
+    checkpoint: Path
+    trained_by: Config
+    config: Config
+    unreadable: tuple[str, ...]
+
+
+def open_model(run: str, values: Mapping[str, Any], console: Console, labelled: bool = True) -> TrainedModel:
+    """Find a trained model, replace values of its config, and list the pictures to leave out.
+
+    Args:
+        run: See models.find.find_checkpoint.
+        values: Config values to replace, by dotted keys.
+        console: Where it is told what is left out.
+        labelled: Whether the set's pictures must have labels.
+
+    Raises:
+        ValueError: There is no such model, or the values do not fit.
+    """
+    folder = find_checkpoint(run)
+    trained_by = read_config(folder)
+    config = with_absolute_paths(with_values(trained_by, dict(values)))
+    return TrainedModel(folder, trained_by, config, unreadable_pictures(config.data, console, labelled))
+
+
+def require_splits(model: TrainedModel, console: Console) -> None:
+    """Raise ValueError, before any worker starts, where the set is missing or cannot be split as the config says."""
+    with console.status("reading the data"):
+        load_splits(model.config, model.unreadable)
+
+
+def run_with_model(model: TrainedModel, job: ModelJob, name: str, console: Console) -> Any:
+    """Run a job's loop on workers that each have the model.
+
+    Args:
+        model: What open_model returned.
+        job: With the model's config; its `model` and devices are filled in here.
+        name: Of the work, for Ray.
+        console: Where progress is shown.
+
+    Returns:
+        What the loop returns on rank 0.
+
+    Raises:
+        ValueError: The cluster has not what the config asks for.
+        RunFailed: Workers failed.
+    """
+    with open_cluster(model.config, logs=None), scratch_storage() as scratch:
+        files = send_files(model.checkpoint, MODEL_FILES)
+        return run_on_workers(replace(job, config=resolve_devices(model.config), model=files), scratch, name, console)
