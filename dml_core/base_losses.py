@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from dml_core import candidates
 
-# Short names, their class, and where the papers' settings differ from the library's defaults.
-SHORT: dict[str, tuple[str, dict[str, Any]]] = {
+# Short name -> the library's class, and the papers' settings where they differ from the library's defaults.
+SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "triplet": (
         "TripletMarginLoss",
         {"margin": 0.2, "miner": "TripletMarginMiner", "miner_arguments": {"type_of_triplets": "semihard"}},
@@ -58,6 +58,7 @@ LOSSES = [
     for name, item in sorted(vars(losses).items())
     if inspect.isclass(item) and issubclass(item, losses.BaseMetricLossFunction) and name not in UNSUITABLE
 ]
+# What a loss of the library is assembled with: argument -> the library's module, and the classes that are allowed.
 PARTS: dict[str, tuple[Any, list[str]]] = {
     "distance": (distances, ["CosineSimilarity", "DotProductSimilarity", "LpDistance", "SNRDistance"]),
     "reducer": (
@@ -70,14 +71,14 @@ PARTS: dict[str, tuple[Any, list[str]]] = {
         ["BatchHardMiner", "DistanceWeightedMiner", "MultiSimilarityMiner", "PairMarginMiner", "TripletMarginMiner"],
     ),
 }
-WEIGHTS = ("proxies", "W", "fc", "weight")  # what the library's losses call their class vectors
+CLASS_VECTORS = ("proxies", "W", "fc", "weight")  # what the library's losses call them
 WITHIN_BATCH = {
     *("FastAPLoss", "HistogramLoss", "NCALoss", "NPairsLoss", "PNPLoss", "RankedListLoss"),
     "ThresholdConsistentMarginLoss",
 }
 WITHOUT_MINER = {"P2SGradLoss", "PNPLoss", "RankedListLoss"}
 FROM_TRIPLETS = {"TripletMarginLoss", "MarginLoss"}
-HIDDEN = {
+HIDDEN_ARGUMENTS = {
     *("num_classes", "embedding_size", "descriptors_dim", "distance", "reducer"),  # ours to give
     *("self", "mat_based_loss", "is_inverted", "pos_strategy", "neg_strategy"),  # fixed by the subclasses
     *("swap", "triplets_per_anchor"),  # cannot act, as we choose the candidates
@@ -86,93 +87,124 @@ HIDDEN = {
 }
 
 
-def signature(cls: type) -> dict[str, Any]:
-    """Names and defaults of what a library class takes, through its chain of **kwargs."""
-    found: dict[str, Any] = {}
+def constructor_defaults(cls: type) -> dict[str, Any]:
+    """Return the arguments of a library class and their defaults, those of its base classes (**kwargs) included."""
+    defaults: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" in vars(base):
             parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
             for parameter in parameters:
                 if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                    found.setdefault(parameter.name, parameter.default)
+                    defaults.setdefault(parameter.name, parameter.default)
             if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
                 break
-    return found
+    return defaults
 
 
 def options(cls: type) -> dict[str, Any]:
-    return {name: default for name, default in signature(cls).items() if name not in HIDDEN}
+    """Return the arguments of a library class that users may set, and their defaults."""
+    return {name: default for name, default in constructor_defaults(cls).items() if name not in HIDDEN_ARGUMENTS}
 
 
-def check(what: str, name: Any, allowed: Collection[str]) -> None:
+def check_name(what: str, name: Any, allowed: Collection[str]) -> None:
+    """Raise ValueError for a name that is not allowed, with the nearest one that is."""
     if name not in allowed:
         near = get_close_matches(str(name), allowed, 1, 0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"{what} {name!r} is unknown{hint}. Allowed: {', '.join(allowed) or 'none'}")
 
 
-def arguments(name: str) -> dict[str, Any]:
-    """Allowed arguments of `build(name, ...)` with their defaults.
+def default_arguments(name: str) -> dict[str, Any]:
+    """Return the allowed arguments of `build(name, ...)` and their defaults.
 
-    Beside the library's: `distance`, `reducer`, `miner` (class names; None is the loss's own distance and reducer, and
-    no miner) and their `*_arguments` (a dict each). The margin of a TripletMarginMiner is by default that of the loss.
+    Beside the library's arguments there are `distance`, `reducer` and `miner` (class names; None: the loss's own
+    distance and reducer, and no miner) and their `*_arguments` (a dict each). The margin of a TripletMarginMiner is by
+    default that of the loss.
+
+    Args:
+        name: A short name (triplet, proxy_anchor, ...) or a class of pytorch-metric-learning.
+
+    Returns:
+        Argument -> default.
+
+    Raises:
+        ValueError: There is no such loss.
     """
-    check("loss.name", name, [*SHORT, *LOSSES])
-    cls, ours = SHORT.get(name, (name, {}))
+    check_name("loss.name", name, [*SHORT_NAMES, *LOSSES])
+    cls, published = SHORT_NAMES.get(name, (name, {}))
     allowed = options(getattr(losses, cls))
     for part in PARTS:
         if part != "miner" or cls not in WITHOUT_MINER:
             allowed |= {part: None, f"{part}_arguments": {}}
-    return deepcopy(allowed | ours)
+    return deepcopy(allowed | published)
 
 
-def build(name: str, num_classes: int, dim: int, **given: Any) -> "BaseLoss":
-    """The loss `name` over `num_classes` training classes and embeddings of `dim` numbers.
+def build(name: str, num_classes: int, dim: int, **arguments: Any) -> "BaseLoss":
+    """Build a base loss of pytorch-metric-learning by name.
 
-    Raises ValueError for an unknown name or argument, and for a combination that the library refuses.
+    Args:
+        name: A short name (triplet, proxy_anchor, ...) or a class of the library.
+        num_classes: C, how many training classes there are.
+        dim: D, the numbers in an embedding.
+        **arguments: What the loss takes; `default_arguments(name)` lists it.
+
+    Returns:
+        The loss, as a module that is called with (embeddings, labels, synthetic=None).
+
+    Raises:
+        ValueError: A name or argument is unknown, or the library refuses the combination.
     """
-    defaults = arguments(name)
-    for argument in given:
-        check(f"argument of loss {name}", argument, defaults)
-    chosen = defaults | given
-    for part in PARTS:  # ours hold beside those given, but not for another part
-        if part in defaults and chosen[part] == defaults[part]:
-            chosen[f"{part}_arguments"] = defaults[f"{part}_arguments"] | chosen[f"{part}_arguments"]
+    defaults = default_arguments(name)
+    for argument in arguments:
+        check_name(f"argument of loss {name}", argument, defaults)
+    settings = defaults | arguments
+    for part in PARTS:  # default arguments belong to the default part alone
+        if part in defaults and settings[part] == defaults[part]:
+            settings[f"{part}_arguments"] = defaults[f"{part}_arguments"] | settings[f"{part}_arguments"]
         else:
-            chosen[f"{part}_arguments"] = given.get(f"{part}_arguments", {})
-    parts = {part: (chosen.pop(part, None), chosen.pop(f"{part}_arguments", {})) for part in PARTS}
-    cls = getattr(losses, SHORT.get(name, (name, {}))[0])
+            settings[f"{part}_arguments"] = arguments.get(f"{part}_arguments", {})
+    parts = {part: (settings.pop(part, None), settings.pop(f"{part}_arguments", {})) for part in PARTS}
+    cls = getattr(losses, SHORT_NAMES.get(name, (name, {}))[0])
     if parts["miner"][0] == "TripletMarginMiner" and cls is losses.TripletMarginLoss:
-        parts["miner"] = "TripletMarginMiner", {"margin": chosen["margin"]} | parts["miner"][1]
+        parts["miner"] = "TripletMarginMiner", {"margin": settings["margin"]} | parts["miner"][1]
     sizes = {"num_classes": num_classes, "embedding_size": dim, "descriptors_dim": dim}
-    if chosen.get("learn_beta") is False:
+    if settings.get("learn_beta") is False:
         del sizes["num_classes"]  # one constant for all classes
     try:
-        made = {part: construct(part, *parts[part]) for part in PARTS}
-        miner = made.pop("miner")
-        loss = cls(**chosen, **made, **{size: sizes[size] for size in sizes.keys() & signature(cls).keys()})
+        objects = {part: build_part(part, *parts[part]) for part in PARTS}
+        miner = objects.pop("miner")
+        wanted_sizes = {size: sizes[size] for size in sizes.keys() & constructor_defaults(cls).keys()}
+        loss = cls(**settings, **objects, **wanted_sizes)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"loss {name}: {error}") from error
     return BaseLoss(loss, miner, num_classes, per_image=parts["reducer"][0] == "SumReducer")
 
 
-def construct(part: str, name: str | None, given: dict[str, Any]) -> Any:
+def build_part(part: str, name: str | None, arguments: dict[str, Any]) -> Any:
+    """Build the distance, reducer or miner `name` of the library; None for no name."""
     module, allowed = PARTS[part]
     if name is None:
-        if given:
-            raise ValueError(f"loss.{part}_arguments {given} need a loss.{part}")
+        if arguments:
+            raise ValueError(f"loss.{part}_arguments {arguments} need a loss.{part}")
         return None
-    check(f"loss.{part}", name, allowed)
+    check_name(f"loss.{part}", name, allowed)
     cls = getattr(module, name)
-    for argument in given:
-        check(f"argument of {name}", argument, options(cls))
-    return cls(**given)
+    for argument in arguments:
+        check_name(f"argument of {name}", argument, options(cls))
+    return cls(**arguments)
 
 
 class BaseLoss(nn.Module):
-    """A library loss and its miner over one global batch.
+    """A loss and a miner of pytorch-metric-learning over one global batch.
 
-    needs_positives: a batch must hold more than one image of a class (true for losses without proxies).
+    Args:
+        loss: The library's loss.
+        miner: The library's miner, or None.
+        num_classes: C.
+        per_image: Whether the loss is divided by the batch size B.
+
+    Attributes:
+        needs_positives: Whether a batch must hold more than one image of a class: true for losses without proxies.
     """
 
     def __init__(self, loss: Any, miner: Any, num_classes: int, per_image: bool) -> None:
@@ -183,36 +215,48 @@ class BaseLoss(nn.Module):
                 loss.register_buffer(key, value, persistent=False)
         self.loss, self.miner = loss, miner
         self.num_classes, self.per_image = num_classes, per_image
-        self.kind = type(loss).__name__
-        self.weights = next((key for key in WEIGHTS if hasattr(loss, key)), None)
-        self.needs_positives = self.weights is None
+        self.loss_class = type(loss).__name__
+        self.class_vectors_name = next((key for key in CLASS_VECTORS if hasattr(loss, key)), None)
+        self.needs_positives = self.class_vectors_name is None
         cosine = isinstance(loss.distance, distances.CosineSimilarity)
-        mined = miner is None or isinstance(miner, miners.MultiSimilarityMiner)
-        self.multi_similarity = isinstance(loss, losses.MultiSimilarityLoss) and cosine and mined
+        fast_miner = miner is None or isinstance(miner, miners.MultiSimilarityMiner)
+        self.multi_similarity = isinstance(loss, losses.MultiSimilarityLoss) and cosine and fast_miner
         self.contrastive = isinstance(loss, losses.ContrastiveLoss) and cosine and miner is None and per_image
         if miner is not None:
             miner.distance.register_forward_hook(candidates.hide_copies)
 
     @property
     def proxies(self) -> Tensor | None:
-        """(C, D), a view of the parameter; with several centres a class their mean direction. None: a pair loss."""
-        if self.weights is None:
+        """The class vectors (C, D), a view of the parameter; with several centres a class their mean direction.
+
+        None for a loss without class vectors.
+        """
+        if self.class_vectors_name is None:
             return None
-        weights = getattr(self.loss, self.weights)
-        if self.weights == "proxies":
+        weights = getattr(self.loss, self.class_vectors_name)
+        if self.class_vectors_name == "proxies":
             return weights
         centers = weights.t().unflatten(0, (self.num_classes, -1))
         return centers[:, 0] if centers.shape[1] == 1 else nn.functional.normalize(centers, dim=2).mean(1)
 
     def forward(self, embeddings: Tensor, labels: Tensor, synthetic: Tensor | None = None) -> Tensor:
-        """embeddings (B, D) raw; labels (B,); synthetic (M*B, D), row m*B + i a copy of sample i. Returns a scalar."""
+        """Compute the loss; the boosted loss where synthetic embeddings are given.
+
+        Args:
+            embeddings: (B, D) raw embeddings.
+            labels: (B,) classes.
+            synthetic: (M*B, D); row m*B + i is a copy of sample i.
+
+        Returns:
+            A scalar.
+        """
         parameters = list(self.parameters())
         dtype = parameters[0].dtype if parameters else torch.promote_types(embeddings.dtype, torch.float32)
         with torch.autocast(embeddings.device.type, enabled=False):
             anchors = embeddings.to(dtype)
             pool = anchors if synthetic is None else torch.cat([anchors, synthetic.to(dtype)])
             pool_labels = labels if synthetic is None else labels.repeat(len(pool) // len(anchors))
-            if self.weights is not None or self.kind in WITHIN_BATCH:
+            if self.class_vectors_name is not None or self.loss_class in WITHIN_BATCH:
                 loss = self.loss(pool, pool_labels, self.miner(pool, pool_labels) if self.miner else None)
             else:
                 loss = self.boosted(anchors, labels, pool, pool_labels)
@@ -220,6 +264,7 @@ class BaseLoss(nn.Module):
         return loss / len(anchors) if self.per_image else loss
 
     def boosted(self, anchors: Tensor, labels: Tensor, pool: Tensor, pool_labels: Tensor) -> Tensor:
+        """Compute a pair loss of anchors (B, D) against candidates `pool` (R, D), without an anchor's own copies."""
         same = labels[:, None] == pool_labels
         positive, negative = same & ~candidates.own_copies(same), ~same
         if self.contrastive:
@@ -231,13 +276,13 @@ class BaseLoss(nn.Module):
                 positive, negative = candidates.informative_pairs(
                     similarity.detach(), positive, negative, self.miner.epsilon
                 )
-            settings = self.loss.alpha, self.loss.beta, self.loss.base
-            losses = candidates.MultiSimilarity.apply(similarity, positive, negative, *settings)
-            places = torch.arange(len(losses), device=losses.device)
-            per_anchor = {"losses": losses, "indices": places, "reduction_type": "element"}
+            scales = self.loss.alpha, self.loss.beta, self.loss.base
+            losses = candidates.MultiSimilarity.apply(similarity, positive, negative, *scales)
+            rows = torch.arange(len(losses), device=losses.device)
+            per_anchor = {"losses": losses, "indices": rows, "reduction_type": "element"}
             return self.loss.reducer({"loss": per_anchor}, anchors, labels)
         if self.miner is None:
-            indices = (candidates.all_triplets if self.kind in FROM_TRIPLETS else candidates.all_pairs)(
+            indices = (candidates.all_triplets if self.loss_class in FROM_TRIPLETS else candidates.all_pairs)(
                 positive, negative
             )
         elif isinstance(self.miner, miners.TripletMarginMiner):

@@ -5,7 +5,7 @@ Works with gloo (CPU) and NCCL (GPU).
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,12 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
+    """Return how many processes there are; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the number of this process, 0 to world_size() - 1."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -26,29 +28,44 @@ class _Gather(torch.autograd.Function):
     """All-gather along dim 0. Backward is its adjoint: the sum over ranks of the gradient of this rank's rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         rows = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(rows, x.contiguous())
         return torch.cat(rows)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
         return own_rows(all_sum(gradient.clone(memory_format=torch.contiguous_format)))
 
 
 def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, differentiable: (b, ...), the same shape on every rank -> (world * b, ...).
+    """Return the rows of all ranks in rank order, differentiable.
 
     Where every rank computes the same loss L of the gathered rows, each gets world * dL/dx. The mean over ranks that
     DistributedDataParallel takes cancels that factor for what lies before the gather, and changes nothing for what lies
     behind it (proxies, heads): every parameter gets dL/dp once. learner.py, which sums gradients itself, gathers rows
     that need none.
+
+    Args:
+        x: (b, ...) rows of this rank; the same shape on every rank.
+
+    Returns:
+        (world * b, ...) rows.
     """
     return x if world_size() == 1 else _Gather.apply(x)
 
 
 def collect(x: Tensor, destination: int) -> list[Tensor]:
-    """What each rank gave, of one shape, in rank order; on other ranks than `destination` x alone."""
+    """Send a tensor of every rank to one of them.
+
+    Args:
+        x: The tensor of this rank; the same shape on every rank.
+        destination: The rank that receives them.
+
+    Returns:
+        On `destination` the tensors of all ranks in rank order; elsewhere [x].
+    """
     if world_size() == 1:
         return [x]
     parts = [torch.empty_like(x) for _ in range(world_size())] if rank() == destination else None
@@ -57,7 +74,7 @@ def collect(x: Tensor, destination: int) -> list[Tensor]:
 
 
 def own_rows(x: Tensor) -> Tensor:
-    """The rows of a gathered x that this rank gave."""
+    """Return the rows of a gathered x that come from this rank."""
     return x.chunk(world_size())[rank()]
 
 
@@ -65,7 +82,13 @@ def tree_sum(parts: Sequence[Tensor]) -> Tensor:
     """Sum over the parts of all ranks, in the order of a binary tree: ((1 + 2) + (3 + 4)) + ((5 + 6) + (7 + 8)).
 
     Where both numbers are powers of two, the same parts give the same bits however many ranks they lie on: each pair is
-    added on one rank or, by a + b = b + a, alike on two. parts: as many, of the same shape, on every rank.
+    added on one rank or, by a + b = b + a, alike on two.
+
+    Args:
+        parts: The parts of this rank, of one shape; as many on every rank.
+
+    Returns:
+        The sum, on every rank.
     """
     while len(parts) > 1:
         parts = [sum(parts[i : i + 2][1:], parts[i]) for i in range(0, len(parts), 2)]
@@ -75,30 +98,30 @@ def tree_sum(parts: Sequence[Tensor]) -> Tensor:
     for level in range(world.bit_length() - 1):
         other, partner = torch.empty_like(total), rank() ^ (1 << level)
         exchange = [dist.P2POp(dist.isend, total, partner), dist.P2POp(dist.irecv, other, partner)]
-        for waiting in dist.batch_isend_irecv(exchange):
-            waiting.wait()
+        for request in dist.batch_isend_irecv(exchange):
+            request.wait()
         total = total + other
     return total
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+    """Sum x over all ranks, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def agreed(value: T) -> T:
-    """What rank 0 was given, on every rank: any small object. Nobody gets it before rank 0 asks."""
+def broadcast_object(value: T) -> T:
+    """Return rank 0's value on every rank: any small object that can be pickled. Waits until rank 0 calls it, too."""
     if world_size() > 1:
-        held = [value]
-        dist.broadcast_object_list(held, 0)
-        return held[0]
+        objects = [value]
+        dist.broadcast_object_list(objects, 0)
+        return objects[0]
     return value
 
 
 def broadcast(x: Tensor, source: int) -> Tensor:
-    """Overwrite x with what rank `source` holds, in place."""
+    """Overwrite x with that of the rank `source`, in place, and return it."""
     if world_size() > 1:
         dist.broadcast(x, source)
     return x

@@ -1,6 +1,6 @@
 """The whole of one step: features, embeddings, gather, synthesis, base loss, ranking.
 
-One module with one state dict. Read this file, then pipelines/train.py, and you have seen the whole.
+One module with one state dict. Read this file, then pipelines/training/loop.py, and you have seen the whole.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,9 +21,15 @@ Each = Callable[..., Iterable[Any]]
 
 
 class Terms(NamedTuple):
-    """The loss of one global batch and what it is made of, each a scalar before weighting; zero where not in use.
+    """The loss of one global batch and the terms it is made of: scalars, before weighting, zero where not in use.
 
-    base is the boosted loss where IAA draws synthetics. sgar_open, no term: the share of sources whose gate is open.
+    Attributes:
+        loss: The weighted sum.
+        base: The base loss; the boosted one where IAA draws synthetics.
+        sgar_rank: SGAR's ranking of synthetics by intensity.
+        sgar_anchor: SGAR's term that keeps synthetics in their class.
+        sgar_open: Not a term, but the share of SGAR's sources whose gate is open.
+        namr_rank: NAMR's ranking of distances to clusters.
     """
 
     loss: Tensor
@@ -35,7 +41,7 @@ class Terms(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a term is multiplied by in the sum."""
+    """The factors of the terms in the sum."""
 
     sgar_rank: float = 0.0
     sgar_anchor: float = 0.0
@@ -43,12 +49,19 @@ class Weights(NamedTuple):
 
 
 class Learner(nn.Module):
-    """Backbone, head, base loss and the methods on top.
+    """Backbone, head, base loss and the methods on top; `backward` does the whole step.
 
-    forward(features (B, F), labels (B,), epoch, generator) -> Terms of the global batch, the same on every rank.
-    epoch: of the training, from 0. generator: in the same state on every rank; noise is drawn for the global batch.
-    backward does the whole step. Images: uint8 (b, 3, S, S); where the backbone is frozen and has been run before,
-    features (b, F) take their place.
+    Images are uint8 (b, 3, S, S); where the backbone is frozen and has been run before, features (b, F) take their
+    place.
+
+    Args:
+        backbone: Images to features.
+        head: Features (b, F) to raw embeddings (b, D).
+        base_loss: The loss that the methods are added to.
+        weights: The factors of the terms.
+        iaa: The augmentation of classes, if in use.
+        sgar: The ranking of synthetics by intensity, if in use.
+        namr: The ranking of distances to clusters, if in use.
     """
 
     def __init__(
@@ -67,26 +80,37 @@ class Learner(nn.Module):
 
     @cached_property
     def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters that are, from the first use on: the backbone's, and the others."""
+        """The parameters that are trained: the backbone's, and the others. They are listed once, at the first use."""
         backbone = [p for p in self.backbone.parameters() if p.requires_grad]
-        before = set(backbone)
-        return backbone, [p for p in self.parameters() if p.requires_grad and p not in before]
+        of_backbone = set(backbone)
+        return backbone, [p for p in self.parameters() if p.requires_grad and p not in of_backbone]
 
     def features(self, x: Tensor) -> Tensor:
-        """uint8 images (b, 3, S, S) to features (b, F); features pass through."""
+        """Map uint8 images (b, 3, S, S) to features (b, F); features pass through."""
         return x if x.ndim == 2 else self.backbone(x)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images or features to raw embeddings (b, D), float32 or better."""
-        return full(self.head(self.features(x)))
+        """Map images or features to raw embeddings (b, D), float32 or better."""
+        return at_least_float32(self.head(self.features(x)))
 
     def structure(self, x: Tensor) -> Tensor:
-        """Images or features to structure embeddings (b, D) of NAMR, float32 or better."""
+        """Map images or features to structure embeddings (b, D) of NAMR, float32 or better."""
         assert self.namr is not None
-        return full(self.namr.structure(self.features(x)))
+        return at_least_float32(self.namr.structure(self.features(x)))
 
     def forward(self, features: Tensor, labels: Tensor, epoch: int, generator: torch.Generator) -> Terms:
-        z = full(self.head(features))
+        """Compute the loss of a global batch.
+
+        Args:
+            features: (B, F) of the global batch.
+            labels: (B,) classes.
+            epoch: The epoch of the training, from 0.
+            generator: Draws the noise of the global batch; in the same state on every rank.
+
+        Returns:
+            The terms, the same on every rank.
+        """
+        z = at_least_float32(self.head(features))
         with torch.autocast(z.device.type, enabled=False):
             synthetic = None if self.iaa is None else self.iaa(z, labels, epoch, generator)
             base = self.base_loss(z, labels, synthetic)
@@ -102,40 +126,51 @@ class Learner(nn.Module):
     def backward(
         self, x: Tensor, labels: Tensor, epoch: int, generator: torch.Generator, parts: int = 1, each: Each = map
     ) -> Terms:
-        """Terms of the global batch, and to every .grad the gradient that one process holding all of it would add.
+        """Add to every .grad the gradient that one process with the whole global batch would add.
 
-        x: this rank's rows, images or features; labels (b,) theirs. parts: equal slices that the backbone takes one by
-        one, and whose gradients are summed as a tree: what a slice gives, and hence the sum, does not depend on how
-        many ranks share the slices. each: like map, perhaps in several threads.
-        What lies behind the backbone sees the global batch on every rank; rank 0's gradient of it holds.
+        What lies behind the backbone is given the global batch on every rank; rank 0's gradient of it is used.
+
+        Args:
+            x: Images or features of this rank's rows.
+            labels: (b,) their classes.
+            epoch: The epoch of the training, from 0.
+            generator: As in `forward`.
+            parts: How many equal slices the backbone takes one by one. Their gradients are summed as a tree: what a
+                slice gives, and hence the sum, does not depend on how many ranks share the slices.
+            each: A function like map, which may use several threads.
+
+        Returns:
+            The terms of the global batch.
         """
         backbone, others = self.trained
-        seen = list(each(self.features, x.chunk(parts)))
-        features = gather(torch.cat([full(part.detach()) for part in seen])).requires_grad_(bool(backbone))
+        slices = list(each(self.features, x.chunk(parts)))
+        detached = torch.cat([at_least_float32(part.detach()) for part in slices])
+        features = gather(detached).requires_grad_(bool(backbone))
         terms = self(features, gather(labels), epoch, generator)
-        wanted = [features, *others] if backbone else others
-        gradients = [*torch.autograd.grad(terms.loss, wanted, materialize_grads=True)]
+        inputs = [features, *others] if backbone else others
+        gradients = [*torch.autograd.grad(terms.loss, inputs, materialize_grads=True)]
         if backbone:
-            own = own_rows(gradients.pop(0)).chunk(parts)
+            slice_gradients = own_rows(gradients.pop(0)).chunk(parts)
 
-            def through(part: Tensor, gradient: Tensor) -> Tensor:
+            def through_backbone(part: Tensor, gradient: Tensor) -> Tensor:
                 return flat(torch.autograd.grad(part, backbone, gradient.to(part.dtype), materialize_grads=True))
 
-            add(backbone, tree_sum(list(each(through, seen, own))))
-        add(others, broadcast(flat(gradients), 0))
+            add_gradient(backbone, tree_sum(list(each(through_backbone, slices, slice_gradients))))
+        add_gradient(others, broadcast(flat(gradients), 0))
         return terms
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Join tensors of any shapes in one of one dimension."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def add(parameters: list[nn.Parameter], gradient: Tensor) -> None:
-    """Add the parts of a flat gradient to the parameters' own."""
+def add_gradient(parameters: list[nn.Parameter], gradient: Tensor) -> None:
+    """Add the parts of a flat gradient to the .grad of the parameters."""
     for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
         p.grad = part.view_as(p) if p.grad is None else p.grad + part.view_as(p)
 
 
-def full(x: Tensor) -> Tensor:
-    """At least float32: what losses and searches are given."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Raise half precision to float32, which losses and searches need; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

@@ -2,7 +2,7 @@
 
 Fu et al., "Intra-class Adaptive Augmentation with Neighbor Correction for Deep Metric Learning", IEEE TMM 2022.
 For class k with n_k embeddings: mean mu_k, variance V_k = E[(z - mu_k)^2]; running update with momentum m and the
-number a_k of embeddings seen before: w = max(n_k / (n_k + a_k), 1 - m), or 0 where n_k = 0;
+number a_k of earlier embeddings: w = max(n_k / (n_k + a_k), 1 - m), or 0 where n_k = 0;
   V <- (1-w) V + w V_new + w (1-w) (mu - mu_new)^2,  mu <- (1-w) mu + w mu_new,  a <- a + n.
 Correction: V_k <- (1-alpha_k) V_k + alpha_k [(1-gamma) V_nb(k) + gamma V_glob].
 
@@ -13,8 +13,8 @@ But:
 - Distances are scaled to [0, 1] over the real candidates of a row. The published code has its masking constant in the
   row, which makes every scaled distance about 0.
 - alpha reaches n_k = tau, as in the paper; the published code stops before it.
-- Above `BRUTE_FORCE` candidates Faiss finds the neighbors, and the ends of the scale are taken over the neighbors and
-  some `SAMPLE` evenly spaced candidates.
+- Above `BRUTE_FORCE_LIMIT` candidates Faiss finds the neighbors, and the ends of the scale are taken over the neighbors
+  and about `SAMPLE_SIZE` evenly spaced candidates.
 - The full covariance is an option of ours; a distance between two is the Frobenius norm.
 """
 
@@ -28,18 +28,32 @@ from dml_core.gather import all_sum
 
 CHUNK = 2**17  # numbers: a chunk of embeddings in float64 stays in the cache
 BLOCK = 2**21  # numbers: a block of the class-to-class distances
-GATHERED = 2**22  # numbers: the variances of a block's neighbors, or the outer products of a chunk
-BRUTE_FORCE = 2**14
-EXACT_SEARCH = 2**16  # above, an inverted file instead of an exact search
-SAMPLE = 2**11
+VARIANCE_CHUNK = 2**22  # numbers: the variances of a block's neighbors, or the outer products of a chunk
+BRUTE_FORCE_LIMIT = 2**14  # candidates: above, Faiss searches
+EXACT_SEARCH_LIMIT = 2**16  # candidates: above, Faiss searches an inverted file, which may miss some
+SAMPLE_SIZE = 2**11  # candidates
 
 
 class ClassVariation(nn.Module):
-    """Running class statistics: mean (C, D), variance (C, D) or (C, D, D), count (C,) of the embeddings seen so far,
-    size (C,) of the class in the last set seen.
+    """Running mean and variance of the embeddings of each class.
 
-    `update` takes a whole shard; `begin`, `add` as often as wanted, and `finish` take it in batches. All ranks must
+    `update` takes a whole shard at once; `begin`, any number of `add` and `finish` take it in batches. All ranks must
     call `finish` (or `update`), also those whose shard is empty.
+
+    Args:
+        num_classes: C.
+        dim: D.
+        momentum: m of the running update.
+        covariance: diag (variances) or full (covariance matrices).
+
+    Attributes:
+        mean: (C, D).
+        variance: (C, D), or (C, D, D) for full covariances.
+        count: (C,) how many embeddings of the class have been added in all updates.
+        size: (C,) how many there were in the last update that had any.
+
+    Raises:
+        ValueError: `covariance` is neither diag nor full.
     """
 
     mean: Tensor
@@ -58,12 +72,18 @@ class ClassVariation(nn.Module):
         self.register_buffer("size", torch.zeros(num_classes))
 
     def update(self, z: Tensor, labels: Tensor) -> None:
-        """z (n, D) raw embeddings of this rank's shard; labels (n,)."""
+        """Update the statistics by a set of which each rank has a shard.
+
+        Args:
+            z: (n, D) raw embeddings of this rank's shard.
+            labels: (n,) their classes.
+        """
         self.begin()
         self.add(z, labels)
         self.finish()
 
     def begin(self) -> None:
+        """Start an update: set the sums to zero."""
         parts = [self.count, self.mean, self.variance]
         self.center = self.mean.double().mean(0)  # the same on all ranks
         self.sums = torch.zeros(sum(part.numel() for part in parts), dtype=torch.float64, device=self.mean.device)
@@ -72,12 +92,12 @@ class ClassVariation(nn.Module):
 
     @torch.no_grad()
     def add(self, z: Tensor, labels: Tensor) -> None:
-        """z (b, D), labels (b,): sum 1, x and x^2 of x = z - center by class."""
+        """Add 1, x and x^2 of x = z - center to the sums of the classes. z: (b, D); labels: (b,)."""
         self.n.index_add_(0, labels, self.n.new_ones(()).expand(len(labels)))
         if self.full:
             labels, order = labels.sort(stable=True)
             z = z[order]
-        rows = max(1, GATHERED // z.shape[1] ** 2 if self.full else CHUNK // z.shape[1])
+        rows = max(1, VARIANCE_CHUNK // z.shape[1] ** 2 if self.full else CHUNK // z.shape[1])
         for x, y in zip(z.split(rows), labels.split(rows)):
             x = x - self.center
             self.first.index_add_(0, y, x)
@@ -88,6 +108,7 @@ class ClassVariation(nn.Module):
 
     @torch.no_grad()
     def finish(self) -> None:
+        """End an update: add up the sums of all ranks, and update the statistics by them."""
         all_sum(self.sums)
         n, old = self.n[:, None], self.count.double()[:, None]
         shift = self.first.div_(n.clamp_min(1))
@@ -109,16 +130,35 @@ class ClassVariation(nn.Module):
 
 
 def outer_products(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """x (b, D) sorted by label -> the classes present (P,) and their sums of x x^T (P, D, D)."""
+    """Sum x x^T by class.
+
+    Args:
+        x: (b, D), sorted by label.
+        labels: (b,) ascending.
+
+    Returns:
+        The classes that are present, (P,), and their sums, (P, D, D).
+    """
     classes, inverse, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
-    place = torch.arange(len(x), device=x.device) - (sizes.cumsum(0) - sizes)[inverse]
+    position = torch.arange(len(x), device=x.device) - (sizes.cumsum(0) - sizes)[inverse]
     padded = x.new_zeros(len(classes), int(sizes.max()), x.shape[1])
-    padded[inverse, place] = x
+    padded[inverse, position] = x
     return classes, padded.mT @ padded
 
 
 def neighbor_weight(count: Tensor, beta: float = 0.1, tau: float = 40) -> Tensor:
-    """(C,) sizes -> (C,) alpha, the share of a class's variation that its neighbors give: 1 for one sample or none."""
+    """Return alpha, the share of a class's variation that comes from its neighbors.
+
+    alpha_k = 1 / (1 + log(1 + beta (n_k - 1))) for n_k <= tau, else 0.
+
+    Args:
+        count: (C,) sizes n of the classes.
+        beta: How fast the share falls with the size.
+        tau: Larger classes are not corrected.
+
+    Returns:
+        (C,) alpha, in [0, 1]; 1 for a class of one sample or none.
+    """
     n = count.double().clamp_min(1)
     alpha = 1 / (1 + torch.log1p(beta * (n - 1)))
     return torch.where(n <= tau, alpha, 0).to(count.dtype if count.is_floating_point() else torch.get_default_dtype())
@@ -134,47 +174,59 @@ def neighbor_correction(
     gamma: float = 0.1,
     tau: float = 40,
 ) -> Tensor:
-    """Corrected variances, shaped like `variance`. Without a class of two samples there is nothing to correct by.
+    """Correct the variance of each class by those of similar classes. Memory: O(C D).
 
-    mean (C, D); variance (C, D) or (C, D, D); count (C,) the size of each class. Memory: O(C D).
+    Only classes of two samples or more can be neighbors; where there are none, nothing is corrected.
+
+    Args:
+        mean: (C, D).
+        variance: (C, D) or (C, D, D).
+        count: (C,) size of each class.
+        neighbors: How many of the nearest classes correct a class.
+        beta: As in `neighbor_weight`.
+        gamma: Weight of the mean variance of all classes against that of the neighbors.
+        tau: As in `neighbor_weight`.
+
+    Returns:
+        The corrected variances, shaped like `variance`.
     """
     alpha = neighbor_weight(count.double(), beta, tau)[:, None]
     candidates = torch.where(count > 1)[0]
     if len(candidates) == 0:
         return variance.clone()
-    place, spread, n = mean.square(), variance.flatten(1), count.double()
-    overall = sum(n[part] @ spread[part].double() for part in candidates.split(BRUTE_FORCE)) / n[candidates].sum()
-    brute = len(candidates) <= BRUTE_FORCE
-    reference = candidates if brute else candidates[:: len(candidates) // SAMPLE]
-    to_place, to_spread = (squared_distances_to(x[reference]) for x in (place, spread))
-    find = None if brute else faiss_search(place, candidates)
+    location, spread, n = mean.square(), variance.flatten(1), count.double()
+    overall = sum(n[part] @ spread[part].double() for part in candidates.split(BRUTE_FORCE_LIMIT)) / n[candidates].sum()
+    use_brute_force = len(candidates) <= BRUTE_FORCE_LIMIT
+    reference = candidates if use_brute_force else candidates[:: len(candidates) // SAMPLE_SIZE]
+    location_distances, spread_distances = (squared_distances_to(x[reference]) for x in (location, spread))
+    find_nearest = None if use_brute_force else faiss_search(location, candidates)
 
     corrected = spread.clone()
-    rows_at_once = min(BLOCK // len(reference), GATHERED // ((neighbors + 1) * spread.shape[1]))
+    rows_at_once = min(BLOCK // len(reference), VARIANCE_CHUNK // ((neighbors + 1) * spread.shape[1]))
     for rows in torch.where(alpha[:, 0] > 0)[0].split(max(1, rows_at_once)):
-        places, spreads = to_place(place[rows]), to_spread(spread[rows])
-        if find is None:
-            near = candidates[places.topk(min(neighbors + 1, len(candidates)), largest=False).indices]
+        to_locations, to_spreads = location_distances(location[rows]), spread_distances(spread[rows])
+        if find_nearest is None:
+            near = candidates[to_locations.topk(min(neighbors + 1, len(candidates)), largest=False).indices]
         else:
-            near = find(place[rows], neighbors + 1)
+            near = find_nearest(location[rows], neighbors + 1)
         kept = (near >= 0) & (near != rows[:, None])
-        kept &= kept.cumsum(1) <= neighbors  # one more was looked for than is kept, as one may be the class itself
-        gathered = spread[near]
-        place_near = (place[near] - place[rows, None]).norm(dim=2)
-        spread_near = (gathered - spread[rows, None]).norm(dim=2)
-        spreads_of_others = spreads.masked_fill(reference == rows[:, None], torch.inf)
-        closeness = unit_scale(place_near, kept, None, places.amax(1)).square()
-        closeness += unit_scale(spread_near, kept, spreads_of_others.amin(1), spreads.amax(1)).square()
-        weights = n[near] * torch.exp(-closeness / 2) * kept
+        kept &= kept.cumsum(1) <= neighbors  # one more is searched than is kept, as one may be the class itself
+        near_spread = spread[near]
+        location_distance = (location[near] - location[rows, None]).norm(dim=2)
+        spread_distance = (near_spread - spread[rows, None]).norm(dim=2)
+        to_other_spreads = to_spreads.masked_fill(reference == rows[:, None], torch.inf)
+        distance = unit_scale(location_distance, kept, None, to_locations.amax(1)).square()
+        distance += unit_scale(spread_distance, kept, to_other_spreads.amin(1), to_spreads.amax(1)).square()
+        weights = n[near] * torch.exp(-distance / 2) * kept
         total = weights.sum(1, keepdim=True)
-        local = torch.einsum("rk, rkd -> rd", (weights / total).to(gathered.dtype), gathered)
+        local = torch.einsum("rk, rkd -> rd", (weights / total).to(near_spread.dtype), near_spread)
         blend = (1 - gamma) * torch.where(total > 0, local, overall) + gamma * overall
         corrected[rows] = torch.lerp(spread[rows].double(), blend, alpha[rows]).to(corrected.dtype)
     return corrected.view_as(variance)
 
 
 def squared_distances_to(y: Tensor) -> Callable[[Tensor], Tensor]:
-    """y (S, D) -> function of x (R, D) -> (R, S), by one matrix product."""
+    """Return a function that maps x (R, D) to its squared distances (R, S) to y (S, D), by one matrix product."""
     center = y.mean(0)
     y = y - center
     norms = y.square().sum(1)
@@ -182,9 +234,16 @@ def squared_distances_to(y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def unit_scale(distance: Tensor, kept: Tensor, lowest: Tensor | None, highest: Tensor) -> Tensor:
-    """Min-max scaling of `distance` (R, K) over a row's candidates, in float64.
+    """Scale distances to [0, 1], from the least to the greatest distance of a row's candidates.
 
-    lowest, highest (R,): squared distances of all candidates. lowest None: the nearest are among the kept ones.
+    Args:
+        distance: (R, K) distances of some candidates.
+        kept: (R, K) bool, which of them count.
+        lowest: (R,) least squared distance of all candidates; None: that candidate is among the kept ones.
+        highest: (R,) greatest squared distance of all candidates.
+
+    Returns:
+        (R, K) float64.
     """
     low = distance.masked_fill(~kept, torch.inf).amin(1)
     high = distance.masked_fill(~kept, 0).amax(1).maximum(highest.clamp_min(0).sqrt())
@@ -194,20 +253,29 @@ def unit_scale(distance: Tensor, kept: Tensor, lowest: Tensor | None, highest: T
     return torch.where(span > 0, (distance - low[:, None]) / span, 0)
 
 
-def faiss_search(place: Tensor, candidates: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """Function (queries (R, D), k) -> (R, k) nearest candidates, -1 where there are fewer."""
+def faiss_search(location: Tensor, candidates: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """Build an index of the candidates' rows of `location` (C, D).
+
+    Args:
+        location: (C, D) points of all classes.
+        candidates: (S,) classes to search among.
+
+    Returns:
+        A function of queries (R, D) and k that returns the nearest candidates (R, k), -1 where there are fewer.
+    """
     import faiss
 
     cells = int(4 * len(candidates) ** 0.5)
-    index: Any = faiss.index_factory(place.shape[1], "Flat" if len(candidates) < EXACT_SEARCH else f"IVF{cells},Flat")
+    is_exact = len(candidates) < EXACT_SEARCH_LIMIT
+    index: Any = faiss.index_factory(location.shape[1], "Flat" if is_exact else f"IVF{cells},Flat")
     if not index.is_trained:
         index.nprobe = max(16, cells // 64)
-        index.train(place[candidates].float().cpu().numpy())
-    for part in candidates.split(BRUTE_FORCE):
-        index.add(place[part].float().cpu().numpy())
+        index.train(location[candidates].float().cpu().numpy())
+    for part in candidates.split(BRUTE_FORCE_LIMIT):
+        index.add(location[part].float().cpu().numpy())
 
-    def find(queries: Tensor, k: int) -> Tensor:
-        found = torch.from_numpy(index.search(queries.float().cpu().numpy(), k)[1]).to(candidates.device)
-        return torch.where(found >= 0, candidates[found], -1)
+    def find_nearest(queries: Tensor, k: int) -> Tensor:
+        positions = torch.from_numpy(index.search(queries.float().cpu().numpy(), k)[1]).to(candidates.device)
+        return torch.where(positions >= 0, candidates[positions], -1)
 
-    return find
+    return find_nearest

@@ -88,7 +88,9 @@ def _extreme_points(space: Space) -> Iterator[Point]:
 
 def config_point(config: Config, space: Space) -> Point | None:
     """Return the config's own settings as a point of the space; None: they lie outside."""
-    known = {f"loss.{key}": value for key, value in base_losses.arguments(config.loss.name).items()} | config.flat()
+    known = {
+        f"loss.{key}": value for key, value in base_losses.default_arguments(config.loss.name).items()
+    } | config.flat()
     point = {key: known.get(key) for key in space}
     for key, domain in space.items():
         value = point[key]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dml_core import base_losses
-from dml_core.base_losses import arguments, build
+from dml_core.base_losses import build, default_arguments
 from dml_core.candidates import informative_pairs, own_copies, violating_triplets, without_copies
 
 PAIR = ["triplet", "contrastive", "multi_similarity", "margin"]
@@ -310,10 +310,10 @@ def test_proxies_follow_the_module():
 
 
 def test_arguments_are_those_that_build_takes():
-    for name in [*base_losses.SHORT, *base_losses.LOSSES]:
-        build(name, CLASSES, DIM, **arguments(name))
-    assert arguments("contrastive")["pos_margin"] == 0.8 and arguments("multi_similarity")["beta"] == 40
-    assert "num_classes" not in arguments("proxy_anchor") and "miner" not in arguments("PNPLoss")
+    for name in [*base_losses.SHORT_NAMES, *base_losses.LOSSES]:
+        build(name, CLASSES, DIM, **default_arguments(name))
+    assert default_arguments("contrastive")["pos_margin"] == 0.8 and default_arguments("multi_similarity")["beta"] == 40
+    assert "num_classes" not in default_arguments("proxy_anchor") and "miner" not in default_arguments("PNPLoss")
 
 
 @pytest.mark.parametrize(

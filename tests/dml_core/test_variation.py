@@ -75,7 +75,7 @@ def test_batches_in_any_order_equal_one_update(covariance, chunk, monkeypatch):
     whole = ClassVariation(CLASSES, DIM, covariance=covariance)
     whole.update(z, labels)
     monkeypatch.setattr(variation, "CHUNK", chunk)
-    monkeypatch.setattr(variation, "GATHERED", chunk)
+    monkeypatch.setattr(variation, "VARIANCE_CHUNK", chunk)
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(1))
     parts = ClassVariation(CLASSES, DIM, covariance=covariance)
     parts.begin()
@@ -196,9 +196,9 @@ def test_correction_through_faiss(exact, monkeypatch):
     """With all candidates in the sample, the exact search gives the same numbers; the inverted file nearly so."""
     mean, variance, count = statistics(500)
     expected = neighbor_correction(mean, variance, count, 5)
-    monkeypatch.setattr(variation, "BRUTE_FORCE", 10)
-    monkeypatch.setattr(variation, "SAMPLE", int((count > 1).sum()))
-    monkeypatch.setattr(variation, "EXACT_SEARCH", 10**6 if exact else 10)
+    monkeypatch.setattr(variation, "BRUTE_FORCE_LIMIT", 10)
+    monkeypatch.setattr(variation, "SAMPLE_SIZE", int((count > 1).sum()))
+    monkeypatch.setattr(variation, "EXACT_SEARCH_LIMIT", 10**6 if exact else 10)
     ours = neighbor_correction(mean, variance, count, 5)
     same = ((ours - expected).abs() < 1e-6).all(1).double().mean()
     assert same == 1 if exact else same > 0.8
