@@ -36,9 +36,9 @@ def data_check(
     """
     with exit_on_error():
         from pipelines.config.recipe import data_section
-        from pipelines.data import check
+        from pipelines.data.check import check_set
 
-        facts = check.check(data_section(name, assignments or []), pictures, messages)
+        facts = check_set(data_section(name, assignments or []), pictures, messages)
     counts = (f"{key:<20} {count:>9,}" for key, count in facts["counts"].items())
     problems = [Text(problem, "red") for problem in facts["problems"]]
     all_well = "nothing wrong" if pictures else "the counts are right; the pictures were not read"

@@ -39,7 +39,7 @@ def demo(
         from pipelines.serving.demo import open_demo
 
         with (
-            demo_page.listening(port) as socket,
+            demo_page.listen(port) as socket,
             open_demo(run, index, parse_assignments(assignments or []), messages) as demonstration,
         ):
             about = demonstration.index.about

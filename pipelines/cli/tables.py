@@ -1,7 +1,7 @@
 """Results as lines and tables for a terminal; endings.print_result prints them."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +11,7 @@ from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, TABLE_HEADS, Lin
 if TYPE_CHECKING:
     from pipelines.runs.evaluate import Evaluation
     from pipelines.runs.outcome import TrainOutcome
+    from pipelines.serving.index import SearchResult
     from pipelines.sweeps.records import SweepOutcome, Trial
 
 Part = str | Text | Table
@@ -89,15 +90,15 @@ def describe_trials(sweep: str, trials: Sequence["Trial"]) -> list[Part]:
     return [table, *(Text(f"{trial.name} failed: {trial.reason}", "yellow") for trial in failed)]
 
 
-def describe_hits(image: object, facts: dict[str, Any]) -> list[Part]:
-    """The pictures nearest to a query. facts: what `dml index search --json` prints."""
-    score = "similarity" if facts["ranking"] == "plain" else "distance"
+def describe_hits(image: object, facts: "SearchResult") -> list[Part]:
+    """The pictures nearest to a query."""
     table = Table(title=f"nearest to {image}, {facts['ranking']}")
-    for head in ("place", score):
+    for head in ("place", "similarity" if facts["ranking"] == "plain" else "distance"):
         table.add_column(head, justify="right")
     for head in ("label", "path"):
         table.add_column(head, overflow="fold")
     for hit in facts["hits"]:
-        table.add_row(str(hit["place"]), f"{hit[score]:.4f}", hit["label"] or "", hit["path"] or f"id {hit['id']}")
+        score = hit["distance"] if "distance" in hit else hit["similarity"]
+        table.add_row(str(hit["place"]), f"{score:.4f}", hit["label"] or "", hit["path"] or f"id {hit['id']}")
     took = facts["milliseconds"]
     return [table, f"query embedded in {took['embed']:.1f} ms, searched in {took['search']:.1f} ms"]

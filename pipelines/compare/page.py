@@ -12,17 +12,17 @@ from pipelines.compare.wording import TABLE_HEADS, Line, format_line
 from pipelines.pages.render import render
 from pipelines.pages.svg import SERIES, to_svg
 
-SECTIONS = {"compared": "Whether a gain is real"}
+SECTIONS = {"comparison": "Whether a gain is real"}
 
 
 class ComparisonContent(NamedTuple):
-    """A comparison as the macro `compared` of the templates shows it."""
+    """A comparison as the macro `comparison` of pages/parts.html shows it."""
 
     baseline: str
     warnings: Sequence[str]
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
-    drawing: Markup
+    figure: Markup
 
 
 def render_comparison(title: str, comparison: Comparison, footer: str) -> str:
@@ -39,7 +39,7 @@ def render_comparison(title: str, comparison: Comparison, footer: str) -> str:
         title=title,
         lead=f"{configs} configs",
         sections=SECTIONS,
-        compared=comparison_content(comparison),
+        comparison=comparison_content(comparison),
         footer=footer,
     )
 
@@ -47,8 +47,8 @@ def render_comparison(title: str, comparison: Comparison, footer: str) -> str:
 def comparison_content(comparison: Comparison) -> ComparisonContent:
     """Make the table and the drawing of a comparison, for this page or as a section of another."""
     rows = [format_line(line) for line in comparison.lines]
-    drawing = draw_comparison(comparison.lines)
-    return ComparisonContent(comparison.baseline, comparison.warnings, TABLE_HEADS, rows, drawing)
+    figure = draw_comparison(comparison.lines)
+    return ComparisonContent(comparison.baseline, comparison.warnings, TABLE_HEADS, rows, figure)
 
 
 def draw_comparison(lines: Sequence[Line]) -> Markup:

@@ -3,17 +3,17 @@ const map = document.querySelector(".map"), tip = map.querySelector(".tip");
 const dots = [...map.querySelectorAll("circle")];
 const pictures = JSON.parse(document.getElementById("pictures").textContent);
 const place = dots.map(dot => [dot.cx.baseVal.value, dot.cy.baseVal.value]);
-let at = 0, kind = null;
+let at = 0, label = null;
 
 function show(index) {
   const dot = dots[index], box = map.getBoundingClientRect(), point = dot.getBoundingClientRect();
   map.querySelector(".here")?.classList.remove("here");
   dot.classList.add("here");
-  if (kind !== dot.dataset.kind) {
-    kind = dot.dataset.kind;
-    dots.forEach(other => other.classList.toggle("same", other.dataset.kind === kind));
+  if (label !== dot.dataset.label) {
+    label = dot.dataset.label;
+    dots.forEach(other => other.classList.toggle("same", other.dataset.label === label));
   }
-  map.classList.add("asked");
+  map.classList.add("active");
   tip.querySelector("img").src = pictures[index];
   tip.querySelector("span").textContent = dot.getAttribute("aria-label");
   tip.hidden = false;
@@ -23,7 +23,7 @@ function show(index) {
 }
 
 function hide() {
-  map.classList.remove("asked");
+  map.classList.remove("active");
   map.querySelector(".here")?.classList.remove("here");
   tip.hidden = true;
 }

@@ -13,47 +13,71 @@ from dml_core.synthesis import gaussian, radial
 from pipelines.data.sources import Sources
 from pipelines.training.evaluation import stream_outputs
 
-FEW = 200  # pictures of the class that synthesis is shown for
+CLOUD_PICTURES = 200  # at most, of the class that synthesis is shown for
 
-BLOCK = 1024  # class centres at a time
+CENTER_BLOCK = 1024  # class centres that are compared with all others at a time
 
 
 class Point(NamedTuple):
-    """x, y in 0 ... 1."""
+    """A picture's place on the map.
+
+    Attributes:
+        x, y: In 0 ... 1.
+        class_index: The class as a number, which its colour follows from.
+        label: The class's name.
+        picture: A data URL.
+    """
 
     x: float
     y: float
-    kind: int
+    class_index: int
     label: str
     picture: str
 
 
 class Variation(NamedTuple):
-    """Of unit embeddings. own (C,): mean distance to the centre of the class; other (C,): from it to the nearest other
-    centre.  spectrum (D,): singular values of the centred embeddings, as shares of their sum.  rank: the effective one,
-    exp of the entropy of these shares."""
+    """How unit embeddings of several classes vary. C: classes with two pictures at least; D: dimensions.
 
-    own: np.ndarray
-    other: np.ndarray
+    Attributes:
+        to_own_center: (C,) mean distance of a class's embeddings to their centre.
+        to_next_center: (C,) distance of a class's centre to the nearest other centre.
+        spectrum: (D,) singular values of the centred embeddings, as shares of their sum, the largest first.
+        effective_rank: exp of the entropy of these shares (Roy and Vetterli, EUSIPCO 2007).
+    """
+
+    to_own_center: np.ndarray
+    to_next_center: np.ndarray
     spectrum: np.ndarray
-    rank: float
+    effective_rank: float
 
 
 class Cloud(NamedTuple):
-    """Embeddings of one class and synthetics around them, on the first two principal axes of the former.
+    """Embeddings of one class and synthetics around them, on the two principal axes of the embeddings.
 
-    real (n, 2).  synthetic: a list of (m, 2), weakest first.  share: of the variance, on these axes.
+    Attributes:
+        method: The method that draws the synthetics.
+        label: The class's name.
+        embeddings: (n, 2).
+        synthetics: (m, 2) for each intensity, the weakest first.
+        variance_share: Share of the embeddings' variance that lies on the two axes.
     """
 
     method: str
     label: str
-    real: np.ndarray
-    synthetic: list[np.ndarray]
-    share: float
+    embeddings: np.ndarray
+    synthetics: list[np.ndarray]
+    variance_share: float
 
 
-def placed(z: np.ndarray) -> np.ndarray:
-    """t-SNE of unit embeddings (N, D), by a fixed seed: (N, 2) in 0 ... 1. So few as three have a place, too."""
+def place_by_tsne(z: np.ndarray) -> np.ndarray:
+    """Place unit embeddings on a map by t-SNE, with a fixed seed.
+
+    Args:
+        z: (N, D); fewer than four are placed along a line.
+
+    Returns:
+        (N, 2) in 0 ... 1.
+    """
     from sklearn.manifold import TSNE
 
     if len(z) < 4:
@@ -63,48 +87,60 @@ def placed(z: np.ndarray) -> np.ndarray:
     return (places - places.min(0)) / np.maximum(np.ptp(places, 0), 1e-9)
 
 
-def variation(z: Tensor, labels: Tensor) -> Variation:
-    """Of classes with two pictures at least; z (N, D)."""
-    kinds, place, counts = labels.unique(return_inverse=True, return_counts=True)
-    centers = z.new_zeros(len(kinds), z.shape[1]).index_add_(0, place, z) / counts[:, None]
+def measure_variation(z: Tensor, labels: Tensor) -> Variation:
+    """Measure how unit embeddings (N, D) of classes (N,) vary."""
+    classes, place, counts = labels.unique(return_inverse=True, return_counts=True)
+    centers = z.new_zeros(len(classes), z.shape[1]).index_add_(0, place, z) / counts[:, None]
     distance = (z - centers[place]).norm(dim=1)
-    own = z.new_zeros(len(kinds)).index_add_(0, place, distance) / counts
-    other = torch.cat([torch.cdist(part, centers).topk(min(2, len(kinds)), largest=False).values[:, -1]
-                       for part in centers.split(BLOCK)])  # fmt: skip
+    to_own = z.new_zeros(len(classes)).index_add_(0, place, distance) / counts
+    to_next = torch.cat([torch.cdist(block, centers).topk(min(2, len(classes)), largest=False).values[:, -1]
+                         for block in centers.split(CENTER_BLOCK)])  # fmt: skip
     shares = torch.linalg.svdvals((z - z.mean(0)).double())
     shares = shares / shares.sum()
-    kept = counts > 1
+    several = counts > 1
     rank = torch.special.entr(shares).sum().exp().item()
-    return Variation(own[kept].numpy(), other[kept].numpy(), shares.numpy(), rank)
+    return Variation(to_own[several].numpy(), to_next[several].numpy(), shares.numpy(), rank)
 
 
-def clouds(learner: Learner, train: LabelledImages, sources: Sources, epoch: int) -> list[Cloud]:
-    """Of the largest training class, what each method of synthesis in use draws in an epoch, from 0."""
+def draw_synthetics(learner: Learner, train: LabelledImages, sources: Sources, epoch: int) -> list[Cloud]:
+    """Draw synthetics of the largest training class by each method of synthesis in use.
+
+    Args:
+        learner: The trained network, with IAA's estimate where IAA is in use.
+        train: The training classes.
+        sources: Its config says which methods are in use.
+        epoch: From 0; what is drawn is what training draws in this epoch.
+
+    Returns:
+        A cloud for each of IAA and SGAR that is in use.
+    """
     config = sources.config.at(epoch)
     iaa = learner.iaa if learner.iaa is not None and learner.iaa.corrected.any() else None
     if iaa is None and config.sgar is None:
         return []
-    kind = int(np.bincount(train.labels).argmax())
-    images = train.rows(np.flatnonzero(train.labels == kind)[:FEW])
+    largest = int(np.bincount(train.labels).argmax())
+    images = train.rows(np.flatnonzero(train.labels == largest)[:CLOUD_PICTURES])
     z = torch.cat(
-        [part["z"] for part in stream_outputs(images, sources, "synthesis", lambda x: {"z": learner.embed(x)})]
+        [batch["z"] for batch in stream_outputs(images, sources, "synthesis", lambda x: {"z": learner.embed(x)})]
     )
-    generator, label, found = torch.Generator(z.device), train.class_names[kind], []
+    generator, label, clouds = torch.Generator(z.device), train.class_names[largest], []
     if iaa is not None and config.iaa is not None:
-        labels = torch.full((len(z),), kind, device=z.device)
+        labels = torch.full((len(z),), largest, device=z.device)
         intensity = gaussian.intensity_at(epoch / config.epochs, config.iaa.intensity)
         drawn, _ = gaussian.synthesize(z, labels, iaa.corrected, intensity, config.iaa.draws, generator.manual_seed(0))
-        found.append(_cloud("IAA", label, z, [drawn]))
-    if (s := config.sgar) is not None:
+        clouds.append(_project_cloud("IAA", label, z, [drawn]))
+    if (sgar := config.sgar) is not None:
         z = normalize(z, dim=1)
-        drawn = radial.synthesize(z, s.intensity, s.count, generator.manual_seed(0), s.directions == "shared")
-        found.append(_cloud("SGAR", label, z, [*drawn]))
-    return found
+        shared = sgar.directions == "shared"
+        drawn = radial.synthesize(z, sgar.intensity, sgar.count, generator.manual_seed(0), shared)
+        clouds.append(_project_cloud("SGAR", label, z, [*drawn]))
+    return clouds
 
 
-def _cloud(method: str, label: str, z: Tensor, synthetic: list[Tensor]) -> Cloud:
+def _project_cloud(method: str, label: str, z: Tensor, synthetics: list[Tensor]) -> Cloud:
+    """Project embeddings and synthetics onto the principal axes of the embeddings."""
     center = z.mean(0)
     _, values, axes = torch.linalg.svd(z - center, full_matrices=False)
-    on = [((x - center) @ axes[:2].T).cpu().numpy() for x in (z, *synthetic)]
+    embeddings, *projected = [((x - center) @ axes[:2].T).cpu().numpy() for x in (z, *synthetics)]
     share = (values[:2].square().sum() / values.square().sum()).item()
-    return Cloud(method, label, on[0], on[1:], share)
+    return Cloud(method, label, embeddings, projected, share)

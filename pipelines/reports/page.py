@@ -1,7 +1,6 @@
 """A report as one HTML page without anything from elsewhere: what is known, into the templates of pages/."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,14 +9,15 @@ from pipelines.compare.statistics import Comparison
 from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, short_number
 from pipelines.config import schema
 from pipelines.config.schema import Config
-from pipelines.pages import render
+from pipelines.pages.render import render
 from pipelines.reports.inspection import Inspection
 from pipelines.reports.plots import draw_cloud, draw_curves, draw_spectrum, draw_spread
-from pipelines.sweeps.plots import FEWEST_SCORES, draw_all_settings, draw_figures, draw_slices
+from pipelines.sweeps.plots import FEWEST_SCORES, draw_figures, draw_slices, restyle_figure
 from pipelines.sweeps.records import Trial
 from pipelines.sweeps.spaces import Space
+from pipelines.tracking.records import EpochRecord
 
-RUN = {
+RUN_SECTIONS = {
     "retrieval": "Retrieval",
     "curves": "Training",
     "neighbours": "Nearest neighbours",
@@ -27,9 +27,10 @@ RUN = {
     "settings": "Config and environment",
 }
 
-SWEEP = {"tested": "Winner against defaults", "settings": "Settings", "trials": "Trials", "sweep": "The sweep"}
+SWEEP_SECTIONS = {"tested": "Winner against defaults", "settings": "Settings", "trials": "Trials", "sweep": "The sweep"}
 
-DRAWN = {
+# Of the figures of all settings together.
+CAPTIONS = {
     "parallel_coordinates": "Each trial as a line through its score and settings, the stronger the better",
     "importance": "Importance of each setting for the score (fANOVA)",
     "changes": "Settings that changed on the way, a line for each trial, the stronger the better it ended",
@@ -39,44 +40,54 @@ DRAWN = {
 def render_run(
     title: str,
     config: Config,
-    found: Inspection,
-    history: Sequence[dict[str, Any]],
-    best: int,
-    whence: str,
-    environment: dict[str, str],
+    inspection: Inspection,
+    history: Sequence[EpochRecord],
+    best_epoch: int,
+    source: str,
+    environment: Mapping[str, str],
     footer: str,
 ) -> str:
-    """history: records of epochs.  whence: of the numbers.  environment: name -> value."""
-    measured = {prefix: way for prefix, way in RANKINGS.items() if f"{prefix}/map_at_r" in found.numbers}
-    rows = [
-        (way, *(f"{100 * found.numbers[f'{prefix}/{key}']:.1f}" for key in METRIC_COLUMNS))
-        for prefix, way in measured.items()
+    """Render the page of a run.
+
+    Args:
+        title: Its heading.
+        config: What the run was trained by.
+        inspection: What its model does with the test pictures.
+        history: A record for each epoch.
+        best_epoch: The epoch of the model, from 1.
+        source: Where the metrics of the inspection come from, as half a sentence.
+        environment: What the run was trained with and the page made with, by name.
+        footer: Its last line; see pages.render.made_by.
+    """
+    metrics = inspection.metrics
+    retrieval_rows = [
+        (ranking, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in METRIC_COLUMNS))
+        for prefix, ranking in RANKINGS.items()
+        if f"{prefix}/map_at_r" in metrics
     ]
-    all_pictures = found.looked_at == found.of
-    part = f"all {found.of:,}" if all_pictures else f"{found.looked_at:,}, of whole classes, of the {found.of:,}"
-    easier = "" if all_pictures else " Among fewer pictures there are fewer to be confused with."
-    last = history[-1]["step"] if history else 0
-    return render.render(
+    medians = {
+        name: (np.median(v.to_own_center), np.median(v.to_next_center)) for name, v in inspection.variation.items()
+    }
+    return render(
         "run.html",
         title=title,
         lead=f"{config.data.name}: {' + '.join(config.method).upper() or 'no method'} over {config.loss.name}, "
         f"backbone {config.backbone.name}, {config.embedding_dim} dimensions, seed {config.seed}",
-        sections=RUN,
-        whence=whence,
-        numbers=(["embedding", *METRIC_COLUMNS.values()], rows),
-        of_history=f"Epochs 1 to {last} of {config.epochs}; train/* are means over an epoch's steps.",
-        best=best,
-        curves=draw_curves(history, best).values(),
-        looked_at=f"Among {part} test pictures.{easier}",
-        found=found,
-        drawings=[draw_spread(found.variation), draw_spectrum(found.variation)],
-        spreads=[
-            (name, f"{own:.3f}", f"{other:.3f}", f"{own / other:.2f}", f"{v.rank:.1f}")
-            for name, v in found.variation.items()
-            for own, other in [(np.median(v.own), np.median(v.other))]
+        sections=RUN_SECTIONS,
+        source=source,
+        retrieval_heads=["embedding", *METRIC_COLUMNS.values()],
+        retrieval_rows=retrieval_rows,
+        epochs_trained=history[-1]["step"] if history else 0,
+        epochs=config.epochs,
+        best_epoch=best_epoch,
+        curves=draw_curves(history, best_epoch).values(),
+        inspection=inspection,
+        variation_figures=[draw_spread(inspection.variation), draw_spectrum(inspection.variation)],
+        variation_rows=[
+            (name, f"{own:.3f}", f"{other:.3f}", f"{own / other:.2f}", f"{v.effective_rank:.1f}")
+            for (name, v), (own, other) in zip(inspection.variation.items(), medians.values())
         ],
-        clouds=[(draw_cloud(cloud), cloud) for cloud in found.clouds],
-        unseen="" if found.clouds else "No method in use draws synthetic embeddings in this epoch.",
+        clouds=[(draw_cloud(cloud), cloud) for cloud in inspection.clouds],
         environment=environment.items(),
         config=config.flat().items(),
         footer=footer,
@@ -84,9 +95,23 @@ def render_run(
 
 
 def render_sweep(
-    title: str, trials: Sequence[Trial], space: Space, comparison: Comparison, about: dict[str, str], footer: str
+    title: str,
+    trials: Sequence[Trial],
+    space: Space,
+    comparison: Comparison,
+    facts: Mapping[str, str],
+    footer: str,
 ) -> str:
-    """about: name -> value."""
+    """Render the page of a sweep.
+
+    Args:
+        title: Its heading.
+        trials: All trials of the search.
+        space: What was searched.
+        comparison: The winner's tests against those of the defaults.
+        facts: What the sweep was, by name.
+        footer: Its last line; see pages.render.made_by.
+    """
     figures = draw_figures(space, trials)
     ranked = sorted(trials, key=lambda trial: (trial.score is None, -(trial.score or 0.0)))
     keys = [*dict.fromkeys(key for trial in ranked for key in schema.flatten(trial.point))]
@@ -98,18 +123,18 @@ def render_sweep(
         ended = f"{trial.ended}: {trial.reason}" if trial.reason else trial.ended
         return trial.name, score, str(trial.epochs), *values, ended
 
-    return render.render(
+    return render(
         "sweep.html",
         title=title,
         lead=f"{len(trials)} trials; the best, {best.name}, has val/map_at_r {best.score:.4f} on validation classes",
-        sections=SWEEP,
-        compared=comparison_content(comparison),
-        drawings=[(draw_all_settings(figures[name], told), told) for name, told in DRAWN.items() if name in figures],
+        sections=SWEEP_SECTIONS,
+        comparison=comparison_content(comparison),
+        figures=[(restyle_figure(figures[key], text), text) for key, text in CAPTIONS.items() if key in figures],
         slices=[] if "changes" in figures else draw_slices(space, trials),
-        important="importance" in figures or "changes" in figures,
-        fewest=FEWEST_SCORES,
+        has_importance="importance" in figures or "changes" in figures,
+        fewest_scores=FEWEST_SCORES,
         heads=("trial", "val/map_at_r", "epochs", *keys, "ended"),
         rows=[row(trial) for trial in ranked],
-        about=about.items(),
+        facts=facts.items(),
         footer=footer,
     )

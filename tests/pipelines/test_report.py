@@ -16,10 +16,11 @@ from pipelines.models.checkpoint import read_config
 from pipelines.reports import report
 from pipelines.reports.page import render_sweep
 from pipelines.reports.plots import draw_curves
-from pipelines.reports.report import RunSubject
+from pipelines.runs.with_model import TrainedModel
 from pipelines.sweeps import spaces
 from pipelines.sweeps.records import Trial
-from pipelines.sweeps.spaces import space_of
+from pipelines.sweeps.spaces import load_space
+from pipelines.tracking.runs import read_runs
 from tests.pipelines import browser
 from tests.pipelines.conftest import answer, refused
 
@@ -53,9 +54,7 @@ def test_numbers_are_the_runs(exact, page: Path) -> None:
     config = read_config(Path(exact[1].checkpoint))
     assert cells(text, "Config") == [[key, str(value).replace("'", "&#39;")] for key, value in config.flat().items()]
     assert ["run", exact[1].run_id] in cells(text, "Where and by what")
-    logged = report.tracking.find_run(mlflow.get_tracking_uri(), exact[1].run_id)
-    run = RunSubject("", Path(exact[1].checkpoint), config, [], logged)
-    history = report._history(run)
+    history = report._read_longest_history(TrainedModel(Path(exact[1].checkpoint), config, config, ()))
     assert len(history) == config.epochs  # of the last checkpoint, whichever was best
     drawn = draw_curves(history, int(metrics["best_epoch"]))
     assert {"train/loss", "train/base", "train/sgar_rank", "train/namr_rank", "train/lr"} < {*drawn}
@@ -152,11 +151,7 @@ def test_of_a_sweep(sweep: dict[str, Any], tracked_folder: Path) -> None:
 
 
 def test_of_a_comparison(sweep: dict[str, Any], tracked_folder: Path) -> None:
-    finals = [
-        run.run_id
-        for run in report.tracking.read_runs(mlflow.get_tracking_uri(), ["glyphs"])
-        if run.name == "default-s1"
-    ]
+    finals = [run.run_id for run in read_runs(mlflow.get_tracking_uri(), ["glyphs"]) if run.name == "default-s1"]
     compared = answer("compare", *finals)
     made = answer("report", compared["run_id"], "--out", "one.html")
     assert (made["kind"], made["run_id"], made["logged"]) == ("comparison", compared["run_id"], True)
@@ -170,8 +165,8 @@ def test_of_a_comparison(sweep: dict[str, Any], tracked_folder: Path) -> None:
 
 
 def test_sweeps_of_any_size_and_sort_in_a_browser(tracked_folder: Path) -> None:
-    config, space = space_of("sgar", load_recipe("glyphs", []))
-    drawn = spaces.points(space, "random", 12, config)
+    config, space = load_space("sgar", load_recipe("glyphs", []))
+    drawn = spaces.draw_points(space, "random", 12, config)
     trials = [Trial(f"t{i}", point, i / 12, 3, "finished", "") for i, point in enumerate(drawn)]
     failed = Trial("failed <b>", drawn[0], None, 2, "failed", "not finite")
     line = Line("<i>winner</i>", "test/map_at_r", {"1": 0.4, "2": 0.5}, 0.45, 0.05, (0.4, 0.5))
