@@ -198,6 +198,6 @@ def trial_name(trial_id: str, point: Point) -> str:
     return f"t{trial_id.rpartition('_')[2]}-{digest}"
 
 
-def fold_values(fold: int, folds: int) -> dict[str, int]:
-    """Return the config values of one of several folds."""
-    return {"data.fold": fold, "data.folds": folds}
+def fold_values(fold: int, folds: int) -> dict[str, int | None]:
+    """Return the config values of one of several folds; the share to validate on is for runs of no fold."""
+    return {"data.fold": fold, "data.folds": folds, "data.validation_fraction": None}

@@ -10,8 +10,9 @@ import numpy as np
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform
 
 from dml_core import base_losses
+from pipelines.config.methods import METHODS
 from pipelines.config.recipe import with_values
-from pipelines.config.schema import METHODS, Config
+from pipelines.config.schema import Config
 from tune_spaces import base, iaa, namr, sgar
 
 SPACES = {"base": base.SPACE, "iaa": iaa.SPACE, "sgar": sgar.SPACE, "namr": namr.SPACE}

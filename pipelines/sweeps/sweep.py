@@ -51,10 +51,11 @@ from pipelines.sweeps.records import (
 from pipelines.sweeps.spaces import Point, Space, config_point, draw_points, load_space
 from pipelines.sweeps.stages import Placement, failure_reason, place_trials, read_trial, run_stage
 from pipelines.sweeps.trial import run_final, run_trial
+from pipelines.tracking.address import default_uri, without_password
 from pipelines.tracking.models import set_alias
 from pipelines.tracking.runs import end_run, log_figure, log_metrics, log_text, read_runs, resume_run, running_children
 from pipelines.tracking.sender import MetricSender
-from pipelines.tracking.server import default_uri, prepare_store, without_password
+from pipelines.tracking.server import prepare_store
 
 
 def start_sweep(
@@ -140,9 +141,12 @@ def _check_options(config: Config, space: Space, options: SweepOptions) -> None:
 def _record_sweep(config: Config, space: Space, options: SweepOptions, console: Console) -> Sweep:
     """Read the data once and start the sweep's run in MLflow."""
     with console.status("reading the data"):
-        splits = load_splits(config, unreadable_pictures(config.data, console))
+        unreadable = unreadable_pictures(config.data, console)
+        splits = load_splits(config, unreadable)
         if splits.validation is None:
             raise ValueError("data.validation_fraction=0: a sweep chooses by validation classes")
+        if options.folds > 1:  # refused here, not in every trial, where the set itself says what is validated on
+            load_splits(with_values(config, fold_values(0, options.folds)), unreadable)
     uri = default_uri(Path.cwd())
     prepare_store(uri)
     domains = {

@@ -49,7 +49,7 @@ def refused(*arguments: str | Path) -> str:
 @contextmanager
 def working_in(folder: Path, uri: str) -> Iterator[Path]:
     """A working folder whose runs go to a server."""
-    before = Path.cwd()
+    before, uri_before = Path.cwd(), os.environ.get("MLFLOW_TRACKING_URI")
     os.chdir(folder)
     os.environ["MLFLOW_TRACKING_URI"] = uri
     mlflow.set_tracking_uri(uri)
@@ -58,6 +58,8 @@ def working_in(folder: Path, uri: str) -> Iterator[Path]:
     finally:
         os.chdir(before)
         del os.environ["MLFLOW_TRACKING_URI"]
+        if uri_before:  # a fixture of the session that is made in the middle of a module
+            os.environ["MLFLOW_TRACKING_URI"] = uri_before
 
 
 @pytest.fixture(scope="module")

@@ -160,9 +160,11 @@ def test_only_its_pictures_and_only_for_this_machine(served: str) -> None:
 
 def test_a_run_alone_shows_its_test_pictures(exact) -> None:
     config = read_config(Path(exact[1].checkpoint))
-    test = embed.pictures(config, "test")
+    test = embed.pictures_of(config, "test")
     with open_demo(exact[1].checkpoint, None, parse_assignments(["workers=1"]), QUIET) as shown:
-        assert shown.index.about.rows == len(test) < len(embed.pictures(config, "own")) and shown.index.about.structure
+        assert (
+            shown.index.about.rows == len(test) < len(embed.pictures_of(config, "own")) and shown.index.about.structure
+        )
         picture = np.asarray(Image.open(io.BytesIO(shown.content(5))))
         assert (picture == test.picture(5, 32).permute(1, 2, 0).numpy()).all()
         found = shown.ask(shown.content(5), 3, plain=True)
@@ -197,7 +199,7 @@ def test_bad_input(exact, index: Path, pictures: Path, tmp_path: Path) -> None:
 
 
 def test_the_package_that_is_missing_is_named(index: Path) -> None:
-    code = "import sys; sys.modules['nicegui'] = None; from pipelines.cli import app; app()"
+    code = "import sys; sys.modules['nicegui'] = None; from pipelines.cli.main import app; app()"
     found = subprocess.run([sys.executable, "-c", code, "demo", str(index)], capture_output=True, text=True)
     assert found.returncode == 2
     assert found.stderr == "bad input: dml demo: NiceGUI is not installed; pip install 'dml-ray[demo]'\n"

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from pipelines.models import checkpoint
 from pipelines.models.build import build_learner
 from pipelines.models.checkpoint import TrainingState, model_fingerprint, read_class_names
 from pipelines.models.embedder import Embedder
+from pipelines.runs import record
 from pipelines.serving import export as export_module
-from pipelines.serving.export import ENDS, PACKAGES
+from pipelines.serving.export import PACKAGES, SUFFIXES
 from pipelines.training.optimizer import build_optimizer, build_schedule
 from tests.pipelines.conftest import answer, dml
 
@@ -55,7 +57,7 @@ def test_files_do_what_the_checkpoint_does(exact, pictures: list[Path], tmp_path
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     names = {"batch": None, "vectors": None}
     for to, code in zip(("onnx", "torch"), blocks, strict=True):
-        file = tmp_path / f"model{ENDS[to]}"
+        file = tmp_path / f"model{SUFFIXES[to]}"
         made = answer("export", run, "--to", to, "--out", file)
         assert made["file"] == str(file) and made["test_pictures"] + made["random_pictures"] == 256
         assert made["test_pictures"] > 100 and {*made["largest_difference"]} == {"vector", "structure"}
@@ -79,7 +81,13 @@ def test_files_do_what_the_checkpoint_does(exact, pictures: list[Path], tmp_path
             np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_a_frozen_network_whose_pictures_are_not_at_hand(tmp_path: Path) -> None:
+def test_a_frozen_network_whose_pictures_are_not_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is this package installed."""
+
+    def not_installed(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(record, "version", not_installed)
     config = load_recipe("grocery", {"data.root": "/nowhere", "data.image_size": 32, "name": "unborn"})
     learner = build_learner(config, 5)
     optimizer = build_optimizer(config, learner)
@@ -91,6 +99,7 @@ def test_a_frozen_network_whose_pictures_are_not_at_hand(tmp_path: Path) -> None
     made = json.loads(found.stdout.splitlines()[-1])
     assert (made["test_pictures"], made["random_pictures"]) == (0, 256)
     assert made["bytes"] == file.stat().st_size + Path(f"{file}.json").stat().st_size > 10e6
+    assert json.loads(Path(f"{file}.json").read_text())["versions"]["dml-ray"] == "0"
     z = onnxruntime.InferenceSession(file).run(None, {"image": np.zeros((3, 3, 32, 32), np.uint8)})[0]
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-6)
 
