@@ -74,7 +74,7 @@ def sgar(config: Config, learner: Learner, features: Tensor, labels: Tensor) -> 
         z = learner.embed(features)
         _, _, gate = learner.sgar(z, labels, learner.base_loss.proxies, generator)
         zh = normalize(z, dim=1)
-        synthetics = zh + radial.offsets(zh, config.sgar.intensity, config.sgar.count, generator)
+        synthetics = zh + radial.draw_offsets(zh, config.sgar.intensity, config.sgar.count, generator)
         source, drawn = (normalize(x @ learner.sgar.projection.T, dim=-1).relu() for x in (zh, synthetics))
     steps = " ".join(f"{c.mean():.3f}±{c.std():.3f}" for c in (drawn * source).sum(2))
     return f"gate open for {gate:.0%}; similarity after each step {steps}; margin {config.sgar.margin}"

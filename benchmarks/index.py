@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dml_core.retrieval import index as faiss_index
-from dml_core.retrieval.index import Options
+from dml_core.retrieval.index import IndexOptions
 from dml_core.retrieval.structure import index_vectors, query_vectors
 
 K = 10
-CASES = [("flat", Options()), ("ivf", Options()), ("hnsw", Options())]
-CASES += [("ivf", Options(nprobe=16)), ("ivf", Options(nprobe=128))]
-CASES += [("hnsw", Options(ef_search=32)), ("hnsw", Options(links=16))]
+CASES = [("flat", IndexOptions()), ("ivf", IndexOptions()), ("hnsw", IndexOptions())]
+CASES += [("ivf", IndexOptions(nprobe=16)), ("ivf", IndexOptions(nprobe=128))]
+CASES += [("hnsw", IndexOptions(ef_search=32)), ("hnsw", IndexOptions(links=16))]
 
 
 def clustered(rows: int, queries: int, dim: int, images: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "shard.faiss")
             faiss_index.write(built, path)
-            size, shard = Path(path).stat().st_size / 2**20, faiss_index.mapped(path)
+            size, shard = Path(path).stat().st_size / 2**20, faiss_index.open_mapped(path)
             faiss_index.search(shard, queries[:8], K)
             started = time.process_time()
             found = np.concatenate([faiss_index.search(shard, query, K).position for query in queries.split(1)])

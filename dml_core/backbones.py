@@ -18,9 +18,13 @@ EFFICIENTNET_LITE: Normalisation = ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502)
 
 
 class Backbone(nn.Module):
-    """uint8 images (B, 3, S, S) to features (B, dim), normalised as the network was trained.
+    """A network that maps uint8 images (B, 3, S, S) to features (B, dim).
 
-    dim: width of the features.
+    Args:
+        network: The network, without its classifier.
+        dim: Width of the features.
+        mean: Mean by channel, of pixels in [0, 1], that images are normalised with.
+        std: Standard deviation by channel.
     """
 
     mean: Tensor
@@ -35,7 +39,7 @@ class Backbone(nn.Module):
         self.train(False)
 
     def freeze(self) -> None:
-        """No gradients from now on, and the memory layout that is fastest without them."""
+        """Switch gradients off, and choose the memory layout that is fastest without them."""
         self.requires_grad_(False)
         self.memory_format = torch.channels_last
         self.network.to(memory_format=torch.channels_last)
@@ -49,11 +53,20 @@ class Backbone(nn.Module):
 
 
 def build(name: str, weights: str, read: bool = True) -> Backbone:
-    """name: `small`, `efficientnet_lite0`, a torchvision name (resnet50, googlenet, ...) or timm:NAME.
-    weights: `imagenet`, `none`, or a file with the network's state dict (.safetensors, or .pt read with weights_only).
-    read: False makes the same network without reading its weights, for a checkpoint to fill.
+    """Build a backbone by name.
 
-    ValueError for an unknown name or a file that does not fit; OSError where weights cannot be had.
+    Args:
+        name: `small`, `efficientnet_lite0`, a torchvision name (resnet50, googlenet, ...) or timm:NAME.
+        weights: `imagenet`, `none`, or a file with the network's state dict (.safetensors, or .pt, which is read with
+            weights_only).
+        read: False builds the same network without reading its weights, for a checkpoint to fill.
+
+    Returns:
+        The backbone, in evaluation mode.
+
+    Raises:
+        ValueError: The name is unknown, or the file does not fit.
+        OSError: The weights cannot be read or downloaded.
     """
     pretrained = weights == "imagenet" and read
     mean, std = IMAGENET
@@ -78,7 +91,7 @@ def build(name: str, weights: str, read: bool = True) -> Backbone:
 
 
 def small_network() -> nn.Module:
-    """A residual network of 0.3 million parameters for pictures of about 32 pixels: (B, 3, 32, 32) to (B, 128)."""
+    """Build a residual network of 0.3 million parameters for images of about 32 pixels: (B, 3, 32, 32) to (B, 128)."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False),
         _Residual(16, 32, 1),
@@ -91,7 +104,7 @@ def small_network() -> nn.Module:
 
 
 class _Residual(nn.Module):
-    """Pre-activation block: norm, relu, 3 x 3, twice, with a 1 x 1 short cut."""
+    """Pre-activation block: twice norm, relu and a 3 x 3 convolution, with a 1 x 1 short cut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -112,7 +125,7 @@ def _torchvision(name: str, imagenet: bool, read: bool) -> nn.Module:
     if name not in known:
         raise ValueError(f"backbone.name={name}: not small, efficientnet_lite0, timm:NAME or one of torchvision's")
     options = {}
-    if name in ("googlenet", "inception_v3"):  # weights from another library, which saw pictures scaled in its own way
+    if name in ("googlenet", "inception_v3"):  # weights of another library, trained on images scaled in its own way
         options = {"aux_logits": False, "transform_input": imagenet, "init_weights": False}
     return models.get_model(name, weights="DEFAULT" if imagenet and read else None, **options)
 
@@ -142,14 +155,14 @@ def _efficientnet_lite0(pretrained: bool) -> nn.Module:
 
 
 def _drop_classifier(network: nn.Module) -> int:
-    """Put the identity in the place of the last linear layer, which these networks classify with; returns its width."""
+    """Put the identity in the place of the last linear layer, the classifier, and return that layer's input width."""
     name, last = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
     network.set_submodule(name, nn.Identity())
     return last.in_features
 
 
 def _group_norm(network: nn.Module) -> nn.Module:
-    """Every batch norm replaced by a group norm of up to 32 groups."""
+    """Replace every batch norm by a group norm of up to 32 groups."""
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             network.set_submodule(name, nn.GroupNorm(math.gcd(32, module.num_features), module.num_features))

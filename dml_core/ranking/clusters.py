@@ -19,49 +19,80 @@ SPACINGS = ("even", "quantile")
 
 
 def adaptive_distance(z: Tensor, s: Tensor) -> Tensor:
-    """z (B, D), s (B, D) > 0 -> (B, B), asymmetric: row i weighs the dimensions by s_i. Zero diagonal."""
+    """Return the adaptive distances d_ij = sqrt(sum_k s_ik (z_ik - z_jk)^2), which are not symmetric.
+
+    Args:
+        z: (B, D) sample embeddings.
+        s: (B, D) structure embeddings, > 0: row i weighs the dimensions by s_i.
+
+    Returns:
+        (B, B) distances with a zero diagonal.
+    """
     with torch.autocast(z.device.type, enabled=False):
         z, s = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, s))
         z = z - z.detach().mean(0)  # distances stay, rounding errors shrink
         weighted = s * z
         total = torch.addmm((weighted * z).sum(1)[:, None], s, (z * z).T)
-        return root(torch.addmm(total, weighted, z.T, alpha=-2), total)
+        return safe_sqrt(torch.addmm(total, weighted, z.T, alpha=-2), total)
 
 
 def plain_distance(z: Tensor) -> Tensor:
-    """Adaptive distance with s = 1."""
+    """Return the Euclidean distances (B, B) of z (B, D): the adaptive ones with s = 1."""
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         z = z - z.detach().mean(0)
         norm = (z * z).sum(1)
         total = norm[:, None] + norm
-        return root(torch.addmm(total, z, z.T, alpha=-2), total)
+        return safe_sqrt(torch.addmm(total, z, z.T, alpha=-2), total)
 
 
-def root(square: Tensor, total: Tensor) -> Tensor:
-    """Square root of (B, B) distances, of which `total` was the largest term. What is rounding error alone is zero."""
+def safe_sqrt(square: Tensor, total: Tensor) -> Tensor:
+    """Return the square root of squared distances (B, B); what is but a rounding error of `total` (B, B) gives zero."""
     positive = (square > 8 * torch.finfo(square.dtype).eps * total).fill_diagonal_(False)
     return torch.where(positive, square, 1).sqrt() * positive
 
 
 def cluster_centers(distance: Tensor, centers: int, t: float, spacing: str) -> Tensor:
-    """Plain distances (B, B) with their zero diagonal -> (M,) centres, farthest first.
+    """Return the distances that the pairs are ranked to.
 
-    even: from the mean to max(0.2 mean, mean - t std). quantile: the middles of M equal shares of the distances.
+    Args:
+        distance: (B, B) plain distances with their zero diagonal.
+        centers: M.
+        t: Standard deviations between the mean and the last centre, if spaced evenly.
+        spacing: even: from the mean to max(0.2 mean, mean - t std). quantile: the middles of M equal shares of the
+            distances.
+
+    Returns:
+        (M,) centres, farthest first.
     """
     if spacing == "even":
         mean = distance.mean()
         last = torch.maximum(0.2 * mean, mean - t * distance.std())
         return torch.lerp(mean, last, torch.linspace(0, 1, centers, dtype=distance.dtype, device=distance.device))
     pairs = distance.flatten()[1:].view(len(distance) - 1, -1)[:, :-1].flatten()  # without the diagonal
-    places = [int((centers - m - 0.5) / centers * len(pairs)) + 1 for m in range(centers)]
-    return torch.stack([pairs.kthvalue(place).values for place in places])
+    orders = [int((centers - m - 0.5) / centers * len(pairs)) + 1 for m in range(centers)]
+    return torch.stack([pairs.kthvalue(k).values for k in orders])
 
 
 def cluster_ranking_loss(
     z: Tensor, s: Tensor, centers: int = 2, t: float = 3.0, alpha: float = 10.0, spacing: str = "even"
 ) -> Tensor:
-    """z (B, D) sample embeddings, s (B, D) structure embeddings; M = `centers`. Returns a scalar, 0 for one sample."""
+    """Return NAMR's loss: each adaptive distance is drawn to the nearest of M centres.
+
+    Args:
+        z: (B, D) sample embeddings.
+        s: (B, D) structure embeddings, > 0.
+        centers: M.
+        t: As in `cluster_centers`.
+        alpha: How sharply the nearest centre is preferred.
+        spacing: even or quantile, as in `cluster_centers`.
+
+    Returns:
+        A scalar, 0 for one sample.
+
+    Raises:
+        ValueError: The spacing is unknown.
+    """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}")
     pairs = len(z) * (len(z) - 1)
@@ -73,17 +104,21 @@ def cluster_ranking_loss(
 
 
 def distance_to_centers(distance: Tensor, eta: Tensor, alpha: float) -> Tensor:
-    """Mean over the off-diagonal pairs of sum_m c_m |d - eta_m|: distance (B, B), eta (M,) -> scalar."""
+    """Return the mean over the off-diagonal pairs of sum_m c_m |d - eta_m|; distance (B, B), eta (M,)."""
     gap = (distance - eta[:, None, None]).abs()
     loss = (torch.softmax(-alpha * gap, 0) * gap).sum(0)
     return (loss.sum() - loss.diagonal().sum()) / (loss.numel() - len(loss))
 
 
 class ClusterRanking(nn.Module):
-    """Structure head and the ranking of its distances.
+    """NAMR: the structure head, and the ranking of the adaptive distances that it gives.
 
-    structure: features (B, F) of the global batch -> (B, D) weights of the dimensions, > 0.
-    forward(z (B, D) raw, features (B, F)) -> scalar.
+    Args:
+        structure: Maps features (B, F) of the global batch to weights (B, D) > 0 of the dimensions.
+        centers: As in `cluster_ranking_loss`.
+        t: As in `cluster_ranking_loss`.
+        alpha: As in `cluster_ranking_loss`.
+        spacing: As in `cluster_ranking_loss`.
     """
 
     def __init__(self, structure: nn.Module, centers: int, t: float, alpha: float, spacing: str):
@@ -92,6 +127,7 @@ class ClusterRanking(nn.Module):
         self.centers, self.t, self.alpha, self.spacing = centers, t, alpha, spacing
 
     def forward(self, z: Tensor, features: Tensor) -> Tensor:
+        """Return the loss, a scalar, of z (B, D), which is divided by its mean distance, and features (B, F)."""
         s = self.structure(features)
         pairs = len(z) * (len(z) - 1)
         if pairs == 0:

@@ -10,6 +10,8 @@ But:
   F r_j / ||z|| = F zh + j r F u_j, which is the same and has a cheaper gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, relu
@@ -20,42 +22,51 @@ from dml_core.synthesis import radial
 def intensity_ranking_loss(
     similarity: Tensor, margin: float, scale: float, max_gap: float | None = None, gate: Tensor | None = None
 ) -> Tensor:
-    """A stronger synthetic lies farther from its source than a weaker one, by the margin. Mean over gated sources.
+    """Return SGAR's ranking loss: a stronger synthetic lies farther from its source than a weaker one, by the margin.
 
-    similarity (N, S): of synthetic j to its source, weakest first.  gate (S,) bool; None: all sources.
     L = (1/scale) log(1 + sum_{i<j} exp(scale (c_j - c_i + margin)))
       [+ (1/scale) log(1 + sum_{i<j} exp(scale (c_i - c_j - j max_gap)))]
+
+    Args:
+        similarity: (N, S) c: of synthetic j to its source, weakest first.
+        margin: What a step of intensity should cost in similarity, at least.
+        scale: Sharpness of the soft maximum.
+        max_gap: What a step may cost, at most; None: no limit.
+        gate: (S,) bool, the sources that count; None: all.
+
+    Returns:
+        A scalar, the mean over the sources that count.
     """
     weaker, stronger = torch.triu_indices(len(similarity), len(similarity), 1, device=similarity.device)
     drop = similarity[weaker] - similarity[stronger]
     loss = soft_hinge(margin - drop, scale)
     if max_gap is not None:
-        number = (stronger + 1).to(similarity.dtype)
-        loss = loss + soft_hinge(drop - max_gap * number[:, None], scale)
+        steps = (stronger + 1).to(similarity.dtype)
+        loss = loss + soft_hinge(drop - max_gap * steps[:, None], scale)
     return gated_mean(loss, gate)
 
 
 def soft_hinge(violation: Tensor, scale: float) -> Tensor:
-    """(1/scale) log(1 + sum_n exp(scale v_n)): (n, S) -> (S,)."""
+    """Return (1/scale) log(1 + sum_n exp(scale v_n)), (S,), of violations v (n, S)."""
     return torch.cat([torch.zeros_like(violation[:1]), scale * violation]).logsumexp(0) / scale
 
 
 def gated_mean(loss: Tensor, gate: Tensor | None) -> Tensor:
-    """Mean of (S,) over the open gates; a differentiable zero where all are closed."""
+    """Return the mean of loss (S,) over the open gates (S,); a differentiable zero where all are closed."""
     return loss.mean() if gate is None else (loss * gate).sum() / gate.sum().clamp(min=1)
 
 
 def batch_class_means(zh: Tensor, labels: Tensor) -> Tensor:
-    """(B, D): for each sample, the mean of the unit embeddings of its class in the batch, itself included."""
+    """Return (B, D): for each sample the mean of the unit embeddings zh (B, D) of its class, itself included."""
     same = (labels[:, None] == labels[None, :]).to(zh.dtype)
     return same @ zh / same.sum(1, keepdim=True)
 
 
 class RectifiedCosine(torch.autograd.Function):
-    """<relu(x / ||x||), e>: x (N, B, D), ends e (E, B, D) -> (E, N, B). Its gradient in half of autograd's passes."""
+    """<relu(x / ||x||), e>, (E, N, B), of x (N, B, D) and ends e (E, B, D). Takes half of autograd's passes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, ends: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, x: Tensor, ends: Tensor) -> Tensor:
         length = x.norm(dim=2).clamp_min(torch.finfo(x.dtype).tiny)
         positive = relu(x)
         cosine = torch.stack([(positive * end).sum(2) for end in ends]) / length
@@ -63,8 +74,8 @@ class RectifiedCosine(torch.autograd.Function):
         return cosine
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def, override]
-        x, positive, ends, length, cosine = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,), (x, positive, ends, length, cosine) = gradients, ctx.saved_tensors
         share = gradient / length
         to_x = torch.zeros_like(x)
         for part, end in zip(share, ends, strict=True):
@@ -74,11 +85,23 @@ class RectifiedCosine(torch.autograd.Function):
 
 
 class IntensityRanking(nn.Module):
-    """Synthesis and both of SGAR's terms, with the projection F.
+    """SGAR: the synthesis, the projection F, and both terms.
 
-    forward(z (B, D) raw, labels (B,), proxies (C, D) or None, generator) -> (rank, anchor, share of open gates).
-    anchor = (1/a) log(1 + sum_j exp(a (m - <h(r_j), h(p_y)>))): synthetics stay in their class.
-    Only sources whose cosine to their class's proxy is at least `gate` count, in both terms.
+    The ranking term is `intensity_ranking_loss`. The anchor term keeps synthetics in their class:
+    (1/a) log(1 + sum_j exp(a (m - <h(r_j), h(p_y)>))). Only sources whose cosine to their class's proxy is at least
+    `gate` count, in both terms.
+
+    Args:
+        dim: D.
+        intensity: r, the step between two synthetics of a source.
+        count: N, how many synthetics a source gets.
+        margin: As in `intensity_ranking_loss`.
+        max_gap: As in `intensity_ranking_loss`.
+        scale: As in `intensity_ranking_loss`.
+        gate: The least cosine of a source to its class's proxy.
+        anchor_scale: a.
+        anchor_margin: m.
+        shared_directions: Whether all sources share the directions of their synthetics.
     """
 
     def __init__(
@@ -103,11 +126,22 @@ class IntensityRanking(nn.Module):
     def forward(
         self, z: Tensor, labels: Tensor, proxies: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute both terms.
+
+        Args:
+            z: (B, D) raw embeddings.
+            labels: (B,) classes.
+            proxies: (C, D), or None: the classes' means in the batch.
+            generator: Draws the directions.
+
+        Returns:
+            The ranking term, the anchor term and the share of sources that count, each a scalar.
+        """
         zh = normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
         anchors = batch_class_means(zh, labels) if proxies is None else proxies[labels]
         gate = (zh * normalize(anchors, dim=1)).sum(1).detach() >= self.gate
         sources, classes = (torch.cat([zh, anchors]) @ self.projection.T).chunk(2)
-        offsets = radial.offsets(zh, self.intensity, self.count, generator, self.shared_directions)
+        offsets = radial.draw_offsets(zh, self.intensity, self.count, generator, self.shared_directions)
         synthetics = sources + offsets @ self.projection.T
         ends = torch.stack([relu(normalize(x, dim=1)) for x in (sources, classes)])
         to_source, to_class = RectifiedCosine.apply(synthetics, ends)

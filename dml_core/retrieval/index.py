@@ -1,8 +1,8 @@
-"""Search by inner product in Faiss: built, written, mapped into memory, and ranked exactly.
+"""Search by inner product in a Faiss index: build, write, read, and rank exactly.
 
 Faiss adds up in float32, by an order that depends on how many queries come at once, and leaves open which of two equal
-items comes first. So it is asked for more candidates than are wanted; those are scored anew in float64 from the vectors
-that the index holds, until nothing that was not looked at can belong to the k best. A `flat` index then ranks as
+items comes first. So it returns more candidates than are needed; those are scored anew in float64 from the stored
+vectors, and more are fetched until no other item can belong to the k best. A `flat` index then ranks as
 `neighbors.nearest` does in float64, ties by position, however the items are dealt to shards. `ivf` and `hnsw` rank what
 they find in the same way.
 
@@ -18,17 +18,20 @@ import torch
 
 from dml_core.retrieval.neighbors import Neighbors
 
-MORE = 16  # candidates beyond the k wanted
+EXTRA_CANDIDATES = 16  # beyond k, in the first search
 CHUNK = 2**22  # numbers: the vectors of the candidates of a chunk of queries
-ROUNDING = 2**-24  # of float32, relative
-LONGEST = math.sqrt(2)  # norm of what is stored: 1 for unit embeddings, at most this for index_vectors of them
+UNIT_ROUNDOFF = 2**-24  # of float32, relative
+LARGEST_NORM = math.sqrt(2)  # of stored vectors: 1 for unit embeddings, at most this for index_vectors of them
 
 
-class Options(NamedTuple):
-    """Of approximate kinds; None: the default.
+class IndexOptions(NamedTuple):
+    """Options of approximate indexes; None: the default.
 
-    nlist: cells of ivf.  nprobe: cells that a query looks into.  links: of each item of hnsw.  ef_search: candidates
-    that a query holds on its way.
+    Attributes:
+        nlist: Cells of ivf.
+        nprobe: Cells of ivf that a query searches.
+        links: Links of each item of hnsw.
+        ef_search: Candidates that a query keeps on its way through hnsw.
     """
 
     nlist: int | None = None
@@ -37,20 +40,30 @@ class Options(NamedTuple):
     ef_search: int | None = None
 
 
+# Kind of index -> its options.
 KINDS: dict[str, tuple[str, ...]] = {"flat": (), "ivf": ("nlist", "nprobe"), "hnsw": ("links", "ef_search")}
 
 
 def default_cells(rows: int) -> int:
-    """sqrt(rows), where comparing a query with all centres costs as much as with the items of a cell; fewer where the
-    k-means behind it would have less than the 39 items a cell that Faiss asks for."""
+    """Return how many cells ivf has by default.
+
+    sqrt(rows), where comparing a query with all centres costs as much as with the items of a cell; fewer where k-means
+    would have less than the 39 items a cell that Faiss asks for.
+    """
     return max(1, min(round(math.sqrt(rows)), rows // 39))
 
 
-def build(vectors: Any, kind: str, options: Options) -> Any:
-    """A Faiss index of vectors (N, D), an array or tensor. The same bits each time on one thread.
+def build(vectors: Any, kind: str, options: IndexOptions) -> Any:
+    """Build a Faiss index, with the same bits each time on one thread.
 
-    kind: of KINDS, which name the options that belong to each. flat compares a query with every item; ivf with those of
-    the cells around it; hnsw walks along a graph of near items.
+    Args:
+        vectors: (N, D) array or tensor.
+        kind: flat compares a query with every item, ivf with those of the cells around it; hnsw walks along a graph of
+            near items.
+        options: Options of the kind, as KINDS names them.
+
+    Returns:
+        The Faiss index.
     """
     import faiss
 
@@ -76,54 +89,75 @@ def build(vectors: Any, kind: str, options: Options) -> Any:
 
 
 def write(index: Any, path: str) -> None:
+    """Write a Faiss index to a file."""
     import faiss
 
     faiss.write_index(index, path)
 
 
-def mapped(path: str) -> Any:
-    """An index whose vectors, cells and links stay in the file, of which the system keeps in memory what is used."""
+def open_mapped(path: str) -> Any:
+    """Open a Faiss index as a memory map: vectors, cells and links stay in the file, and are read on use."""
     import faiss
 
     return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
 
 
 def search(index: Any, queries: Any, k: int) -> Neighbors:
-    """The k items of greatest inner product with each query (Q, D), best first, ties by position.
+    """Find the k items of greatest inner product with each query.
 
-    Returns similarity (Q, k) float64 and position (Q, k); places that nothing was found for hold -inf and -1.
+    Args:
+        index: A Faiss index.
+        queries: (Q, D) array or tensor.
+        k: How many neighbours a query gets.
+
+    Returns:
+        The neighbours (Q, k), best first, ties by position; similarity is float64. Empty places hold -inf and -1.
     """
     queries = np.ascontiguousarray(queries, np.float32)
     similarity, position = np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1)
-    undecided, wanted = np.arange(len(queries)), k + MORE
+    undecided, candidates = np.arange(len(queries)), k + EXTRA_CANDIDATES
     while len(undecided):
-        wanted = min(wanted, index.ntotal)
-        rows = max(1, CHUNK // (wanted * index.d))
-        left = []
-        for some in np.split(undecided, range(rows, len(undecided), rows)):
-            decided, *found = _candidates(index, queries[some], k, wanted)
-            similarity[some, : found[0].shape[1]], position[some, : found[0].shape[1]] = found
-            left.append(some[~decided])
-        undecided, wanted = np.concatenate(left), 2 * wanted
+        candidates = min(candidates, index.ntotal)
+        rows = max(1, CHUNK // (candidates * index.d))
+        still_undecided = []
+        for chunk in np.split(undecided, range(rows, len(undecided), rows)):
+            decided, best_score, best_position = _search_once(index, queries[chunk], k, candidates)
+            columns = best_score.shape[1]
+            similarity[chunk, :columns], position[chunk, :columns] = best_score, best_position
+            still_undecided.append(chunk[~decided])
+        undecided, candidates = np.concatenate(still_undecided), 2 * candidates
     return Neighbors(torch.from_numpy(similarity), torch.from_numpy(position))
 
 
-def _candidates(index: Any, queries: np.ndarray, k: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k best of so many candidates, and (Q,) whether no other item can be among the k best."""
-    rough, position, stored = index.search_and_reconstruct(queries, wanted)
+def _search_once(index: Any, queries: np.ndarray, k: int, candidates: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rank so many candidates of each query.
+
+    Returns:
+        (Q,) whether no other item can be among the k best, and the similarity and position of the k best candidates.
+    """
+    rough, position, stored = index.search_and_reconstruct(queries, candidates)
     # The sum over a row of its own: equal vectors have equal scores, which a matrix product does not promise.
     score = (queries[:, None].astype(np.float64) * stored).sum(2)
     score[position < 0] = -np.inf
     order = np.lexsort((position, -score), axis=-1)[:, :k]
-    error = ROUNDING * index.d * LONGEST * np.linalg.norm(queries, axis=1)
-    decided = (position[:, -1] < 0) | (rough[:, -1] + error < rough[:, min(k, wanted) - 1] - error)
-    if wanted == index.ntotal:
+    error = UNIT_ROUNDOFF * index.d * LARGEST_NORM * np.linalg.norm(queries, axis=1)
+    decided = (position[:, -1] < 0) | (rough[:, -1] + error < rough[:, min(k, candidates) - 1] - error)
+    if candidates == index.ntotal:
         decided[:] = True
     return decided, np.take_along_axis(score, order, 1), np.take_along_axis(position, order, 1)
 
 
-def merged(shards: Sequence[Neighbors], offsets: Sequence[int], k: int) -> Neighbors:
-    """The k best of the neighbours found in shards of a gallery, which begin at ascending offsets."""
+def merge_shards(shards: Sequence[Neighbors], offsets: Sequence[int], k: int) -> Neighbors:
+    """Merge the neighbours in the shards of a gallery.
+
+    Args:
+        shards: The neighbours in each shard, by position in it.
+        offsets: Ascending gallery positions at which the shards begin.
+        k: How many neighbours a query gets.
+
+    Returns:
+        The k best by position in the gallery, ties by position.
+    """
     similarity = torch.cat([shard.similarity for shard in shards], 1)
     position = torch.cat(
         [torch.where(s.position < 0, -1, s.position + offset) for s, offset in zip(shards, offsets, strict=True)], 1

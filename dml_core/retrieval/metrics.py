@@ -32,9 +32,17 @@ EXTRA_METRICS = (*RANKING, *CLUSTERING)
 
 
 def clustering_metrics(embeddings: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float]:
-    """NMI and AMI (arithmetic means of entropies) of a k-means clustering of embeddings (N, D) with k = classes.
+    """Cluster embeddings by k-means, k the number of classes, and compare the clusters with the classes.
 
-    Embeddings are normalised first; k-means as pytorch-metric-learning's (Faiss, 20 iterations), seeded.
+    Embeddings are normalised first; k-means is that of pytorch-metric-learning (Faiss, 20 iterations), but seeded.
+
+    Args:
+        embeddings: (N, D).
+        labels: (N,) integers.
+        seed: Seed of k-means.
+
+    Returns:
+        nmi and ami: normalised and adjusted mutual information, by arithmetic means of entropies.
     """
     import faiss
     from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
@@ -44,20 +52,29 @@ def clustering_metrics(embeddings: Tensor, labels: Tensor, seed: int = 0) -> dic
     # Faiss would print a warning for classes of fewer than 39 points; nothing else depends on that number.
     kmeans = faiss.Kmeans(points.shape[1], len(np.unique(truth)), niter=20, seed=seed, min_points_per_centroid=1)
     kmeans.train(points)
-    found = kmeans.index.search(points, 1)[1].ravel()
+    clusters = kmeans.index.search(points, 1)[1].ravel()
     return {
-        "nmi": float(normalized_mutual_info_score(truth, found)),
-        "ami": float(adjusted_mutual_info_score(truth, found)),
+        "nmi": float(normalized_mutual_info_score(truth, clusters)),
+        "ami": float(adjusted_mutual_info_score(truth, clusters)),
     }
 
 
 @torch.no_grad()
 def sharded_clustering_metrics(shard: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float]:
-    """clustering_metrics of a set that the processes hold together; call on every rank, every rank gets the result.
+    """Compute `clustering_metrics` of a set whose rows lie on several processes. Call on every rank.
 
-    shard: (n, D), rows `owned_rows(N, rank, world)` of the set, none on a rank that owns none. labels: (N,) of all of
-    it. Rank 0 gathers the N x D numbers and clusters them on one thread, as rounding depends on how many there are.
-    Raises ValueError for sizes that do not fit.
+    Rank 0 gathers the N x D numbers and clusters them on one thread, as rounding depends on how many there are.
+
+    Args:
+        shard: (n, D), rows `owned_rows(N, rank, world)` of the set; none on a rank that owns none.
+        labels: (N,) of the whole set.
+        seed: Seed of k-means.
+
+    Returns:
+        nmi and ami, on every rank.
+
+    Raises:
+        ValueError: The sizes do not fit.
     """
     import faiss
 
@@ -92,23 +109,33 @@ def retrieval_metrics(
     rerank: int | None = None,
     in_gallery: Tensor | None = None,
 ) -> dict[str, float]:
-    """Metrics of whole sets in this process, alone even inside a process group.
+    """Compute retrieval metrics of whole sets in this process, without others even inside a process group.
 
-    query: (N, D), query_labels: (N,) integers; gallery: (M, D), gallery_labels: (M,), by default the queries with each
-    query left out of its own ranking. ks: the k of recall_at_k; may exceed M. extra: any of map, cmc, nmi, ami (the
-    last two cluster the queries, seeded by `seed`).
-    structure: (N, D) structure embeddings of the queries: ranked by adaptive distance between unit embeddings
-    (structure.py), the whole gallery, or with `rerank` only the first so many of the plain ranking.
-    in_gallery: (N,) bool, where no gallery is given: these samples are the gallery, and the others the queries.
-    Returns recall_at_<k>, map_at_r, r_precision, queries_without_match (a count), and with extra also
-    mean_average_precision, cmc_at_<CMC_RANKS>, nmi, ami. All but the count are 0 where no query has a match.
-    Raises ValueError for sizes that do not fit, empty sets, embeddings that are not finite, and unknown names in extra.
+    Args:
+        query: (N, D) embeddings of the queries.
+        query_labels: (N,) integers.
+        gallery: (M, D) embeddings. By default the queries are the gallery, each left out of its own ranking.
+        gallery_labels: (M,) integers.
+        ks: The k of recall_at_k; may exceed M.
+        extra: Further metrics, of EXTRA_METRICS: map, cmc, nmi, ami. The last two cluster the queries.
+        seed: Seed of the clustering.
+        structure: (N, D) structure embeddings of the queries, by which the gallery is ranked: by adaptive distance
+            between unit embeddings (structure.py).
+        rerank: Only the first so many of the plain ranking are ranked by `structure`.
+        in_gallery: (N,) bool, where no gallery is given: these samples are the gallery, and the others the queries.
+
+    Returns:
+        recall_at_<k>, map_at_r, r_precision, queries_without_match (a count), and with `extra` also
+        mean_average_precision, cmc_at_<CMC_RANKS>, nmi, ami. All but the count are 0 where no query has a match.
+
+    Raises:
+        ValueError: Sizes do not fit, a set is empty, an embedding is not finite, or a name in `extra` is unknown.
     """
     if unknown := set(extra) - {*RANKING, *CLUSTERING}:
         raise ValueError(f"extra: {sorted(unknown)} unknown; allowed are {[*RANKING, *CLUSTERING]}")
     ranking = [name for name in extra if name in RANKING]
-    given = query, query_labels, gallery, gallery_labels, ks, ranking, structure, rerank, in_gallery
-    metrics = _metrics(*given, rank=0, world=1)
+    arguments = query, query_labels, gallery, gallery_labels, ks, ranking, structure, rerank, in_gallery
+    metrics = _metrics(*arguments, rank=0, world=1)
     if set(extra) & set(CLUSTERING):
         metrics |= {k: v for k, v in clustering_metrics(query, query_labels, seed).items() if k in extra}
     return metrics
@@ -125,17 +152,31 @@ def sharded_retrieval_metrics(
     rerank: int | None = None,
     in_gallery: Tensor | None = None,
 ) -> dict[str, float]:
-    """retrieval_metrics of sets that the processes hold together; call on every rank, every rank gets the result.
+    """Compute `retrieval_metrics` of sets whose rows lie on several processes. Call on every rank.
 
-    query_shard: (n, D), rows `owned_rows(N, rank, world)` of the queries, none on a rank that owns none; gallery_shard
-    likewise of the gallery, structure_shard as the queries. Labels and in_gallery: of the whole sets. extra: any of
-    map, cmc; clustering needs all embeddings in one process. Gallery blocks are broadcast one after the other (three
-    times with map, twice with rerank).
+    Gallery blocks are broadcast one after the other (three times with map, twice with rerank).
+
+    Args:
+        query_shard: (n, D), rows `owned_rows(N, rank, world)` of the queries; none on a rank that owns none.
+        query_labels: (N,) of the whole set.
+        gallery_shard: (m, D), the same of the gallery.
+        gallery_labels: (M,) of the whole gallery.
+        ks: The k of recall_at_k.
+        extra: Any of map, cmc; clustering needs all embeddings in one process.
+        structure_shard: (n, D) structure embeddings of the queries in `query_shard`.
+        rerank: As in `retrieval_metrics`.
+        in_gallery: (N,) of the whole set, as in `retrieval_metrics`.
+
+    Returns:
+        The metrics, on every rank.
+
+    Raises:
+        ValueError: As `retrieval_metrics`.
     """
     if unknown := set(extra) - set(RANKING):
         raise ValueError(f"extra: {sorted(unknown)} unknown or not possible in shards; allowed are {list(RANKING)}")
-    given = query_shard, query_labels, gallery_shard, gallery_labels, ks, extra, structure_shard, rerank, in_gallery
-    return _metrics(*given, gather.rank(), gather.world_size())
+    arguments = query_shard, query_labels, gallery_shard, gallery_labels, ks, extra, structure_shard, rerank, in_gallery
+    return _metrics(*arguments, gather.rank(), gather.world_size())
 
 
 @torch.no_grad()
@@ -160,7 +201,7 @@ def _metrics(
         raise ValueError(f"rerank={rerank} needs structure embeddings, and has no ranking of the full list (map)")
     if in_gallery is not None and (gallery is not None or len(in_gallery) != len(query_labels)):
         raise ValueError("in_gallery: one entry a query, and no gallery beside it")
-    alone = gallery is None
+    same_set = gallery is None
     labels = torch.as_tensor(query_labels, device=query.device)
     targets = labels if gallery_labels is None else torch.as_tensor(gallery_labels, device=query.device)
     shard = query = _normalized("query", query, len(labels), rank, world)
@@ -180,22 +221,23 @@ def _metrics(
 
     rows, owned = block_rows(len(labels)), owned_rows(len(labels), rank, world).to(query.device)
     if in_gallery is None:
-        asked = torch.ones_like(labels, dtype=torch.bool)
-        all_counts = _match_counts(labels, targets) - int(alone)
+        is_query = torch.ones_like(labels, dtype=torch.bool)
+        all_counts = _match_counts(labels, targets) - int(same_set)
     else:
-        asked = ~in_gallery.to(query.device)
-        all_counts = _match_counts(labels, labels[~asked]) * asked
+        is_query = ~in_gallery.to(query.device)
+        all_counts = _match_counts(labels, labels[~is_query]) * is_query
     # A rank may own no block at all: it still takes part in every broadcast.
-    blocks, adaptive_blocks, own, block_labels, counts = (
+    blocks, adaptive_blocks, own_positions, block_labels, counts = (
         x.split(rows) if len(x) else () for x in (query, adaptive[0], owned, labels[owned], all_counts[owned])
     )
 
     def stream(blocks: Sequence[Tensor] = blocks, shard: Tensor = shard) -> Iterator[tuple[int, int, Tensor]]:
         gallery_blocks = neighbors.gallery_blocks(shard, len(targets), rank, world)
-        for number, offset, similarity in neighbors.similarities(blocks, gallery_blocks, own if alone else None, rows):
+        left_out = own_positions if same_set else None
+        for number, offset, similarity in neighbors.similarities(blocks, gallery_blocks, left_out, rows):
             if in_gallery is not None:
-                similarity[:, asked[offset : offset + similarity.shape[1]].nonzero().flatten()] = -torch.inf
-                similarity[(~asked[own[number]]).nonzero().flatten()] = -torch.inf
+                similarity[:, is_query[offset : offset + similarity.shape[1]].nonzero().flatten()] = -torch.inf
+                similarity[(~is_query[own_positions[number]]).nonzero().flatten()] = -torch.inf
             yield number, offset, similarity
 
     places = max([1, *ks, rerank or 0, *(CMC_RANKS if "cmc" in extra else ())])
@@ -204,23 +246,23 @@ def _metrics(
         gallery_blocks = neighbors.gallery_blocks(shard, len(targets), rank, world)
         best = mutual_neighbors(blocks, gallery_blocks, depth, rows, rank, world)
     else:
-        best = [neighbors.no_neighbors(block, k) for block, k in zip(blocks, depth[rank::world], strict=True)]
+        best = [neighbors.empty_neighbors(block, k) for block, k in zip(blocks, depth[rank::world], strict=True)]
         for number, offset, similarity in stream():
             neighbors.update(best[number], similarity, offset)
     if rerank:
-        products = [found.similarity[:, :rerank].clone() for found in best]
+        products = [block_best.similarity[:, :rerank].clone() for block_best in best]
         for number, offset, similarity in stream(adaptive_blocks, adaptive[1]):
-            neighbors.rescored(best[number], similarity, offset, products[number])
-        best = [neighbors.reordered(found, product) for found, product in zip(best, products, strict=True)]
+            neighbors.fill_scores(products[number], best[number], similarity, offset)
+        best = [neighbors.reorder(block_best, product) for block_best, product in zip(best, products, strict=True)]
     scores = [
-        _scores(_relevance(found, label, targets), count, ks, "cmc" in extra)
-        for found, label, count in zip(best, block_labels, counts, strict=True)
+        _scores(_relevance(block_best, label, targets), count, ks, extra)
+        for block_best, label, count in zip(best, block_labels, counts, strict=True)
     ]
     if "map" in extra:
         for score, precision in zip(scores, _full_list(stream, block_labels, targets, counts), strict=True):
             score["mean_average_precision"] = precision
 
-    names = [*_scores(targets.new_zeros(0, places).bool(), targets.new_zeros(0), ks, "cmc" in extra)]
+    names = [*_scores(targets.new_zeros(0, places).bool(), targets.new_zeros(0), ks, extra)]
     names += ["mean_average_precision"] * ("map" in extra)
     # One row a block of the whole set: adding other ranks' zeros is exact, so the sum over rows knows no ranks.
     sums = torch.zeros(-(-len(labels) // rows), len(names), dtype=torch.float64, device=query.device)
@@ -229,11 +271,11 @@ def _metrics(
     totals = (gather.all_sum(sums) if world > 1 else sums).sum(0).tolist()
     matched = int((all_counts > 0).sum())
     means = {name: total / max(matched, 1) for name, total in zip(names, totals, strict=True)}
-    return means | {"queries_without_match": int(asked.sum()) - matched}
+    return means | {"queries_without_match": int(is_query.sum()) - matched}
 
 
 def _normalized(name: str, shard: Tensor, total: int, rank: int, world: int) -> Tensor:
-    """Unit rows, at least float32, of a shard (n, D) that is checked first."""
+    """Check a shard (n, D), and return its rows at unit length, float32 or better."""
     rows, expected = block_rows(total), len(owned_rows(total, rank, world))
     if not total:
         raise ValueError(f"{name}: the set is empty")
@@ -248,21 +290,21 @@ def _normalized(name: str, shard: Tensor, total: int, rank: int, world: int) -> 
 
 
 def _match_counts(labels: Tensor, targets: Tensor) -> Tensor:
-    """(N,) how many gallery items have each query's label."""
+    """Return (N,), how many gallery items have each query's label."""
     values, counts = targets.unique(return_counts=True)
-    place = torch.searchsorted(values, labels).clamp(max=len(values) - 1)
-    return torch.where(values[place] == labels, counts[place], 0)
+    index = torch.searchsorted(values, labels).clamp(max=len(values) - 1)
+    return torch.where(values[index] == labels, counts[index], 0)
 
 
-def _relevance(found: neighbors.Neighbors, labels: Tensor, targets: Tensor) -> Tensor:
-    """(Q, k) bool: a neighbour of the query's label. Empty places, position -1, are not relevant."""
-    return (targets[found.position] == labels[:, None]) & (found.position >= 0)
+def _relevance(best: neighbors.Neighbors, labels: Tensor, targets: Tensor) -> Tensor:
+    """Return (Q, k) bool, whether a neighbour has the query's label; False at empty places (position -1)."""
+    return (targets[best.position] == labels[:, None]) & (best.position >= 0)
 
 
-def _scores(relevant: Tensor, count: Tensor, ks: Sequence[int], with_cmc: bool) -> dict[str, Tensor]:
+def _scores(relevant: Tensor, count: Tensor, ks: Sequence[int], extra: Sequence[str]) -> dict[str, Tensor]:
     scores = {f"recall_at_{k}": recall_at_k(relevant, k) for k in ks}
     scores |= {"map_at_r": average_precision_at_r(relevant, count), "r_precision": r_precision(relevant, count)}
-    if with_cmc:
+    if "cmc" in extra:
         curve = cmc(relevant)
         scores |= {f"cmc_at_{k}": curve[:, min(k, curve.shape[1]) - 1] for k in CMC_RANKS}
     return scores
@@ -274,26 +316,26 @@ def _full_list(
     targets: Tensor,
     counts: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Average precision (Q,) over the full ranking, per query block.
+    """Return, for each query block, the average precision (Q,) over the full ranking.
 
-    One pass over the gallery finds the relevant items, another counts what ranks above each.
+    One pass over the gallery finds the relevant items, another counts the items that rank above each.
     """
 
-    def same(number: int, offset: int, similarity: Tensor) -> Tensor:
+    def same_class(number: int, offset: int, similarity: Tensor) -> Tensor:
         columns = targets[offset : offset + similarity.shape[1]]
         match = labels[number][:, None] == F.pad(columns, (0, similarity.shape[1] - len(columns)))
         return match & (similarity > -torch.inf)
 
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in labels]
+    matches: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in labels]
     for number, offset, similarity in stream():
-        row, column = same(number, offset, similarity).nonzero(as_tuple=True)
-        found[number].append((row, column + offset, similarity[row, column]))
+        row, column = same_class(number, offset, similarity).nonzero(as_tuple=True)
+        matches[number].append((row, column + offset, similarity[row, column]))
     relevant = []
-    for pieces, count in zip(found, counts, strict=True):
+    for pieces, count in zip(matches, counts, strict=True):
         row, position, value = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         relevant.append(neighbors.relevant_items(row, position, value, count))
-    outranked = [item.total.new_zeros(len(item.total), item.position.shape[1] + 1) for item in relevant]
+    outranking = [item.total.new_zeros(len(item.total), item.position.shape[1] + 1) for item in relevant]
     for number, offset, similarity in stream():
-        similarity.masked_fill_(same(number, offset, similarity), -torch.inf)
-        outranked[number] += neighbors.outranked(relevant[number], similarity, offset)
-    return [mean_average_precision(r, o) for r, o in zip(relevant, outranked, strict=True)]
+        similarity.masked_fill_(same_class(number, offset, similarity), -torch.inf)
+        outranking[number] += neighbors.count_outranking(relevant[number], similarity, offset)
+    return [mean_average_precision(r, o) for r, o in zip(relevant, outranking, strict=True)]

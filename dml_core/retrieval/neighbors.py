@@ -16,17 +16,19 @@ from torch.nn import functional as F
 
 from dml_core import gather
 
-BLOCK = 256  # the least rows of a block; all block sizes are multiples of it
+BLOCK = 256  # rows of the smallest block; all block sizes are multiples of it
 GALLERY_BLOCK = 4096  # gallery rows of one matrix product: 256 x 4096 similarities stay in a processor's cache
-GROUP = 32  # columns looked at through their maximum alone, as long as that cannot enter the k best
+GROUP = 32  # columns of which only the maximum is compared, as long as that cannot enter the k best
 
 GalleryBlocks = Iterable[tuple[int, Tensor]]
 
 
 class Neighbors(NamedTuple):
-    """The k most similar items, best first: similarity (Q, k), position (Q, k) in the gallery.
+    """The k most similar items of each query, best first. Empty places hold -inf and -1.
 
-    Places left empty hold -inf and -1.
+    Attributes:
+        similarity: (Q, k).
+        position: (Q, k) in the gallery.
     """
 
     similarity: Tensor
@@ -34,8 +36,11 @@ class Neighbors(NamedTuple):
 
 
 def block_rows(total: int) -> int:
-    """Rows of a block of a set of `total`: BLOCK, and more for large sets, where many small products cost more; at most
-    four times that: 4096 x 4096 similarities are in no cache, and take twice as long as in tiles of 1024 x 4096."""
+    """Return how many rows the blocks of a set of `total` items have.
+
+    BLOCK, and more for large sets, where many small products cost more; at most four times that: 4096 x 4096
+    similarities are in no cache, and take twice as long as in tiles of 1024 x 4096.
+    """
     rows = BLOCK
     while rows < 4 * BLOCK and rows * 32 < total:
         rows *= 2
@@ -43,42 +48,58 @@ def block_rows(total: int) -> int:
 
 
 def owned_rows(total: int, rank: int, world: int) -> Tensor:
-    """Positions (n,), ascending, of the rows that `rank` of `world` holds: block b belongs to rank b % world."""
+    """Return the positions (n,), ascending, of the rows that `rank` of `world` holds: block b is on rank b % world."""
     positions = torch.arange(total)
     return positions[positions // block_rows(total) % world == rank]
 
 
 def pad_rows(x: Tensor, rows: int) -> Tensor:
-    """x (n, D) with zero rows below it, (rows, D); x itself where nothing is missing."""
+    """Return x (n, D) with zero rows below it, (rows, D); x itself where nothing is missing."""
     return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 def gallery_blocks(shard: Tensor, total: int, rank: int, world: int) -> Iterator[tuple[int, Tensor]]:
-    """(offset, embeddings) of the whole gallery by ascending offset, each row sent once by the rank that owns it."""
-    taken = 0
+    """Yield the whole gallery in blocks, each row broadcast once by the rank that holds it. Call on every rank.
+
+    Args:
+        shard: (n, D), rows `owned_rows(total, rank, world)` of the gallery.
+        total: Items of the gallery.
+        rank: This process.
+        world: How many processes there are.
+
+    Yields:
+        (offset, embeddings (g, D)) by ascending offset, g = GALLERY_BLOCK but for the last.
+    """
+    rows_sent = 0
     for offset in range(0, total, GALLERY_BLOCK):
         size = min(GALLERY_BLOCK, total - offset)
         block = shard.new_empty(size, shard.shape[1])
         owner = torch.arange(offset, offset + size, device=shard.device) // block_rows(total) % world
         for source in owner.unique().tolist():
-            place = (owner == source).nonzero().flatten()
+            rows = (owner == source).nonzero().flatten()
             if source == rank:
-                piece = shard[taken : taken + len(place)]
-                taken += len(place)
+                piece = shard[rows_sent : rows_sent + len(rows)]
+                rows_sent += len(rows)
             else:
-                piece = shard.new_empty(len(place), shard.shape[1])
-            block[place] = gather.broadcast(piece, source) if world > 1 else piece
+                piece = shard.new_empty(len(rows), shard.shape[1])
+            block[rows] = gather.broadcast(piece, source) if world > 1 else piece
         yield offset, block
 
 
 def similarities(
-    queries: Sequence[Tensor], gallery: GalleryBlocks, own: Sequence[Tensor] | None, rows: int
+    queries: Sequence[Tensor], gallery: GalleryBlocks, own_positions: Sequence[Tensor] | None, rows: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (number of the query block, gallery offset, similarity (Q, G)), gallery block after gallery block.
+    """Yield the similarities of all queries and gallery items, gallery block after gallery block.
 
-    queries: blocks (Q, D) with Q <= rows. gallery: (offset, (g, D)). own: each query's own gallery position, (Q,) a
-    block. G is g rounded up to a multiple of BLOCK; columns past g, and the queries themselves, are -inf. The tensor is
-    reused: take what you need from it before the next one.
+    Args:
+        queries: Blocks (Q, D) with Q <= rows.
+        gallery: Blocks (offset, embeddings (g, D)) by ascending offset.
+        own_positions: For each block the gallery positions (Q,) of the queries themselves; None: they are not in it.
+        rows: Rows that every block of queries is filled up to.
+
+    Yields:
+        (number of the query block, offset of the gallery block, similarity (Q, G)). G is g rounded up to a multiple of
+        BLOCK; columns past g, and the queries themselves, are -inf. The tensor is used again for the next block.
     """
     padded = [pad_rows(query, rows) for query in queries]
     for offset, embeddings in gallery:
@@ -88,36 +109,41 @@ def similarities(
         for number, query in enumerate(queries):
             torch.mm(padded[number], columns.T, out=product)
             product[:, size:] = -torch.inf
-            if own is not None:
-                column = own[number] - offset
+            if own_positions is not None:
+                column = own_positions[number] - offset
                 row = ((column >= 0) & (column < size)).nonzero().flatten()
                 product[row, column[row]] = -torch.inf
             yield number, offset, product[: len(query)]
 
 
-def no_neighbors(queries: Tensor, k: int) -> Neighbors:
-    """k empty places for each row of queries (Q, D), to be filled by `update`."""
+def empty_neighbors(queries: Tensor, k: int) -> Neighbors:
+    """Return k empty places for each row of queries (Q, D), which `update` fills."""
     shape = (len(queries), k)
     return Neighbors(queries.new_full(shape, -torch.inf), torch.full(shape, -1, device=queries.device))
 
 
 def update(best: Neighbors, similarity: Tensor, offset: int) -> None:
-    """Merge the block `similarity` (Q, G), of gallery positions offset ... offset + G, into `best`, in place.
+    """Merge the similarities of a gallery block into the k best so far, in place.
 
     Blocks must come by ascending offset: an item as similar as the k-th best so far then comes later in the gallery and
-    loses, so that only what is strictly above it is looked at.
+    loses, so that only what is strictly above it has to be compared.
+
+    Args:
+        best: The k best so far.
+        similarity: (Q, G), of the gallery positions offset ... offset + G.
+        offset: Gallery position of the first column.
     """
     k = best.position.shape[1]
     row, column, value = _candidates(similarity, best.similarity[:, -1:], k)
     if not len(row):
         return
     changed, inverse, count = row.unique_consecutive(return_inverse=True, return_counts=True)
-    place = k + _place_in_row(inverse, count)
+    column_in_merge = k + _position_in_run(inverse, count)
     shape = (len(changed), k + int(count.max()))
     values = similarity.new_full(shape, -torch.inf)
     positions = torch.full(shape, -1, device=similarity.device)
     values[:, :k], positions[:, :k] = best.similarity[changed], best.position[changed]
-    values[inverse, place], positions[inverse, place] = value, column + offset
+    values[inverse, column_in_merge], positions[inverse, column_in_merge] = value, column + offset
     # Gallery positions ascend along a row wherever values are equal: a stable sort keeps the lower one first.
     values, order = values.sort(dim=1, descending=True, stable=True)
     best.similarity[changed] = values[:, :k]
@@ -125,18 +151,20 @@ def update(best: Neighbors, similarity: Tensor, offset: int) -> None:
 
 
 def _candidates(similarity: Tensor, floor: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and value, each (P,), of a set that holds all of the k best of each row that exceed floor (Q, 1).
+    """Choose entries that include the k best of each row, as far as they exceed floor (Q, 1).
 
     The k-th greatest maximum of a group is a bound that at least k items reach. Everything that reaches it is taken,
     ties included: which of several equal items torch.topk returns is undefined, the value of its last one is not.
     Once the best are good, what exceeds them is so little that no bound is needed.
-    Rows ascend, and columns ascend within a row.
+
+    Returns:
+        Row, column and value of the entries, each (P,); rows ascend, and columns ascend within a row.
     """
-    groups, peak = similarity.unflatten(1, (-1, GROUP)), _peaks(similarity)
+    groups, peak = similarity.unflatten(1, (-1, GROUP)), _group_maxima(similarity)
     promising, bound = peak > floor, torch.full_like(floor, -torch.inf)
     if promising.sum() > k * len(promising):
-        exact = peak if k <= peak.shape[1] else similarity
-        bound = exact.topk(min(k, exact.shape[1]), dim=1).values[:, -1:]
+        bounding = peak if k <= peak.shape[1] else similarity
+        bound = bounding.topk(min(k, bounding.shape[1]), dim=1).values[:, -1:]
         promising &= peak >= bound
     row, group = promising.nonzero(as_tuple=True)
     value = groups[row, group]
@@ -144,44 +172,60 @@ def _candidates(similarity: Tensor, floor: Tensor, k: int) -> tuple[Tensor, Tens
     return row[pair], group[pair] * GROUP + lane, value[pair, lane]
 
 
-def _peaks(similarity: Tensor) -> Tensor:
-    """(Q, G / GROUP) the greatest of each group of columns, read in the order of memory: a turned matrix takes a
-    fortieth of the time so."""
+def _group_maxima(similarity: Tensor) -> Tensor:
+    """Return (Q, G / GROUP), the maximum of each group of columns.
+
+    They are read in the order of memory, which for a transposed matrix takes a fortieth of the time.
+    """
     if similarity.stride(1) == 1:
         return similarity.unflatten(1, (-1, GROUP)).amax(2)
     return similarity.T.unflatten(0, (-1, GROUP)).amax(1).T.contiguous()
 
 
-def _place_in_row(row: Tensor, count: Tensor) -> Tensor:
-    """0, 1, 2, ... within each run of equal entries of row (P,), which counts up from 0; count: the runs' lengths."""
+def _position_in_run(row: Tensor, count: Tensor) -> Tensor:
+    """Number the entries of each run of equal values from 0. row: (P,), runs of 0, 1, 2, ...; count: their lengths."""
     start = count.cumsum(0) - count
     return torch.arange(len(row), device=row.device) - start[row]
 
 
 @torch.no_grad()
-def nearest(queries: Tensor, gallery: GalleryBlocks, k: int, own: Tensor | None = None) -> Neighbors:
-    """The k gallery items of greatest inner product for each query, best first, ties by gallery position.
+def nearest(queries: Tensor, gallery: GalleryBlocks, k: int, own_positions: Tensor | None = None) -> Neighbors:
+    """Find the k gallery items of greatest inner product with each query.
 
-    queries: (Q, D). gallery: (offset, embeddings (G, D)) by ascending offset, finite and of the queries' type;
-    blocks of GALLERY_BLOCK are fastest. own: (Q,) each query's own gallery position, left out of its neighbours.
-    Returns similarity and position, each (Q, k); a gallery of fewer than k items leaves places of -inf and -1.
+    Args:
+        queries: (Q, D).
+        gallery: Blocks (offset, embeddings (G, D)) by ascending offset, finite and of the queries' type; blocks of
+            GALLERY_BLOCK items are fastest.
+        k: How many neighbours a query gets.
+        own_positions: (Q,) gallery position of each query itself, which is left out of its neighbours.
+
+    Returns:
+        The neighbours (Q, k), best first, ties by gallery position; empty places where the gallery has fewer items.
     """
     blocks = queries.split(BLOCK)
-    best = [no_neighbors(block, k) for block in blocks]
-    for number, offset, similarity in similarities(blocks, gallery, None if own is None else own.split(BLOCK), BLOCK):
+    own_blocks = None if own_positions is None else own_positions.split(BLOCK)
+    best = [empty_neighbors(block, k) for block in blocks]
+    for number, offset, similarity in similarities(blocks, gallery, own_blocks, BLOCK):
         update(best[number], similarity, offset)
     return Neighbors(torch.cat([b.similarity for b in best]), torch.cat([b.position for b in best]))
 
 
-def rescored(best: Neighbors, similarity: Tensor, offset: int, score: Tensor) -> None:
-    """Fill in, from a block of another similarity (Q, G), the scores (Q, K) of the K best so far, in place."""
-    place = best.position[:, : score.shape[1]] - offset
-    inside = (place >= 0) & (place < similarity.shape[1])
-    score.copy_(torch.where(inside, similarity.gather(1, place.clamp(0, similarity.shape[1] - 1)), score))
+def fill_scores(score: Tensor, best: Neighbors, similarity: Tensor, offset: int) -> None:
+    """Copy the scores of the K best neighbours from a block of another similarity, in place.
+
+    Args:
+        score: (Q, K), in which those of the neighbours in this block are set.
+        best: The neighbours, at least K.
+        similarity: (Q, G), of the gallery positions offset ... offset + G.
+        offset: Gallery position of the first column.
+    """
+    column = best.position[:, : score.shape[1]] - offset
+    inside = (column >= 0) & (column < similarity.shape[1])
+    score.copy_(torch.where(inside, similarity.gather(1, column.clamp(0, similarity.shape[1] - 1)), score))
 
 
-def reordered(best: Neighbors, score: Tensor) -> Neighbors:
-    """The K best by their new scores (Q, K), equals in the order they had; the others after them, as they were."""
+def reorder(best: Neighbors, score: Tensor) -> Neighbors:
+    """Order the K best by new scores (Q, K), equals in the order they had; the others follow as they were."""
     k = score.shape[1]
     score, order = score.sort(dim=1, descending=True, stable=True)
     similarity = torch.cat([score, best.similarity[:, k:]], 1)
@@ -191,8 +235,10 @@ def reordered(best: Neighbors, score: Tensor) -> Neighbors:
 class Relevant(NamedTuple):
     """The same-class items of each query, the worst first.
 
-    similarity: (Q, R) ascending, filled up with inf. position: (Q, R) in the gallery, descending among equals,
-    filled up with -1. total: (Q,) how many there are.
+    Attributes:
+        similarity: (Q, R) ascending, filled up with inf.
+        position: (Q, R) in the gallery, descending among equals, filled up with -1.
+        total: (Q,) how many there are.
     """
 
     similarity: Tensor
@@ -201,22 +247,38 @@ class Relevant(NamedTuple):
 
 
 def relevant_items(row: Tensor, position: Tensor, value: Tensor, total: Tensor) -> Relevant:
-    """Sort the relevant items of a query block. row, position, value: (P,); total: (Q,) items a row.
+    """Sort the relevant items of a query block.
 
-    Positions must ascend among the items of a row.
+    Args:
+        row: (P,) query of each item.
+        position: (P,) its gallery position; ascending among the items of a row.
+        value: (P,) its similarity.
+        total: (Q,) how many items a query has.
+
+    Returns:
+        The items by query.
     """
     order = row.argsort(stable=True)
     row, shape = row[order], (len(total), max(1, int(total.max())))
     # Filled from the right, so that positions descend along a row and the stable sort leaves equals that way.
-    place = shape[1] - 1 - _place_in_row(row, total)
+    column = shape[1] - 1 - _position_in_run(row, total)
     values, positions = value.new_full(shape, torch.inf), torch.full(shape, -1, device=row.device)
-    values[row, place], positions[row, place] = value[order], position[order]
+    values[row, column], positions[row, column] = value[order], position[order]
     values, order = values.sort(dim=1, stable=True)
     return Relevant(values, positions.gather(1, order), total)
 
 
-def outranked(relevant: Relevant, similarity: Tensor, offset: int) -> Tensor:
-    """(Q, R + 1): how many columns of similarity (Q, G) rank above exactly the first 0, 1, ..., R relevant items."""
+def count_outranking(relevant: Relevant, similarity: Tensor, offset: int) -> Tensor:
+    """Count how many columns of a gallery block rank above exactly the first 0, 1, ..., R relevant items.
+
+    Args:
+        relevant: The relevant items of the queries.
+        similarity: (Q, G), of the gallery positions offset ... offset + G.
+        offset: Gallery position of the first column.
+
+    Returns:
+        (Q, R + 1) counts.
+    """
     items = relevant.similarity.shape[1]
     first = torch.searchsorted(relevant.similarity, similarity.contiguous())
     tied = relevant.similarity.gather(1, first.clamp(max=items - 1)) == similarity
@@ -227,9 +289,19 @@ def outranked(relevant: Relevant, similarity: Tensor, offset: int) -> Tensor:
 
 
 def _end_of_later(relevant: Relevant, row: Tensor, value: Tensor, position: Tensor, low: Tensor) -> Tensor:
-    """Of the relevant items of `value` that start at `low`, the end (P,) of those later in the gallery than `position`.
+    """Skip relevant items as similar as a candidate but later in the gallery, which the candidate outranks.
 
     A bisection per candidate: comparing each with all relevant items would need P x R memory when many tie.
+
+    Args:
+        relevant: The relevant items of the queries.
+        row: (P,) query of each candidate.
+        value: (P,) its similarity.
+        position: (P,) its gallery position.
+        low: (P,) where the relevant items of that similarity start.
+
+    Returns:
+        (P,) where those later in the gallery end.
     """
     high = torch.full_like(low, relevant.similarity.shape[1])
     for _ in range(relevant.similarity.shape[1].bit_length()):

@@ -21,9 +21,18 @@ JITTER = 1e-6  # of the mean variance: a class with fewer samples than dimension
 def synthesize(
     z: Tensor, labels: Tensor, variance: Tensor, intensity: float, draws: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """M = `draws` synthetics for each sample: (M*B, D), row m*B + i a copy of sample i, and their labels (M*B,).
+    """Draw synthetic embeddings around each sample from the variation of its class. Gradients flow through z.
 
-    z (B, D) raw; labels (B,); variance (C, D), or (C, D, D) at a memory of B D^2; intensity lambda. Gradient through z.
+    Args:
+        z: (B, D) raw embeddings.
+        labels: (B,) classes.
+        variance: (C, D), or (C, D, D), which takes a memory of B D^2 numbers.
+        intensity: lambda.
+        draws: M, how many synthetics a sample gets.
+        generator: Draws the noise.
+
+    Returns:
+        The synthetics, (M*B, D), row m*B + i a copy of sample i, and their labels, (M*B,).
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     noise = torch.randn(draws, *z.shape, generator=generator, device=z.device, dtype=z.dtype)
@@ -36,7 +45,7 @@ def synthesize(
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """(B, D, D) symmetric, positive semi-definite -> lower factors, in float64: in float32 singular ones break down."""
+    """Return the lower factors (B, D, D) of covariances (B, D, D), in float64: in float32 singular ones break down."""
     covariance = covariance.double()
     jitter = JITTER * covariance.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
     eye = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
@@ -44,18 +53,28 @@ def cholesky(covariance: Tensor) -> Tensor:
 
 
 def intensity_at(progress: float, intensity: float) -> float:
-    """The intensity at `progress` (0 to 1) through the training: lowered in steps, as published."""
+    """Return the intensity at `progress` (0 to 1) through the training. It is lowered in steps, as published."""
     factor = 1.0 if progress <= 0.4 else 0.9 if progress <= 0.6 else 0.75 if progress <= 0.8 else 0.6
     return factor * intensity
 
 
 class ClassAugmentation(nn.Module):
-    """Estimate of each class's variation, its correction by neighbors, and the draws from it.
+    """IAA: the variation of each class is estimated, corrected by neighbors, and synthetics are drawn from it.
 
-    Estimated before epoch `start_epoch` (the first is 0) and every `update_every` epochs from there; nothing is drawn
-    before. The other arguments are those of ClassVariation, neighbor_correction and synthesize.
-
-    forward(z (B, D) raw, labels (B,), epoch, generator) -> (M*B, D), or None before `start_epoch`.
+    Args:
+        num_classes: C.
+        dim: D.
+        epochs: Length of the training, over which the intensity is lowered.
+        intensity: As in `synthesize`.
+        draws: As in `synthesize`.
+        start_epoch: The variation is estimated before this epoch (the first is 0), and nothing is drawn earlier.
+        update_every: It is estimated anew after so many epochs.
+        momentum: As in ClassVariation.
+        covariance: As in ClassVariation.
+        neighbors: As in `neighbor_correction`.
+        beta: As in `neighbor_correction`.
+        gamma: As in `neighbor_correction`.
+        tau: As in `neighbor_correction`.
     """
 
     corrected: Tensor
@@ -84,10 +103,15 @@ class ClassAugmentation(nn.Module):
         self.neighbors, self.beta, self.gamma, self.tau = neighbors, beta, gamma, tau
 
     def due(self, epoch: int) -> bool:
+        """Return whether `estimate` is to be called before this epoch."""
         return epoch >= self.start_epoch and (epoch - self.start_epoch) % self.update_every == 0
 
     def estimate(self, shard: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """shard: (z (b, D) raw, labels (b,)) batches of this rank's part of the training set. Call on every rank."""
+        """Estimate the variation of the classes over the training set. Call it on every rank.
+
+        Args:
+            shard: Batches of this rank's part of the set: raw embeddings (b, D) and labels (b,).
+        """
         v = self.variation
         v.begin()
         for z, labels in shard:
@@ -98,6 +122,7 @@ class ClassAugmentation(nn.Module):
         )
 
     def forward(self, z: Tensor, labels: Tensor, epoch: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the synthetics (M*B, D) of z (B, D), labels (B,); None before `start_epoch`."""
         if epoch < self.start_epoch:
             return None
         intensity = intensity_at(epoch / self.epochs, self.intensity)

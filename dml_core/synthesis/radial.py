@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 
-def offsets(z: Tensor, intensity: float, count: int, generator: torch.Generator, shared: bool = False) -> Tensor:
-    """j r u_j for j = 1..N, u_j uniform on the unit sphere: (N, B, D), or (N, 1, D) where all sources share them (as
-    published). Weakest first."""
+def draw_offsets(z: Tensor, intensity: float, count: int, generator: torch.Generator, shared: bool = False) -> Tensor:
+    """Draw the offsets j r u_j, j = 1..N, of synthetics from unit embeddings; u_j is uniform on the unit sphere.
+
+    Args:
+        z: (B, D) embeddings, for their shape, type and device.
+        intensity: r.
+        count: N.
+        generator: Draws the directions.
+        shared: Whether all sources share the directions, as published.
+
+    Returns:
+        (N, B, D), or (N, 1, D) if shared; weakest first.
+    """
     shape = (count, 1 if shared else len(z), z.shape[1])
     directions = torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype)
     steps = intensity * torch.arange(1, count + 1, device=z.device, dtype=z.dtype)[:, None, None]
@@ -21,8 +31,16 @@ def offsets(z: Tensor, intensity: float, count: int, generator: torch.Generator,
 
 
 def synthesize(z: Tensor, intensity: float, count: int, generator: torch.Generator, shared: bool = False) -> Tensor:
-    """r_j = z + j r ||z|| u_j for j = 1..N. Weakest first.
+    """Draw synthetics r_j = z + j r ||z|| u_j, j = 1..N, of rising intensity. Gradients flow through z.
 
-    z (B, D) -> (N, B, D); intensity r; count N. Gradient flows through z.
+    Args:
+        z: (B, D) embeddings.
+        intensity: r.
+        count: N.
+        generator: Draws the directions u_j.
+        shared: Whether all sources share the directions, as published.
+
+    Returns:
+        (N, B, D), weakest first.
     """
-    return z + z.norm(dim=1, keepdim=True) * offsets(z, intensity, count, generator, shared)
+    return z + z.norm(dim=1, keepdim=True) * draw_offsets(z, intensity, count, generator, shared)

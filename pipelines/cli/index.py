@@ -37,11 +37,11 @@ def index_build(
     Example: dml index build vectors.parquet --out INDEX --kind hnsw
     """
     with exit_on_error():
-        from dml_core.retrieval.index import Options
+        from dml_core.retrieval.index import IndexOptions
         from pipelines.config.recipe import parse_assignments
         from pipelines.serving.index_build import IndexRequest, build_index
 
-        request = IndexRequest(kind, structure, shard_rows, Options(nlist, nprobe, links, ef_search))
+        request = IndexRequest(kind, structure, shard_rows, IndexOptions(nlist, nprobe, links, ef_search))
         facts = build_index(source, out, request, model, parse_assignments(assignments or []), messages)
     print_result(
         as_json,

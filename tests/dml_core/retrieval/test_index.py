@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dml_core.retrieval import index
-from dml_core.retrieval.index import KINDS, Options, build, default_cells, mapped, merged, search, write
+from dml_core.retrieval.index import KINDS, IndexOptions, build, default_cells, merge_shards, open_mapped, search, write
 from dml_core.retrieval.neighbors import Neighbors, nearest
 from dml_core.retrieval.structure import index_vectors, query_vectors
 
@@ -33,7 +33,7 @@ def signs(rows: int, dim: int = 16, seed: int = 0) -> Tensor:
 def in_shards(gallery: Tensor, query: Tensor, k: int, count: int) -> Neighbors:
     parts = gallery.tensor_split(count)
     offsets = [sum(map(len, parts[:i])) for i in range(count)]
-    return merged([search(build(part, "flat", Options()), query, k) for part in parts], offsets, k)
+    return merge_shards([search(build(part, "flat", IndexOptions()), query, k) for part in parts], offsets, k)
 
 
 @pytest.mark.parametrize("k", [1, 10, 700])
@@ -55,28 +55,28 @@ def test_more_equals_than_candidates_asked_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(index, "CHUNK", 2000)  # one query at a time
     gallery = clustered(500)
     gallery[40:400:3] = gallery[7]
-    found = search(build(gallery, "flat", Options()), gallery[[7, 0, 1]], 5)
+    found = search(build(gallery, "flat", IndexOptions()), gallery[[7, 0, 1]], 5)
     assert found.position[0].tolist() == [7, 40, 43, 46, 49] and found.position[1:, 0].tolist() == [0, 1]
 
 
 def test_approximate_kinds_find_nearly_all() -> None:
     gallery, query = clustered(5000), clustered(100, seed=2)
-    exact = search(build(gallery, "flat", Options()), query, 10)
+    exact = search(build(gallery, "flat", IndexOptions()), query, 10)
     for kind in ("ivf", "hnsw"):
-        found = search(build(gallery, kind, Options()), query, 10)
+        found = search(build(gallery, kind, IndexOptions()), query, 10)
         share = (found.position[:, :, None] == exact.position[:, None]).any(2).double().mean()
         assert share > 0.95, kind
         assert (found.similarity.diff(dim=1) <= 0).all()
-    everywhere = search(build(gallery, "ivf", Options(nlist=20, nprobe=20)), query, 10)
+    everywhere = search(build(gallery, "ivf", IndexOptions(nlist=20, nprobe=20)), query, 10)
     assert torch.equal(everywhere.position, exact.position)
 
 
 def test_a_cell_with_less_than_is_wanted_leaves_places_empty() -> None:
     gallery = clustered(200)
-    found = search(build(gallery, "ivf", Options(nlist=20, nprobe=1)), gallery[:5], 150)
+    found = search(build(gallery, "ivf", IndexOptions(nlist=20, nprobe=1)), gallery[:5], 150)
     empty = found.position == -1
     assert empty.any(1).all() and (found.similarity[empty] == -torch.inf).all() and not empty[:, 0].any()
-    both = merged([found, found], [0, 200], 150)
+    both = merge_shards([found, found], [0, 200], 150)
     assert torch.equal(both.position[:, :2], torch.stack([found.position[:, 0], found.position[:, 0] + 200], 1))
 
 
@@ -84,7 +84,7 @@ def test_a_cell_with_less_than_is_wanted_leaves_places_empty() -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 def test_tiny_sets(kind: str, rows: int) -> None:
     gallery = clustered(rows)
-    found = search(build(gallery, kind, Options()), gallery, rows + 2)
+    found = search(build(gallery, kind, IndexOptions()), gallery, rows + 2)
     assert found.position[:, 0].tolist() == [*range(rows)] and (found.position[:, rows:] == -1).all()
     assert default_cells(rows) == 1 and default_cells(200_000) == 447
 
@@ -92,7 +92,7 @@ def test_tiny_sets(kind: str, rows: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_file_each_time(kind: str, tmp_path: Path) -> None:
     for name in ("once", "twice"):
-        write(build(clustered(1000), kind, Options()), str(tmp_path / name))
+        write(build(clustered(1000), kind, IndexOptions()), str(tmp_path / name))
     assert (tmp_path / "once").read_bytes() == (tmp_path / "twice").read_bytes()
 
 
@@ -100,10 +100,10 @@ def test_the_same_file_each_time(kind: str, tmp_path: Path) -> None:
 def test_files_are_mapped(kind: str, tmp_path: Path) -> None:
     """Opening 8 MiB of vectors takes little memory of one's own, and the file is among the process's maps."""
     gallery, query = clustered(2000, 1024), clustered(20, 1024, seed=2)
-    built, path = build(gallery, kind, Options()), str(tmp_path / "shard")
+    built, path = build(gallery, kind, IndexOptions()), str(tmp_path / "shard")
     write(built, path)
     before = psutil.Process().memory_full_info().uss
-    opened = mapped(path)
+    opened = open_mapped(path)
     assert psutil.Process().memory_full_info().uss - before < 4 * 2**20
     assert path in {found.path for found in psutil.Process().memory_maps()}
     for expected, found in zip(search(built, query, 10), search(opened, query, 10), strict=True):

@@ -9,8 +9,8 @@ from dml_core.retrieval.neighbors import (
     BLOCK,
     GALLERY_BLOCK,
     block_rows,
+    count_outranking,
     nearest,
-    outranked,
     owned_rows,
     relevant_items,
     similarities,
@@ -122,7 +122,7 @@ def test_outranked_counts_irrelevant_items_above_each_relevant_one(q: int, size:
     row, column = same.nonzero(as_tuple=True)
     offset = 10
     relevant = relevant_items(row, column + offset, similarity[row, column], same.sum(1))
-    counts = outranked(relevant, similarity.masked_fill(same, -torch.inf), offset).flip(1).cumsum(1).flip(1)
+    counts = count_outranking(relevant, similarity.masked_fill(same, -torch.inf), offset).flip(1).cumsum(1).flip(1)
     for i in range(q):
         ranking = [j + offset for j in similarity[i].sort(descending=True, stable=True).indices.tolist()]
         items = [j for j in ranking if same[i, j - offset]]

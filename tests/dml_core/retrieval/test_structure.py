@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dml_core.ranking.clusters import adaptive_distance
-from dml_core.retrieval.neighbors import Neighbors, reordered, rescored
+from dml_core.retrieval.neighbors import Neighbors, fill_scores, reorder
 from dml_core.retrieval.structure import index_vectors, query_vectors
 
 QUERIES, GALLERY, DIM = 20, 400, 16
@@ -58,8 +58,8 @@ def reordered_top(query: Tensor, s: Tensor, gallery: Tensor, top: Tensor, rows: 
     best = Neighbors(torch.zeros(top.shape, dtype=query.dtype).masked_fill(top < 0, -torch.inf), top)
     product = best.similarity.clone()
     for number, block in enumerate(gallery.split(rows)):
-        rescored(best, query_vectors(query, s) @ index_vectors(block).T, number * rows, product)
-    product, position = reordered(best, product)
+        fill_scores(product, best, query_vectors(query, s) @ index_vectors(block).T, number * rows)
+    product, position = reorder(best, product)
     return ((s * query * query).sum(1, keepdim=True) - product).sqrt(), position
 
 
