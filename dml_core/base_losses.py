@@ -53,11 +53,12 @@ UNSUITABLE = {
     "InstanceLoss",  # takes a class's number for the column of a batch's image
     "SmoothAPLoss",  # as of 2.9 exchanges the numbers of classes and of images a class
 }
-LOSSES = [
-    name
+CLASSES: dict[str, type[losses.BaseMetricLossFunction]] = {
+    name: item
     for name, item in sorted(vars(losses).items())
-    if inspect.isclass(item) and issubclass(item, losses.BaseMetricLossFunction) and name not in UNSUITABLE
-]
+    if inspect.isclass(item) and issubclass(item, losses.BaseMetricLossFunction)
+}
+LOSSES = [name for name in CLASSES if name not in UNSUITABLE]
 # What a loss of the library is assembled with: argument -> the library's module, and the classes that are allowed.
 PARTS: dict[str, tuple[Any, list[str]]] = {
     "distance": (distances, ["CosineSimilarity", "DotProductSimilarity", "LpDistance", "SNRDistance"]),
@@ -132,7 +133,7 @@ def default_arguments(name: str) -> dict[str, Any]:
     """
     check_name("loss.name", name, [*SHORT_NAMES, *LOSSES])
     cls, published = SHORT_NAMES.get(name, (name, {}))
-    allowed = options(getattr(losses, cls))
+    allowed = options(CLASSES[cls])
     for part in PARTS:
         if part != "miner" or cls not in WITHOUT_MINER:
             allowed |= {part: None, f"{part}_arguments": {}}
@@ -164,7 +165,7 @@ def build(name: str, num_classes: int, dim: int, **arguments: Any) -> "BaseLoss"
         else:
             settings[f"{part}_arguments"] = arguments.get(f"{part}_arguments", {})
     parts = {part: (settings.pop(part, None), settings.pop(f"{part}_arguments", {})) for part in PARTS}
-    cls = getattr(losses, SHORT_NAMES.get(name, (name, {}))[0])
+    cls = CLASSES[SHORT_NAMES.get(name, (name, {}))[0]]
     if parts["miner"][0] == "TripletMarginMiner" and cls is losses.TripletMarginLoss:
         parts["miner"] = "TripletMarginMiner", {"margin": settings["margin"]} | parts["miner"][1]
     sizes = {"num_classes": num_classes, "embedding_size": dim, "descriptors_dim": dim}

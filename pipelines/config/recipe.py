@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipelines.config import sections
-from pipelines.config.schema import METHODS, Config, flatten
+from pipelines.config.methods import METHODS
+from pipelines.config.schema import Config, flatten
 from pipelines.config.sections import Data
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -11,25 +11,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from pipelines.config.methods import Methods
 from pipelines.config.sections import (
     Address,
     Backbone,
     Batch,
     Data,
-    Iaa,
     Loss,
-    Namr,
     Optimizer,
     Positive,
-    Section,
-    Sgar,
     nearest,
 )
 
-METHODS = ("iaa", "sgar", "namr")
 
-
-class Config(Section):
+class Config(Methods):
     """Everything that a run depends on."""
 
     workers: Positive | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = 1
@@ -67,8 +62,6 @@ class Config(Section):
     once, a cluster that is too small for `workers`, or has no GPU for `use_gpu=true`, is refused."""
     embedding_dim: Positive = 512
     """D: numbers in an embedding."""
-    method: list[Literal["iaa", "sgar", "namr"]] = []
-    """Methods over the base loss, in any combination."""
     metrics: list[str] | None = None
     """Retrieval metrics of validation and test besides R@k, R-Precision and MAP@R: `map` (over the full ranking),
     `cmc`, `nmi`, `ami`; see docs/metrics.md. none: what the papers report on the set, `map` and `cmc` on `inshop` and
@@ -78,19 +71,9 @@ class Config(Section):
     backbone: Backbone = Backbone()
     loss: Loss = Field(default_factory=Loss)
     optimizer: Optimizer = Optimizer()
-    iaa: Iaa | None = None
-    sgar: Sgar | None = None
-    namr: Namr | None = None
     changes: dict[Annotated[int, Field(ge=1)], dict[str, Any]] = {}
     """N: {loss.margin: ...}: settings of the loss and the methods that hold from the end of epoch N on, in place of
     those above; for instance `changes.10.sgar.intensity=0.2`. `dml tune --schedule pbt` finds such."""
-
-    @field_validator("method")
-    @classmethod
-    def _each_once(cls, method: list[str]) -> list[str]:
-        if len(set(method)) < len(method):
-            raise ValueError(f"[{', '.join(method)}] names a method twice")
-        return sorted(method, key=METHODS.index)
 
     @field_validator("metrics")
     @classmethod
@@ -110,17 +93,8 @@ class Config(Section):
         except (AttributeError, TypeError, ValueError):
             raise ValueError(f"{changes} is not {{EPOCH: {{KEY: VALUE}}}}") from None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _methods_have_settings(cls, values: Any) -> Any:
-        chosen = values.get("method") or []
-        return {**values, **{m: {} for m in METHODS if m in chosen and values.get(m) is None}}
-
     @model_validator(mode="after")
     def _options_act(self) -> "Config":
-        for method in METHODS:
-            if getattr(self, method) is not None and method not in self.method:
-                raise ValueError(f"{method}.* cannot act: {method} is not in method={self.method}")
         if self.backbone.frozen and self.data.augment:
             raise ValueError(
                 f"data.augment={self.data.augment} cannot act with backbone.frozen=true: features are computed once"

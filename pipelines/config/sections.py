@@ -1,4 +1,4 @@
-"""The sections of a config: data, batch, backbone, loss, the methods, optimizer. schema.py puts them together."""
+"""The sections of a config: data, batch, backbone, loss, optimizer. schema.py puts them together."""
 
 import difflib
 import re
@@ -42,12 +42,20 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+OWN_SETS = ("glyphs", "folder", "table")  # those besides the benchmarks
+
+
+def _list_sets(schema: dict[str, Any]) -> None:
+    """Add the names of all sets to the schema of `data.name`, from which its documentation is made."""
+    from dml_core.data.benchmarks import BENCHMARKS
+
+    schema["enum"] = [*OWN_SETS, *BENCHMARKS]
+
+
 class Data(Section):
     """The pictures, and how their classes are divided into train, validation and test."""
 
-    name: Literal["glyphs", "folder", "table", "cub", "cars", "sop", "inshop", "vehicleid", "grocery", "omniglot"] = (
-        "glyphs"
-    )
+    name: Annotated[str, Field(json_schema_extra=_list_sets)] = "glyphs"
     """The set: embedded characters, your own (a class-per-folder tree, a table of paths), or a benchmark."""
     root: Address | None = None
     """Its folder, or a URL (s3://, gs://, abfs://, https://) for `folder` and `table`; `glyphs` needs none. `table`: by
@@ -105,6 +113,11 @@ class Data(Section):
     @model_validator(mode="after")
     def _options_act(self) -> "Data":
         name = self.name
+        if name not in OWN_SETS:
+            from dml_core.data.benchmarks import BENCHMARKS
+
+            if name not in BENCHMARKS:
+                raise ValueError(f"there is no data.name={name}{nearest(name, [*OWN_SETS, *BENCHMARKS])}")
         if name == "glyphs" and self.root is not None:
             raise ValueError("root cannot act on data.name=glyphs, which is embedded")
         if name not in ("glyphs", "table") and self.root is None:
@@ -189,78 +202,6 @@ class Loss(BaseModel):
                 raise ValueError(f"{key}={self.arguments[key]} is not a number")
         base_losses.build(self.name, 2, 2, **self.arguments)
         return self
-
-
-class Iaa(Section):
-    """Intra-class adaptive augmentation: synthetics drawn from each class's variation, as further candidates."""
-
-    intensity: Annotated[float, Field(gt=0)] = 0.7
-    """lambda: share of the class's variance that is drawn with; falls to 0.6 of it towards the end."""
-    draws: Positive = 3
-    """M: synthetics a sample."""
-    start_epoch: Annotated[int, Field(ge=0)] = 1
-    """Epochs without synthetics, before the first estimate of the variation."""
-    update_every: Positive = 2
-    """Epochs from one estimate to the next; each embeds the training set once."""
-    momentum: Fraction = 0.2
-    """Most that the old estimate keeps."""
-    covariance: Literal["diag", "full"] = "diag"
-    """full: classes x embedding_dim^2 numbers in memory."""
-    neighbors: Positive = 25
-    """K: classes that correct the variation of a small one."""
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """How fast the correction fades with the size of a class."""
-    gamma: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the variation of all classes in the correction."""
-    tau: Annotated[float, Field(ge=0)] = 40.0
-    """Classes with more images are not corrected."""
-
-
-class Sgar(Section):
-    """Self-supervised generative assisted ranking: synthetics of rising intensity, ranked by it."""
-
-    intensity: Annotated[float, Field(ge=0)] = 0.1
-    """r: the step between synthetics, relative to the embedding's norm."""
-    count: Annotated[int, Field(ge=2)] = 5
-    """N: synthetics a sample."""
-    margin: Annotated[float, Field(ge=0)] = 0.11
-    """delta: by how much a stronger synthetic must be farther than a weaker one, in cosine."""
-    max_gap: Annotated[float, Field(gt=0)] | None = None
-    """delta': how far, at most; none: one-sided."""
-    scale: Annotated[float, Field(gt=0)] = 32.0
-    """Sharpness of the ranking: how much the worst pair of synthetics outweighs the others."""
-    gate: Annotated[float, Field(ge=-1, le=1)] = 0.05
-    """Least cosine of a sample to its class proxy for it to be a source."""
-    anchor_scale: Annotated[float, Field(gt=0)] = 32.0
-    """Sharpness of the anchor term, which keeps synthetics in their class."""
-    anchor_margin: float = 0.1
-    """Least cosine of a synthetic to its class proxy, softly."""
-    directions: Literal["independent", "shared"] = "independent"
-    """One draw for each sample, or one for all of a step (as published)."""
-    weight: Annotated[float, Field(ge=0)] = 0.23
-    """lam: of both terms in the sum."""
-    ratio_rank: Annotated[float, Field(ge=0)] = 0.9
-    """Factor of the ranking term beside `weight`."""
-    ratio_anchor: Annotated[float, Field(ge=0)] = 0.9
-    """Factor of the anchor term beside `weight`."""
-
-
-class Namr(Section):
-    """Neighborhood-adaptive multi-cluster ranking: a structure embedding weighs the dimensions around a sample."""
-
-    centers: Annotated[int, Field(ge=2, le=8)] = 3
-    """M: distances that the pairs are drawn to."""
-    spacing: Literal["even", "quantile"] = "even"
-    """Centres at even steps from the mean distance down, or at quantiles of the batch's distances."""
-    t: Annotated[float, Field(gt=0)] = 3.0
-    """The nearest centre lies so many deviations below the mean distance (spacing=even)."""
-    alpha: Annotated[float, Field(gt=0)] = 10.0
-    """How sharply a pair decides for its nearest centre."""
-    weight: Annotated[float, Field(ge=0)] = 2.0
-    """lambda: of the term in the sum."""
-    rerank: Positive = 100
-    """Items at the top of a plain search that evaluation orders anew by the adaptive distance. The same for a whole
-    run: not in `changes`."""
 
 
 class Optimizer(Section):

@@ -1,13 +1,13 @@
 """From a config to a learner."""
 
+from typing import Any
+
 import torch
 
 from dml_core import backbones, base_losses, heads
 from dml_core.learner import Learner, Weights
-from dml_core.ranking.clusters import ClusterRanking
-from dml_core.ranking.intensity import IntensityRanking
-from dml_core.synthesis.gaussian import ClassAugmentation
 from pipelines.cluster.worker import torch_threads
+from pipelines.config.methods import Sizes
 from pipelines.config.schema import Config
 
 
@@ -36,24 +36,8 @@ def _build(config: Config, classes: int, read_weights: bool) -> Learner:
     dim = config.embedding_dim
     loss = base_losses.build(config.loss.name, classes, dim, **config.loss.arguments)
     head = heads.linear(backbone.dim, dim)
-    weights, iaa, sgar, namr = Weights(), None, None, None
-    if config.iaa is not None:
-        iaa = ClassAugmentation(classes, dim, config.epochs, **config.iaa.model_dump())
-    if (s := config.sgar) is not None:
-        weights = weights._replace(sgar_rank=s.weight * s.ratio_rank, sgar_anchor=s.weight * s.ratio_anchor)
-        sgar = IntensityRanking(
-            dim=dim,
-            intensity=s.intensity,
-            count=s.count,
-            margin=s.margin,
-            max_gap=s.max_gap,
-            scale=s.scale,
-            gate=s.gate,
-            anchor_scale=s.anchor_scale,
-            anchor_margin=s.anchor_margin,
-            shared_directions=s.directions == "shared",
-        )
-    if (n := config.namr) is not None:
-        weights = weights._replace(namr_rank=n.weight)
-        namr = ClusterRanking(heads.Structure(backbone.dim, dim), n.centers, n.t, n.alpha, n.spacing)
-    return Learner(backbone, head, loss, weights, iaa, sgar, namr)
+    sizes = Sizes(classes, backbone.dim, dim, config.epochs)
+    # Each of the class that Learner takes under the method's name.
+    methods: dict[str, Any] = {name: settings.build(sizes) for name, settings in config.method_settings.items()}
+    weights = {term: weight for s in config.method_settings.values() for term, weight in s.weights.items()}
+    return Learner(backbone, head, loss, Weights(**weights), **methods)
