@@ -30,10 +30,10 @@ SIDE = 320  # most that a picture shown is wide or high, in pixels
 PICTURE_KEYS = ("data.root", "data.links")  # config keys that may differ for an index that is there already
 
 
-class ShownAnswer(Answer):
-    """An answer, and the query as `small_picture` makes it."""
+class DemoAnswer(Answer):
+    """An answer, and the query as a small WebP."""
 
-    shown: bytes
+    thumbnail: bytes
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Demo:
             return self.pictures.content(item)
         return _encode(self.pictures.picture(item, SIDE), "PNG")
 
-    def ask(self, picture: bytes, k: int, plain: bool) -> ShownAnswer:
+    def ask(self, picture: bytes, k: int, plain: bool) -> DemoAnswer:
         """Find the items nearest to a picture; see Index.ask."""
-        return {**self.index.ask(picture, k, plain), "shown": small_picture(picture)}
+        return {**self.index.ask(picture, k, plain), "thumbnail": make_thumbnail(picture)}
 
 
-def small_picture(picture: bytes) -> bytes:
+def make_thumbnail(picture: bytes) -> bytes:
     """Turn an encoded picture into a small WebP. BadPicture where it cannot be read."""
     return _encode(decode(picture, SIDE, "the picture"), "WEBP")
 

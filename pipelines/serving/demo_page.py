@@ -18,7 +18,7 @@ from starlette.formparsers import MultiPartParser
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dml_core.data.pictures import BadPicture
-from pipelines.serving.demo import SIDE, Demo, ShownAnswer, small_picture
+from pipelines.serving.demo import SIDE, Demo, DemoAnswer, make_thumbnail
 from pipelines.serving.index import Hit
 
 HOSTS = ["127.0.0.1", "localhost"]
@@ -58,7 +58,7 @@ def serve(demo: Demo, server: socket.socket) -> None:
         if not 0 <= item < demo.index.about.rows:
             return Response(status_code=404)
         try:
-            return Response(small_picture(demo.content(item)), media_type="image/webp")
+            return Response(make_thumbnail(demo.content(item)), media_type="image/webp")
         except (BadPicture, OSError) as error:
             logging.getLogger(__name__).warning("the picture of item %d cannot be shown: %s", item, error)
             return Response(status_code=404)
@@ -167,10 +167,12 @@ class Page:
         self.status.set_text(text)
         self.status.classes(add="wrong" if is_error else "", remove="" if is_error else "wrong")
 
-    def show_answer(self, title: str, answer: ShownAnswer) -> None:
+    def show_answer(self, title: str, answer: DemoAnswer) -> None:
         """Show the query and the items nearest to it."""
         with html.div().classes("current-query"):
-            html.img(src=f"data:image/webp;base64,{base64.b64encode(answer['shown']).decode()}", alt=f"Query: {title}")
+            html.img(
+                src=f"data:image/webp;base64,{base64.b64encode(answer['thumbnail']).decode()}", alt=f"Query: {title}"
+            )
             self.heading = html.h2(f"Nearest to {title}, {answer['ranking']}").props("tabindex=-1")
         with html.ol().classes("hits"):
             for hit in answer["hits"]:

@@ -194,7 +194,7 @@ class Index:
         items = self.items([i for i in nearest.id[0].tolist() if i >= 0])
         milliseconds = Milliseconds(embed=1000 * (embedded - started), search=1000 * (perf_counter() - embedded))
         scored = zip(items, nearest.score[0].tolist(), strict=False)
-        hits = [_hit(place, item, score, by_structure) for place, (item, score) in enumerate(scored, 1)]
+        hits = [_make_hit(place, item, score, by_structure) for place, (item, score) in enumerate(scored, 1)]
         return Answer(ranking="structure-aware" if by_structure else "plain", milliseconds=milliseconds, hits=hits)
 
     @cached_property
@@ -206,7 +206,7 @@ class Index:
         return model
 
 
-def _hit(place: int, item: Item, score: float, by_structure: bool) -> Hit:
+def _make_hit(place: int, item: Item, score: float, by_structure: bool) -> Hit:
     if by_structure:
         return Hit(place=place, distance=score, id=item.id, path=item.path, label=item.label)
     return Hit(place=place, similarity=score, id=item.id, path=item.path, label=item.label)

@@ -144,5 +144,5 @@ def run_final(config: FinalConfig, sweep: Sweep, in_process: bool) -> None:
     tune.report({**report})
 
 
-def _run_location(sweep: Sweep, trial: str, fold: int) -> dict[str, Any]:
+def _run_location(sweep: Sweep, trial: str, fold: int) -> dict[str, str]:
     return {"name": f"{trial}-f{fold}" if sweep.options.folds > 1 else trial, "storage": sweep.folder}
