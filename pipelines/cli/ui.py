@@ -14,7 +14,8 @@ from pipelines.console import messages
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     """Serve MLflow's page over the runs of this folder. Example: dml ui --port 5001"""
     with exit_on_error():
-        from pipelines.tracking.server import default_uri, prepare_store, without_password
+        from pipelines.tracking.address import default_uri, without_password
+        from pipelines.tracking.server import prepare_store
 
         uri = default_uri(Path.cwd())
         if uri.startswith("http"):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from pipelines.compare.page import render_comparison
 from pipelines.compare.statistics import METRICS, Comparison, compare_runs
 from pipelines.pages.render import made_by
+from pipelines.tracking.address import default_uri
 from pipelines.tracking.runs import log_page, read_runs, read_text
-from pipelines.tracking.server import default_uri, prepare_store
+from pipelines.tracking.server import prepare_store
 
 NUMBERS_FILE = "comparison.json"  # an artifact of the MLflow run that holds a comparison's page
 

@@ -14,15 +14,15 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.config.recipe import parse_config, read_yaml, to_yaml
 from pipelines.config.schema import Config
 from pipelines.tracking.records import EpochRecord
+
+if TYPE_CHECKING:  # torch waits for the functions that need it: a checkpoint is found and refused without it
+    import torch
+    from torch import nn
 
 MANIFEST = "manifest.json"
 MODEL_FILES = ("learner.safetensors", "config.yaml", "classes.json")  # all that embedding takes
@@ -55,22 +55,25 @@ class LoadedCheckpoint(NamedTuple):
 
     state: TrainingState
     history: list[EpochRecord]
-    steps: torch.Tensor
+    steps: "torch.Tensor"
 
 
 def save(
     folder: Path,
     config: Config,
     class_names: tuple[str, ...],
-    learner: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    learner: "nn.Module",
+    optimizer: "torch.optim.Optimizer",
+    schedule: "torch.optim.lr_scheduler.LRScheduler",
     state: TrainingState,
     history: list[EpochRecord],
     metrics: dict[str, float],
-    steps: torch.Tensor,
+    steps: "torch.Tensor",
 ) -> None:
     """Write a checkpoint folder; its manifest last. Arguments as in TrainingState and LoadedCheckpoint."""
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in learner.state_dict().items()}
     save_file(weights, folder / "learner.safetensors")
@@ -117,18 +120,23 @@ def read_state(folder: Path) -> TrainingState:
     return TrainingState(**json.loads((folder / "state.json").read_text()))
 
 
-def load_weights(folder: Path, learner: nn.Module) -> None:
+def load_weights(folder: Path, learner: "nn.Module") -> None:
     """Load a checkpoint's weights and buffers into a learner built from its config."""
+    from safetensors.torch import load_file
+
     learner.load_state_dict(load_file(folder / "learner.safetensors"))
 
 
 def load(
     folder: Path,
-    learner: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    learner: "nn.Module",
+    optimizer: "torch.optim.Optimizer",
+    schedule: "torch.optim.lr_scheduler.LRScheduler",
 ) -> LoadedCheckpoint:
     """Put weights, optimizer and schedule back as they were when the folder was saved, and read the rest."""
+    import torch
+    from safetensors.torch import load_file
+
     load_weights(folder, learner)
     states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])

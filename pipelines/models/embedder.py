@@ -40,7 +40,7 @@ class Embedder:
         classes = len(read_class_names(folder))
         self.learner = build_learner(self.config, classes, read_weights=False).eval()
         load_weights(folder, self.learner)
-        self.view = transforms.evaluation(self.config.data.image_size)
+        self.view = transforms.evaluation_view(self.config.data.image_size)
 
     @torch.inference_mode()
     def vectors(self, pictures: list[bytes]) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
 """Find the checkpoint that a run id, a folder, a URL or a registered model names."""
 
 import atexit
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
-import pyarrow.fs
-
 from pipelines.models.checkpoint import is_whole
-from pipelines.tracking.models import fetch_checkpoint
-from pipelines.tracking.server import default_uri, prepare_store
+from pipelines.tracking.address import default_uri, without_password
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def find_checkpoint(run: str) -> Path:
@@ -25,14 +25,29 @@ def find_checkpoint(run: str) -> Path:
     if "://" in run:
         folder = Path(tempfile.mkdtemp(prefix="dml-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        import pyarrow.fs
+
         try:
             pyarrow.fs.copy_files(run, str(folder))
         except (OSError, ValueError) as error:
             raise ValueError(f"{run}: cannot be read ({str(error).splitlines()[0]})") from None
     elif not folder.is_dir():
-        uri = default_uri(Path.cwd())
-        prepare_store(uri)
-        folder = fetch_checkpoint(uri, run)
+        folder = _fetch_from_mlflow(run)
     if not is_whole(folder):
         raise ValueError(f"{run}: not a whole checkpoint folder (its manifest does not fit)")
     return folder.resolve()
+
+
+def _fetch_from_mlflow(run: str) -> Path:
+    uri = default_uri(Path.cwd())
+    if not run.startswith("models:/") and not RUN_ID.fullmatch(run):
+        # Told without MLflow, which takes seconds to import.
+        raise ValueError(
+            f"{run}: not a checkpoint folder, and unknown to MLflow at {without_password(uri)} (a run's id has 32 "
+            "hexadecimal digits; dml ui shows them)"
+        )
+    from pipelines.tracking.models import fetch_checkpoint
+    from pipelines.tracking.server import prepare_store
+
+    prepare_store(uri)
+    return fetch_checkpoint(uri, run)

@@ -30,9 +30,10 @@ from pipelines.reports.page import render_run, render_sweep
 from pipelines.runs.with_model import TrainedModel, open_model, require_splits, run_with_model
 from pipelines.sweeps.records import SweepOptions, SweepOutcome
 from pipelines.sweeps.spaces import Space, load_space
+from pipelines.tracking.address import default_uri
 from pipelines.tracking.records import EpochRecord
 from pipelines.tracking.runs import LoggedRun, find_run, log_text, read_runs
-from pipelines.tracking.server import default_uri, prepare_store
+from pipelines.tracking.server import prepare_store
 
 # Whose versions a run's page names.
 PACKAGES = ("dml-ray", "torch", "torchvision", "ray", "mlflow", "pytorch-metric-learning", "scikit-learn", "numpy")

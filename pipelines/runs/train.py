@@ -22,8 +22,9 @@ from pipelines.models.run_folder import RunFolder, checkpoint_name
 from pipelines.runs.log import logged_to
 from pipelines.runs.outcome import SweepMember, TrainOutcome
 from pipelines.runs.record import record_training, register_model
+from pipelines.tracking.address import default_uri
 from pipelines.tracking.runs import end_run, resume_run
-from pipelines.tracking.server import default_uri, prepare_store
+from pipelines.tracking.server import prepare_store
 from pipelines.training.job import TrainingJob
 
 

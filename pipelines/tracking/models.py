@@ -6,7 +6,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from pipelines.tracking import server
-from pipelines.tracking.server import without_password
+from pipelines.tracking.address import without_password
 
 
 def set_alias(uri: str, model: str, alias: str) -> None:

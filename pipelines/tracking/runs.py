@@ -16,7 +16,8 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipelines.tracking import server
-from pipelines.tracking.server import experiment_id, without_password
+from pipelines.tracking.address import without_password
+from pipelines.tracking.server import experiment_id
 
 PARAMS_PER_CALL = 100
 

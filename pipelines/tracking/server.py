@@ -1,29 +1,19 @@
-"""Reach MLflow's store: its address, a first look before anything starts, experiments."""
+"""Reach MLflow's store: a first look before anything starts, a client, experiments."""
 
 import logging
-import os
-import re
 from pathlib import Path
 
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.utils.logging_utils import disable_logging
 
+from pipelines.tracking.address import without_password
+
 bad_request = MlflowException.invalid_parameter_value  # (message): MLflow's server answers 400 with it
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow").setLevel(logging.ERROR)
 disable_logging()  # lines of MLflow's own, on standard error: our commands print theirs
-
-
-def default_uri(folder: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, or a sqlite file in a folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
-
-
-def without_password(uri: str) -> str:
-    """Return an address without the password that it may hold."""
-    return re.sub(r"://[^/@]*@", "://***@", uri)
 
 
 def prepare_store(uri: str) -> None:

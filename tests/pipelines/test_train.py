@@ -4,19 +4,25 @@ import io
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import mlflow
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dml_core.gather import rank
 from dml_core.learner import Terms
 from pipelines.cli import main
-from pipelines.cluster.worker import Worker
+from pipelines.cluster.launch import run_in_process
+from pipelines.cluster.worker import Job, Worker, torch_threads
 from pipelines.config.recipe import load_recipe, with_values
+from pipelines.console import RunFailed
 from pipelines.models.checkpoint import read_config, read_history
 from pipelines.models.run_folder import checkpoint_name
 from pipelines.runs.outcome import TrainOutcome
@@ -193,3 +199,44 @@ def test_bad_picture_on_the_way_fails_in_one_line(folder_set: Path) -> None:
     assert "unreadable picture" in found.stderr and "class 3/0.jpg" in found.stderr
     runs = mlflow.search_runs(experiment_names=["folder"], filter_string="run_name = 'bad'")
     assert runs["status"].tolist() == ["FAILED"]
+
+
+def test_without_validation_classes_the_last_epoch_is_the_best_and_has_no_score(tracked_folder: Path) -> None:
+    outcome = train("data.validation_fraction=0", "workers=1", "name=unvalidated")
+    assert outcome.metrics["best_epoch"] == 2 and outcome.checkpoint.endswith("epoch_00002")
+    assert not any(name.startswith("val/") for name in outcome.metrics)
+    logged = mlflow.MlflowClient().get_run(outcome.run_id).data.metrics
+    assert "train/loss" in logged and "test/map_at_r" in logged
+    assert not any(name.startswith("val/") for name in logged)
+
+
+def test_a_registration_that_fails_is_told_and_leaves_the_training_finished(tracked_folder: Path) -> None:
+    text = io.StringIO()
+    config = load_recipe("glyphs", [*SMALL, "workers=1", "name=unregistered", "model_name=no:such"])
+    outcome = run_training(config, Console(file=text, width=1000), here=True)
+    assert outcome.model is None
+    assert mlflow.MlflowClient().get_run(outcome.run_id).info.status == "FINISHED"
+    log = tracked_folder / "runs" / "unregistered" / "logs" / "driver.log"
+    assert "the model is not registered: " in text.getvalue() and f"({log} has the traceback)" in text.getvalue()
+    assert "Traceback (most recent call last)" in log.read_text() and "no:such" in log.read_text()
+    again = run_training(config, Console(file=io.StringIO()), here=True)  # what is missing is tried again
+    assert again.model is None and again.metrics["test/map_at_r"] == outcome.metrics["test/map_at_r"]
+
+
+@dataclass(frozen=True)
+class BrokenJob(Job):
+    loop: ClassVar[str] = "tests.pipelines.test_train:break_off"
+
+
+def break_off(job: BrokenJob) -> None:
+    torch.set_num_threads(1)
+    raise LookupError("on purpose")
+
+
+def test_the_number_of_threads_is_restored_when_a_loop_fails(local_ray: None) -> None:
+    before = torch.get_num_threads()
+    with torch_threads(before + 1):
+        with pytest.raises(RunFailed, match="LookupError: on purpose"):
+            run_in_process(BrokenJob(load_recipe("glyphs", [])))
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
