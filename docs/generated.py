@@ -1,7 +1,7 @@
-"""What the site has beside the pages of this folder; a hook of MkDocs.
+"""Add pages to the documentation site that are not in this folder; a hook of MkDocs.
 
-README, CONTRIBUTING and CHANGELOG are pages of it. The references of the config and of the command line are made from
-the models and the commands. A link to any other file of the repository leads to a page that shows it.
+README, CONTRIBUTING and CHANGELOG become pages. The references of the config and of the command line are made from the
+models and the commands. A link to any other file of the repository leads to a page that shows the file.
 """
 
 import posixpath
@@ -20,6 +20,7 @@ from typer.cli import get_docs_for_click
 from dml_core import base_losses
 from pipelines.cli import main
 from pipelines.config.identity import FREE_KEYS
+from pipelines.config.methods import METHODS
 from pipelines.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ log = get_plugin_logger("generated")
 
 
 class Key(NamedTuple):
-    """Of a config. allowed, default: in words."""
+    """A key of the config, with its allowed values, its default and its description as texts."""
 
     name: str
     allowed: str
@@ -41,7 +42,7 @@ class Key(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Keys side by side in a config; of the whole (name "") those at its top."""
+    """The keys of a section of the config; name "" is for those at its top."""
 
     name: str
     text: str
@@ -57,7 +58,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     linked = {page for origin, text in origins.items() for _, page in _links(text, origin)}
     for page in sorted(page for page in linked if page and page.startswith("source/")):
         path = page.removeprefix("source/").removesuffix(".md")
-        files.append(File.generated(config, page, content=shown(path)))
+        files.append(File.generated(config, page, content=source_page(path)))
     return files
 
 
@@ -82,12 +83,12 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
 
 
 def _origin(page: str) -> str:
-    """Where the repository has a page's text."""
+    """Return the file of the repository that a page is made from."""
     return {page: source for source, page in TOP.items()}.get(page, f"docs/{page}")
 
 
 def _links(text: str, origin: str) -> Iterator[tuple[str, str | None]]:
-    """Links as written, and the page of the site that is meant; None: as it is, for MkDocs to check."""
+    """Yield the links of a text, and the page of the site that each leads to; None leaves it to MkDocs."""
     for link, _ in LINK.findall(text):
         path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), link))
         if path in TOP:
@@ -98,22 +99,22 @@ def _links(text: str, origin: str) -> Iterator[tuple[str, str | None]]:
             yield link, f"source/{path}.md" if (ROOT / path).is_file() else None
 
 
-def shown(path: str) -> str:
-    """A page with a file of the repository."""
+def source_page(path: str) -> str:
+    """Return a page that shows a file of the repository."""
     language = LANGUAGES.get(posixpath.splitext(path)[1], "text")
     code = f'~~~~{language} linenums="1"\n{(ROOT / path).read_text()}~~~~\n'
     return f"---\nsearch:\n  exclude: true\n---\n# `{path}`\n\n{code}"
 
 
 def command_reference() -> str:
-    """By typer, as `dml --help` has it; examples as code."""
+    """Return the page of all commands, as `dml --help` describes them, with examples as code."""
     command = typer.main.get_command(main.app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dml", title="Commands")
     return re.sub(r"(?m)\s*(?:Example|Then): (dml .+)$", r"\n\n```\n\1\n```\n", text)
 
 
 def groups() -> Iterator[Group]:
-    """Of the config, from the models' own descriptions."""
+    """Yield the groups of keys, as the models describe them; the methods last."""
     schema = Config.model_json_schema()
     sections, top = {}, []
     for name, about in schema["properties"].items():
@@ -122,50 +123,53 @@ def groups() -> Iterator[Group]:
         else:
             top.append(_key(name, about))
     yield Group("", schema["description"], top)
-    for name, section in sections.items():
+    for name in sorted(sections, key=METHODS.__contains__):
+        section = sections[name]
         keys = [_key(f"{name}.{key}", about) for key, about in section["properties"].items()]
         yield Group(name, section.get("description", ""), keys)
 
 
 def _key(name: str, about: dict[str, Any]) -> Key:
     default = about.get("default")
-    told = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-    return Key(name, allowed(about), told, about.get("description", ""))
+    text = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return Key(name, allowed_values(about), text, about.get("description", ""))
 
 
-def allowed(about: dict[str, Any]) -> str:
-    """A JSON schema in words."""
+def allowed_values(about: dict[str, Any]) -> str:
+    """Describe the values that a JSON schema allows."""
     if "anyOf" in about:
-        return " or ".join("none" if part.get("type") == "null" else allowed(part) for part in about["anyOf"])
+        return " or ".join("none" if part.get("type") == "null" else allowed_values(part) for part in about["anyOf"])
     if "enum" in about:
         return ", ".join(map(str, about["enum"]))
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    told = " and ".join(f"{word} {about[bound]:g}" for bound, word in bounds.items() if bound in about)
-    kind = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text"}
+    limits = " and ".join(f"{word} {about[bound]:g}" for bound, word in bounds.items() if bound in about)
+    types = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text"}
     if about["type"] == "array":
-        return f"list of: {allowed(about['items'])}"
+        return f"list of: {allowed_values(about['items'])}"
     if about["type"] == "object":
         return "mapping"
     if "pattern" in about:
-        told = f"like `{about['pattern']}`"
-    return f"{kind[about['type']]} {told}".rstrip()
+        limits = f"like `{about['pattern']}`"
+    return f"{types[about['type']]} {limits}".rstrip()
 
 
 def config_reference() -> str:
+    """Return the page of all config keys."""
     lines = ["# Config keys\n"]
     lines += [
-        "Every key that `dml train`, `tune` and `config` take as `KEY=VALUE`, and a recipe as YAML. A recipe's own"
+        "These are all keys that `dml train`, `dml tune` and `dml config` take as `KEY=VALUE`. A recipe sets them",
+        "in YAML. Where a recipe sets a key, its value takes the place of the default given here. `dml config RECIPE`",
+        "prints the values that a run has.\n",
     ]
-    lines += ["defaults stand above those given here: `dml config RECIPE` prints what a run has.\n"]
     for group in groups():
         lines += [f"## {group.name or 'The run'}\n", f"{group.text}\n"]
         for key in group.keys:
-            may = "; may differ when a run is [continued](resume.md#what-may-change)" if key.name in FREE_KEYS else ""
+            may = "; may change when a run is [continued](resume.md#what-may-change)" if key.name in FREE_KEYS else ""
             lines += [f"### `{key.name}`\n", f"{key.text}\n", f"{key.allowed}; default: **{key.default}**{may}\n"]
         if group.name == "loss":
             lines += ["### `loss.ARGUMENT`\n", "Whatever the loss takes, with the default that it has here:\n"]
-            for name in (*base_losses.SHORT, *base_losses.LOSSES):
-                given = ", ".join(f"{key}={value}" for key, value in base_losses.arguments(name).items())
+            for name in (*base_losses.SHORT_NAMES, *base_losses.LOSSES):
+                given = ", ".join(f"{key}={value}" for key, value in base_losses.default_arguments(name).items())
                 lines += [f"- **{name}**: `{given}`"]
             lines += [""]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the documentation says is there: commands with options and keys, diffs that apply, keys, error messages."""
+"""What the documentation promises exists: commands with their options and keys, diffs that apply, error messages."""
 
 import ast
 import importlib.util
@@ -16,7 +16,7 @@ import typer
 
 from pipelines.cli import main
 from pipelines.config.recipe import data_section, load_recipe
-from pipelines.sweeps.spaces import space_of
+from pipelines.sweeps.spaces import load_space
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,40 +35,40 @@ def fenced(text: str, *languages: str) -> list[str]:
 
 
 def commands(text: str) -> Iterator[tuple[str, bool]]:
-    """Command lines of a page, and whether they are whole: what stands in a sentence need not be."""
+    """Yield the command lines of a page, and whether they are whole: one in a sentence need not be."""
     for code in fenced(text, "", "bash"):
         for line in code.replace("\\\n", " ").splitlines():
             begins = r"(?:^|&& |; )(?:[A-Z_]+=\S+ )*((?:dml|make|python) .*)"
-            if found := re.search(begins, line.partition(" #")[0]):
-                yield found[1], True
+            if command := re.search(begins, line.partition(" #")[0]):
+                yield command[1], True
     for line in re.findall(r"`((?:dml|make|python) [^`\n]+)`", re.sub(r"(?ms)^```.*?^```$", "", text)):
         yield line.replace("\\|", "|"), False
 
 
 def check(words: list[str], whole: bool = True) -> None:
-    """A command of dml, as far as it would go before it looks at disks, clusters and servers."""
-    found, names = DML, list[str]()
-    while hasattr(found, "commands") and words:
-        found, names, words = found.commands[words[0]], [*names, words[0]], words[1:]
+    """Parse a command of dml, as far as it goes before it looks at disks, clusters and servers."""
+    command, names = DML, list[str]()
+    while hasattr(command, "commands") and words:
+        command, names, words = command.commands[words[0]], [*names, words[0]], words[1:]
     name = " ".join(names)
     if not whole or any(word.startswith("[") or word in ("|", "...") for word in words):
-        options = {option for parameter in found.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        given = {word.strip("[]") for word in words if word.strip("[").startswith("-")}
-        assert given <= options | {"--help", "--"}, f"dml {name}: {given - options}"
+        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        used = {word.strip("[]") for word in words if word.strip("[").startswith("-")}
+        assert used <= options | {"--help", "--"}, f"dml {name}: {used - options}"
         check_keys(name, words)
         return
-    told = found.make_context(name, list(words)).params
-    if name == "submit" and told["arguments"][0] not in ("list", "logs", "stop"):
-        check(told["arguments"])
+    parameters = command.make_context(name, list(words)).params
+    if name == "submit" and parameters["arguments"][0] not in ("list", "logs", "stop"):
+        check(parameters["arguments"])
     elif name in ("train", "tune", "config"):
-        recipes = [word for word in told["arguments"] or [] if "=" not in word]
+        recipes = [word for word in parameters["arguments"] or [] if "=" not in word]
         # One of the reader's own, or what stands for one, has the keys of any.
         recipes = ["glyphs" if name.endswith(".yaml") or name.isupper() else name for name in recipes]
-        config = load_recipe(*recipes or ["glyphs"], [word for word in told["arguments"] or [] if "=" in word])
-        if name == "tune" and told["space"] and not told["space"].endswith(".py"):
-            space_of(told["space"], config)
+        config = load_recipe(*recipes or ["glyphs"], [word for word in parameters["arguments"] or [] if "=" in word])
+        if name == "tune" and parameters["space"] and not parameters["space"].endswith(".py"):
+            load_space(parameters["space"], config)
     elif name == "data check":
-        data_section(told["name"], told["assignments"])
+        data_section(parameters["name"], parameters["assignments"])
     else:
         check_keys(name, words)
 
@@ -95,16 +95,16 @@ def test_commands_of_a_page(page: Path) -> None:
         ast.parse(code)
 
 
-def examples(found: Any = DML) -> Iterator[str]:
-    yield from re.findall(r"Example: dml (.+)", found.help or "")
-    for command in getattr(found, "commands", {}).values():
-        yield from examples(command)
+def examples(command: Any = DML) -> Iterator[str]:
+    yield from re.findall(r"Example: dml (.+)", command.help or "")
+    for sub_command in getattr(command, "commands", {}).values():
+        yield from examples(sub_command)
 
 
 def test_examples_of_the_help() -> None:
-    found = list(examples())
-    assert len(found) > 12
-    for line in found:
+    lines = list(examples())
+    assert len(lines) > 12
+    for line in lines:
         check(shlex.split(line))
 
 
@@ -138,7 +138,7 @@ def test_every_key_and_section_is_described() -> None:
 
 
 def templates(path: Path) -> Iterator[str]:
-    """The texts in a file, with … for what is filled in."""
+    """Yield the texts in a file, with … for what is filled in."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
@@ -167,9 +167,17 @@ def test_diffs_of_extending_apply_and_run(tmp_path: Path) -> None:
         subprocess.run([*git, "--check"], input=diff, text=True, check=True)
     for diff in diffs:
         subprocess.run(git, input=diff, text=True, check=True)
-    asked = [line for page in pages for line, whole in commands(page.read_text()) if whole]
-    tests = [word for line in asked for word in shlex.split(line.removeprefix("python -m pytest "))]
+    lines = [line for page in pages for line, whole in commands(page.read_text()) if whole]
+    tests = [word for line in lines for word in shlex.split(line.removeprefix("python -m pytest "))]
     assert len(tests) > 3
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(("page", "files"), [("loss", 1), ("method", 3), ("dataset", 1), ("command", 2), ("metric", 2)])
+def test_files_that_an_addition_touches(page: str, files: int) -> None:
+    """Tests are not counted."""
+    (diff,) = fenced((ROOT / "docs" / "extending" / f"{page}.md").read_text(), "diff")
+    touched = re.findall(r"(?m)^\+\+\+ b/(?!tests/)(.+)$", diff)
+    assert 0 < len(touched) <= files, touched

@@ -17,11 +17,11 @@ def test_every_line_of_the_quickstart(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     text = (ROOT / "docs" / "quickstart.md").read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.startswith("dml ")]
-    said = {}
+    outputs = {}
     for line in lines:
-        found = CliRunner().invoke(main.app, shlex.split(line)[1:])
-        assert found.exit_code == 0, f"{line}\n{found.output}"
-        said[line] = found.output
-    assert len(said) == 5
-    assert "first is finished; this is its outcome" in said[lines[0]]
-    assert "nearest to docs/query.png" in said[lines[-1]] and "U+" in said[lines[-1]]
+        result = CliRunner().invoke(main.app, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+        outputs[line] = result.output
+    assert len(outputs) == 5
+    assert "first is finished; this is its outcome" in outputs[lines[0]]
+    assert "nearest to docs/query.png" in outputs[lines[-1]] and "U+" in outputs[lines[-1]]
