@@ -16,7 +16,7 @@ NUMBERS_FILE = "comparison.json"  # an artifact of the MLflow run that holds a c
 
 
 class ComparisonOutcome(NamedTuple):
-    """A comparison that has been made.
+    """A comparison, and where it is kept.
 
     Attributes:
         comparison: What it says.

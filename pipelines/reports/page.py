@@ -84,8 +84,8 @@ def render_run(
         inspection=inspection,
         variation_figures=[draw_spread(inspection.variation), draw_spectrum(inspection.variation)],
         variation_rows=[
-            (name, f"{own:.3f}", f"{other:.3f}", f"{own / other:.2f}", f"{v.effective_rank:.1f}")
-            for (name, v), (own, other) in zip(inspection.variation.items(), medians.values())
+            (name, f"{to_own:.3f}", f"{to_next:.3f}", f"{to_own / to_next:.2f}", f"{v.effective_rank:.1f}")
+            for (name, v), (to_own, to_next) in zip(inspection.variation.items(), medians.values())
         ],
         clouds=[(draw_cloud(cloud), cloud) for cloud in inspection.clouds],
         environment=environment.items(),

@@ -157,7 +157,7 @@ def _read_sweep(place: str) -> SweepSubject | None:
 
 
 def _read_json(files: pyarrow.fs.FileSystem, folder: str, name: str) -> Any:
-    """Read a JSON file of a run's or a sweep's folder; None where there is none."""
+    """Read a JSON file of a run's or a sweep's folder; None where there is none, or the storage is not at hand."""
     try:
         with files.open_input_stream(f"{folder}/{name}") as file:
             return json.loads(file.read())
@@ -226,17 +226,17 @@ def _page_of_run(run: RunSubject, footer: str, console: Console) -> str:
 
 def _read_longest_history(model: TrainedModel) -> list[EpochRecord]:
     """Read the history from the run's last checkpoint where it is at hand, else from this one, which ends with it."""
-    own = read_history(model.checkpoint)
+    history = read_history(model.checkpoint)
     files, folder = run_folder.locate(model.trained_by)
     try:
         newest = newest_checkpoint(files, folder)
     except OSError:
         newest = None
     if newest is None:
-        return own
+        return history
     with local_copy(files, f"{folder}/{newest}") as local:
         longer = read_history(local)
-    return longer if longer[: len(own)] == own else own
+    return longer if longer[: len(history)] == history else history
 
 
 def _environment(run: RunSubject, config: Config) -> dict[str, str]:
