@@ -46,25 +46,26 @@ class Iaa(MethodSection):
     """Intra-class adaptive augmentation: synthetics drawn from each class's variation, as further candidates."""
 
     intensity: Annotated[float, Field(gt=0)] = 0.7
-    """lambda: share of the class's variance that is drawn with; falls to 0.6 of it towards the end."""
+    """lambda, the share of the class's variance that synthetics are drawn with. It falls to 0.6 of its value towards
+    the end."""
     draws: Positive = 3
-    """M: synthetics a sample."""
+    """M, the synthetics of a sample."""
     start_epoch: Annotated[int, Field(ge=0)] = 1
     """Epochs without synthetics, before the first estimate of the variation."""
     update_every: Positive = 2
-    """Epochs from one estimate to the next; each embeds the training set once."""
+    """Epochs from one estimate to the next. Each estimate embeds the training set once."""
     momentum: Fraction = 0.2
-    """Most that the old estimate keeps."""
+    """Largest share that the old estimate keeps in the new one."""
     covariance: Literal["diag", "full"] = "diag"
-    """full: classes x embedding_dim^2 numbers in memory."""
+    """What is estimated of a class's covariance. `full` takes classes x embedding_dim^2 numbers of memory."""
     neighbors: Positive = 25
-    """K: classes that correct the variation of a small one."""
+    """K, the classes that correct the variation of a small class."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How fast the correction fades with the size of a class."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the variation of all classes in the correction."""
     tau: Annotated[float, Field(ge=0)] = 40.0
-    """Classes with more images are not corrected."""
+    """Largest number of images of a class that is corrected."""
 
     def build(self, sizes: Sizes) -> "nn.Module":
         from dml_core.synthesis.gaussian import ClassAugmentation
@@ -76,25 +77,25 @@ class Sgar(MethodSection):
     """Self-supervised generative assisted ranking: synthetics of rising intensity, ranked by it."""
 
     intensity: Annotated[float, Field(ge=0)] = 0.1
-    """r: the step between synthetics, relative to the embedding's norm."""
+    """r, the step from one synthetic to the next, relative to the embedding's norm."""
     count: Annotated[int, Field(ge=2)] = 5
-    """N: synthetics a sample."""
+    """N, the synthetics of a sample."""
     margin: Annotated[float, Field(ge=0)] = 0.11
-    """delta: by how much a stronger synthetic must be farther than a weaker one, in cosine."""
+    """delta, by how much a stronger synthetic must be farther from its source than a weaker one, in cosine."""
     max_gap: Annotated[float, Field(gt=0)] | None = None
-    """delta': how far, at most; none: one-sided."""
+    """delta': synthetic number j may be farther than a weaker one by j times this, at most. none: there is no limit."""
     scale: Annotated[float, Field(gt=0)] = 32.0
     """Sharpness of the ranking: how much the worst pair of synthetics outweighs the others."""
     gate: Annotated[float, Field(ge=-1, le=1)] = 0.05
-    """Least cosine of a sample to its class proxy for it to be a source."""
+    """Smallest cosine to its class proxy with which a sample is a source of synthetics."""
     anchor_scale: Annotated[float, Field(gt=0)] = 32.0
     """Sharpness of the anchor term, which keeps synthetics in their class."""
     anchor_margin: float = 0.1
-    """Least cosine of a synthetic to its class proxy, softly."""
+    """Smallest cosine of a synthetic to its class proxy; a soft limit."""
     directions: Literal["independent", "shared"] = "independent"
-    """One draw for each sample, or one for all of a step (as published)."""
+    """Whether directions are drawn for each sample, or once for all samples of a step (as published)."""
     weight: Annotated[float, Field(ge=0)] = 0.23
-    """lam: of both terms in the sum."""
+    """lam, the factor of both terms in the loss."""
     ratio_rank: Annotated[float, Field(ge=0)] = 0.9
     """Factor of the ranking term beside `weight`."""
     ratio_anchor: Annotated[float, Field(ge=0)] = 0.9
@@ -115,18 +116,19 @@ class Namr(MethodSection):
     """Neighborhood-adaptive multi-cluster ranking: a structure embedding weighs the dimensions around a sample."""
 
     centers: Annotated[int, Field(ge=2, le=8)] = 3
-    """M: distances that the pairs are drawn to."""
+    """M, the distances that pairs are drawn to."""
     spacing: Literal["even", "quantile"] = "even"
-    """Centres at even steps from the mean distance down, or at quantiles of the batch's distances."""
+    """Where these distances are: at even steps from the mean distance down, or at quantiles of the batch's
+    distances."""
     t: Annotated[float, Field(gt=0)] = 3.0
-    """The nearest centre lies so many deviations below the mean distance (spacing=even)."""
+    """For spacing=even: how many deviations below the mean distance the smallest of them is."""
     alpha: Annotated[float, Field(gt=0)] = 10.0
-    """How sharply a pair decides for its nearest centre."""
+    """How sharply a pair decides for the nearest of them."""
     weight: Annotated[float, Field(ge=0)] = 2.0
-    """lambda: of the term in the sum."""
+    """lambda, the factor of the term in the loss."""
     rerank: Positive = 100
-    """Items at the top of a plain search that evaluation orders anew by the adaptive distance. The same for a whole
-    run: not in `changes`."""
+    """How many items at the top of a plain search the evaluation orders anew by the adaptive distance. It is the same
+    for a whole run, and cannot be in `changes`."""
 
     @property
     def weights(self) -> dict[str, float]:

@@ -25,55 +25,56 @@ from pipelines.config.sections import (
 
 
 class Config(Methods):
-    """Everything that a run depends on."""
+    """All settings of a run: these keys, and the sections."""
 
     workers: Positive | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = 1
-    """Training workers: N, or MIN:MAX to go on with fewer and grow again. Not a hyperparameter: results do not
-    depend on it."""
+    """Number of training workers: N, or MIN:MAX to go on with fewer when some are lost and to grow again. It is not a
+    hyperparameter: results do not depend on it."""
     use_gpu: bool | None = None
-    """One GPU a worker; none: if the cluster has enough of them."""
+    """Whether each worker has a GPU. none: if the cluster has enough of them."""
     precision: Literal["float32", "bf16", "float64"] | None = None
-    """none: bf16 autocast on GPUs, float32 on CPUs."""
+    """Number format of the training; `bf16` is autocast. none: bf16 on GPUs, float32 on CPUs."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of initial weights, batches, augmentations and synthetics. The split of classes has one of its own:
+    """Seed of initial weights, batches, augmentations and synthetics. The split of classes has a seed of its own,
     `data.split_seed`."""
     epochs: Positive = 20
     """Passes over the training set, of `steps_per_epoch` steps each."""
     steps_per_epoch: Positive | None = None
-    """none: as many as show each training image once."""
+    """Steps of the optimizer in an epoch. none: as many as show each training image once."""
     evaluate_every: Positive = 1
-    """Epochs between validations; a checkpoint is kept at each."""
+    """Epochs between validations. A checkpoint is stored at each."""
     checkpoint_every: Positive | None = None
-    """Steps between further checkpoints within epochs, for long ones on nodes that may be lost. One is kept at once,
-    whatever this says, when a worker's node is about to be taken away."""
+    """Steps between further checkpoints within an epoch, for long epochs on nodes that may be lost. Whatever this says,
+    a checkpoint is stored at once when a worker's node is about to be taken away."""
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
-    """Of the run and its folder; the same name again continues it. none: made from set, method, loss, seed and time."""
+    """Name of the run and its folder. The same name again continues the run. none: made from set, method, loss, seed
+    and time."""
     storage: Address = "runs"
-    """Folder of run folders; must be seen by all nodes of a cluster."""
+    """Folder, or address in a bucket, that the folders of runs are in. All nodes of a cluster must see it."""
     model_name: str | None = None
-    """Registered model to add this run's as a version to; none: dml-SET."""
+    """Name of the registered model in MLflow that this run's model becomes a version of. none: dml-SET."""
     max_failures: Annotated[int, Field(ge=0)] | None = None
-    """How often to start the workers again from the last checkpoint when one is lost, beside nodes that were taken away
-    with a notice. none: 3 on a cluster of several nodes, 0 on one machine."""
+    """How often the workers are started again from the last checkpoint when one is lost. Nodes that were taken away
+    with a notice do not count. none: 3 on a cluster of several nodes, 0 on one machine."""
     timeout: Positive = 600
-    """Seconds that workers wait for one that is silent before they take it for lost."""
+    """Seconds that workers wait for a silent worker before they take it for lost."""
     wait_for_nodes: Annotated[int, Field(ge=0)] = 0
-    """Seconds to wait for machines that the cluster has not yet, which its autoscaler is asked for; then, or with 0 at
-    once, a cluster that is too small for `workers`, or has no GPU for `use_gpu=true`, is refused."""
+    """Seconds to wait for machines that the cluster does not have yet; its autoscaler is asked for them. After that
+    time (at once with 0), a cluster that is too small for `workers`, or has no GPU for `use_gpu=true`, is refused."""
     embedding_dim: Positive = 512
-    """D: numbers in an embedding."""
+    """D, the numbers in an embedding."""
     metrics: list[str] | None = None
-    """Retrieval metrics of validation and test besides R@k, R-Precision and MAP@R: `map` (over the full ranking),
-    `cmc`, `nmi`, `ami`; see docs/metrics.md. none: what the papers report on the set, `map` and `cmc` on `inshop` and
-    `vehicleid`."""
+    """Further retrieval metrics of validation and test, beside R@k, R-Precision and MAP@R: `map` (over the full
+    ranking), `cmc`, `nmi`, `ami`; docs/metrics.md describes them. none: those that the papers report on the set, which
+    are `map` and `cmc` on `inshop` and `vehicleid`."""
     data: Data = Data()
     batch: Batch = Batch()
     backbone: Backbone = Backbone()
     loss: Loss = Field(default_factory=Loss)
     optimizer: Optimizer = Optimizer()
     changes: dict[Annotated[int, Field(ge=1)], dict[str, Any]] = {}
-    """N: {loss.margin: ...}: settings of the loss and the methods that hold from the end of epoch N on, in place of
-    those above; for instance `changes.10.sgar.intensity=0.2`. `dml tune --schedule pbt` finds such."""
+    """Settings of the loss and the methods that change during the training: those under N hold from the end of epoch N
+    on. For instance `changes.10.sgar.intensity=0.2`. `dml tune --schedule pbt` searches for such changes."""
 
     @field_validator("metrics")
     @classmethod

@@ -58,41 +58,46 @@ class Data(Section):
     name: Annotated[str, Field(json_schema_extra=_list_sets)] = "glyphs"
     """The set: embedded characters, your own (a class-per-folder tree, a table of paths), or a benchmark."""
     root: Address | None = None
-    """Its folder, or a URL (s3://, gs://, abfs://, https://) for `folder` and `table`; `glyphs` needs none. `table`: by
-    default the table's own folder."""
+    """Folder of the set; for `folder` and `table` also a URL (s3://, gs://, abfs://, https://). `glyphs` needs none.
+    The default for `table` is the table's own folder."""
     table: Address | None = None
-    """`table`: a CSV or Parquet file, local or a URL, with the columns path, label, and perhaps split and role."""
+    """For `table`: a CSV or Parquet file, or its URL, with the columns path and label, and optionally split and
+    role."""
     download: bool = False
-    """Fetch a benchmark into `root` where that is possible without an account."""
+    """Whether to fetch a benchmark into `root`, where that is possible without an account."""
     links: bool = False
-    """Follow symbolic links that lead out of `root`."""
+    """Whether to follow symbolic links that lead out of `root`."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """Pictures that cannot be read: fail when one is met, or look at all of them first and leave those out. `glyphs`
-    has none."""
+    """What to do with pictures that cannot be read: `fail` when one is met, or `skip`, which reads all pictures first
+    and leaves those out. `glyphs` has none."""
     image_size: Annotated[int, Field(ge=8, le=1024)] = 224
     """Side of the square pictures that the backbone sees, in pixels."""
     augment: Literal["crop", "shift", "none"] | None = None
-    """Training views: random crop and flip (`crop`, for photographs; the default), small shifts and turns (`shift`, for
-    characters), or `none`. Cannot act with `backbone.frozen`, whose features are computed once."""
+    """How training images are changed at random: `crop` (random crop and flip, for photographs; the default), `shift`
+    (small shifts and turns, for characters), or `none`. Cannot act with `backbone.frozen`, whose features are computed
+    once."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """`folder`, and a `table` without splits: share of the classes to test on (default 0.5)."""
+    """For `folder`, and a `table` without splits: share of the classes to test on (default 0.5)."""
     test_classes: list[str] | None = None
-    """`folder`: the classes to test on, by name, in place of a share."""
+    """For `folder`: the names of the classes to test on, in place of a share."""
     validation_fraction: Fraction | None = None
-    """Share of the other classes to validate on (default 0.2); 0: none, and the last epoch is the best."""
+    """Share of the other classes to validate on (default 0.2). With 0 nothing is validated, and the last epoch counts
+    as the best."""
     folds: Annotated[int, Field(ge=2)] | None = None
-    """Equal parts of the classes that `fold` chooses from (default 4)."""
+    """Number of equal parts of the classes that `fold` chooses from (default 4)."""
     fold: Annotated[int, Field(ge=0)] | None = None
-    """Validate on this one, from 0, of `folds` equal parts of the other classes, in place of a share."""
+    """Which of the `folds` equal parts of the other classes to validate on, from 0, in place of a share."""
     split_seed: Annotated[int, Field(ge=0)] = 0
-    """Draws the classes to validate (and, by share, to test) on. It is not `seed`, so that seeds share a split."""
+    """Seed that draws the classes to validate on and, by share, to test on. It is not `seed`, so that runs of several
+    seeds share a split."""
     limit_classes: Annotated[int, Field(ge=3)] | None = None
-    """At most so many classes to test on, and so many to train and validate on: for quick runs."""
+    """Largest number of classes to test on, and of those to train and validate on, for quick runs."""
     loader: Literal["auto", "torch", "ray"] = "auto"
-    """Who decodes: `torch`, the DataLoader of each training worker; `ray`, tasks on any node's CPUs. auto: ray where
-    nodes without training workers have CPUs, unless `loader_processes` is set."""
+    """Who decodes pictures: the DataLoader of each training worker (`torch`), or tasks on the CPUs of any node (`ray`).
+    `auto` is ray where nodes without training workers have CPUs, unless `loader_processes` is set."""
     loader_processes: Annotated[int, Field(ge=0)] | None = None
-    """Decoding processes of each training worker's DataLoader; none: as many as it has CPUs to spare."""
+    """Number of decoding processes of each training worker's DataLoader. none: as many as the worker has CPUs to
+    spare."""
 
     @property
     def augmentation(self) -> Literal["crop", "shift", "none"]:
@@ -158,23 +163,26 @@ class Batch(Section):
     """The global batch of P x K images, whatever the number of workers."""
 
     classes: Annotated[int, Field(ge=2)] = 32
-    """P: classes in a global batch."""
+    """P, the classes in a global batch."""
     images: Positive = 4
-    """K: images of each class in a global batch."""
+    """K, the images of each class in a global batch."""
     slices: Positive | None = None
-    """Equal parts that gradients are computed in. Worker counts that divide it give the same bits, if both are powers
-    of two. none: 4, or as many of 2 and 1 as divide the batch."""
+    """Number of equal parts in which gradients are computed. Numbers of workers that divide it give the same bits, if
+    both are powers of two. none: 4, or the larger of 2 and 1 that divides the batch."""
 
 
 class Backbone(Section):
     """The network from images to features."""
 
     name: str = "resnet50"
-    """`small` (for pictures of about 32 pixels), `efficientnet_lite0`, a torchvision name, or timm:NAME."""
+    """The network: `small` (for pictures of about 32 pixels), `efficientnet_lite0`, a name of torchvision, or
+    timm:NAME."""
     weights: str = "imagenet"
-    """`imagenet`, `none` (group norm takes the place of batch norm), or a file with a state dict."""
+    """Initial weights: `imagenet`, `none` (group norm then takes the place of batch norm), or a file with a state
+    dict."""
     frozen: bool = False
-    """Compute features once, keep them on disk, and train the head on them."""
+    """Whether to leave the backbone as it is: features are computed once and kept on disk, and the head is trained on
+    them."""
 
 
 class Loss(BaseModel):
@@ -182,7 +190,8 @@ class Loss(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
     name: str = "proxy_anchor"
-    """triplet, contrastive, multi_similarity, margin, proxy_anchor, proxy_nca, or any of the library's class names."""
+    """The loss: triplet, contrastive, multi_similarity, margin, proxy_anchor, proxy_nca, or the name of any class of
+    pytorch-metric-learning."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -208,27 +217,28 @@ class Optimizer(Section):
     """How the gradient changes the parameters, and the learning rate over the epochs."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
-    """PyTorch's optimizer of that name."""
+    """The optimizer, by its name in PyTorch."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate of the backbone; head and loss have multiples of it."""
+    """Learning rate of the backbone. Head and loss have multiples of it."""
     head_multiplier: Annotated[float, Field(gt=0)] = 10.0
-    """Of the heads and of a method's own layers."""
+    """Factor of the learning rate for the heads and a method's own layers."""
     loss_multiplier: Annotated[float, Field(gt=0)] = 100.0
-    """Of the base loss's own parameters, such as proxies."""
+    """Factor of the learning rate for the base loss's own parameters, such as proxies."""
     weight_decay: Annotated[float, Field(ge=0)] = 4e-4
-    """Of weight matrices; norms, biases and the base loss's parameters are not decayed."""
+    """Decay of weight matrices. Norms, biases and the base loss's parameters are not decayed."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """sgd only (default 0.9)."""
+    """Momentum, for sgd only (default 0.9)."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
-    """cosine: to zero at the end of the last epoch; step: times `gamma` at each of `milestones`."""
+    """How the learning rate changes: `cosine` falls to zero at the end of the last epoch; `step` multiplies it by
+    `gamma` at each of `milestones`."""
     warmup: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs of linear rise at the start."""
+    """Epochs in which the learning rate rises linearly at the start."""
     milestones: list[Positive] | None = None
-    """schedule=step: epochs after which the learning rate falls."""
+    """For schedule=step: the epochs after which the learning rate falls."""
     gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """schedule=step: what it is multiplied by at each of them."""
+    """For schedule=step: the factor of the learning rate at each of them."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the gradient of a step."""
+    """Largest norm of a step's gradient; larger ones are scaled down to it."""
 
     @model_validator(mode="after")
     def _options_act(self) -> "Optimizer":
