@@ -94,7 +94,7 @@ class Data(Section):
     """Largest number of classes to test on, and of those to train and validate on, for quick runs."""
     loader: Literal["auto", "torch", "ray"] = "auto"
     """Who decodes pictures: the DataLoader of each training worker (`torch`), or tasks on the CPUs of any node (`ray`).
-    `auto` is ray where nodes without training workers have CPUs, unless `loader_processes` is set."""
+    `auto` is ray if the training is on GPUs, some node has CPUs only, and `loader_processes` is not set."""
     loader_processes: Annotated[int, Field(ge=0)] | None = None
     """Number of decoding processes of each training worker's DataLoader. none: as many as the worker has CPUs to
     spare."""
