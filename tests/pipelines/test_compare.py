@@ -127,7 +127,7 @@ def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.Mo
     gained = next(x for x in report["lines"] if x["group"] == "method=['namr']" and x["metric"] == "test/map_at_r")
     assert gained["gain"] == pytest.approx(0.02) and gained["p"] == pytest.approx(2 / 2**6)
     page = (tmp_path / "page.html").read_text()
-    assert "<th scope=\"row\">method=[&#39;namr&#39;]</th>" in page
+    assert '<th scope="row">method=[&#39;namr&#39;]</th>' in page
     assert "method=[&#x27;namr&#x27;], test/map_at_r: 44.5 % of 6 seeds" in page.split("<svg ")[1]
     addresses = re.findall(r"""(?:src|href)=["']?([^"'\s>]*)|url\(["']?([^"')]*)""", page)
     assert all("".join(found).startswith(("data:", "#")) for found in addresses) and "@import" not in page
