@@ -57,6 +57,8 @@ from pipelines.tracking.runs import end_run, log_figure, log_metrics, log_text, 
 from pipelines.tracking.sender import MetricSender
 from pipelines.tracking.server import prepare_store
 
+LOGGER = logging.getLogger(__name__)
+
 
 def start_sweep(
     recipe: str,
@@ -172,6 +174,7 @@ def _run_sweep(sweep: Sweep, space: Space, folder: RunFolder, console: Console) 
             try:
                 end_interrupted_runs(sweep.uri, sweep.run_id, sweep.folder)
             except Exception as error:  # a server that is gone must not hide what happened
+                LOGGER.exception("ending the sweep's interrupted runs in MLflow failed")
                 _warn(console, "MLflow may still show interrupted trials as running", error, log)
             end_run(sweep.uri, sweep.run_id, status)
     folder.write("outcome.json", outcome.to_json())
@@ -203,6 +206,7 @@ def _search_and_test(
             for name, figure in draw_figures(space, trials).items():
                 log_figure(sweep.uri, sweep.run_id, figure, f"{name}.png")
         except Exception as error:  # the numbers are what counts
+            LOGGER.exception("drawing or keeping the sweep's plots failed")
             _warn(console, "plots of the sweep are missing in MLflow", error, log)
         log_text(sweep.uri, sweep.run_id, recipe, "best.yaml")
         log_metrics(sweep.uri, sweep.run_id, {"val/best_map_at_r": best.score or 0.0})
@@ -305,7 +309,6 @@ def end_interrupted_runs(uri: str, parent: str, storage: str) -> None:
 
 
 def _warn(console: Console, problem: str, error: Exception, log: Path) -> None:
-    """Say in one line what went wrong without ending the sweep; the traceback goes to the log."""
-    logging.getLogger(__name__).warning(problem, exc_info=error)
+    """Say in one line what went wrong without ending the sweep. log: has the traceback."""
     reason = without_password(str(error)).strip().partition("\n")[0] or type(error).__name__
     console.print(f"{problem}: {reason} ({log} has the traceback)", style="yellow", highlight=False, markup=False)
