@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from dml_core.data import transforms
 from dml_core.data.loading import Views
-from dml_core.data.own import load_folder
+from dml_core.data.user_sets import load_folder
 from pipelines.data.streaming import StreamedViews
 
 SIZE, BATCH, SIDE = 224, 64, 1000
@@ -45,7 +45,7 @@ def make(root: Path, pictures: int) -> None:
 
 
 def plain(root: Path, epochs: int, processes: int) -> Iterator[Tensor]:
-    view = v2.Compose([v2.PILToTensor(), transforms.training("crop", SIZE).transform])
+    view = v2.Compose([v2.PILToTensor(), transforms.training_view("crop", SIZE).transform])
     loader = DataLoader(ImageFolder(root, view), BATCH, True, num_workers=processes, persistent_workers=processes > 0)
     for _ in range(epochs):
         yield from (images for images, _ in loader)
@@ -90,7 +90,9 @@ def main() -> None:
         print("| pictures | plain | data.loader=torch | data.loader=ray | torch / plain | ray / plain |")
         print("|---" * 6 + "|")
         for name, root in folders.items():
-            views = Views(load_folder(root).images, transforms.evaluation(SIZE), transforms.training("crop", SIZE))
+            views = Views(
+                load_folder(root).images, transforms.evaluation_view(SIZE), transforms.training_view("crop", SIZE)
+            )
             ways: dict[str, Callable[[int, int], Iterator[Tensor]]] = {
                 "plain": partial(plain, root),
                 "torch": partial(ours, views),

@@ -94,7 +94,7 @@ def decoding(repeats: int) -> float:
 
     from dml_core.data import transforms
     from dml_core.data.loading import Views
-    from dml_core.data.own import load_folder
+    from dml_core.data.user_sets import load_folder
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as root:
@@ -103,8 +103,8 @@ def decoding(repeats: int) -> float:
             path = Path(root, f"class {number % 2}", f"{number}.jpg")
             path.parent.mkdir(exist_ok=True)
             noise.save(path, quality=90)
-        crop = transforms.training("crop", SIZE)
-        views = Views(load_folder(root).images, transforms.evaluation(SIZE), crop)
+        crop = transforms.training_view("crop", SIZE)
+        views = Views(load_folder(root).images, transforms.evaluation_view(SIZE), crop)
         return timed(lambda: views.batch([(i, i) for i in range(32)]), repeats, time.process_time) / 32
 
 

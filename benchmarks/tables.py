@@ -16,8 +16,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from dml_core.data.datasets import split
-from dml_core.data.own import load_table
 from dml_core.data.sampling import BatchPlan
+from dml_core.data.user_sets import load_table
 
 CHUNK = 2**18
 

@@ -1,6 +1,6 @@
 """The field's benchmark sets, in the layout of their published archives, with their standard splits of classes.
 
-Where pytorch-metric-learning holds a set's standard split, its class reads it; the others are read from their lists.
+Where pytorch-metric-learning has a set's standard split, its class reads it; the others are read from their lists.
 But:
 - Omniglot is listed from its folders, as torchvision's class wants the archives beside them.
 - VehicleID is tested as its authors do: the gallery is one random image of each vehicle, ten times, and averaged.
@@ -10,9 +10,9 @@ But:
 
 import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,9 +21,16 @@ from dml_core.data.datasets import GALLERY, NEITHER, QUERY, Collection, Labelled
 
 
 class Benchmark(NamedTuple):
-    """load: the folder that the archive was unpacked in -> Collection.  expected: what `counts` shall find.
-    source: where it comes from, and what to unpack where.  fetch: downloads it into a folder, where that is possible
-    without an account.  metrics: what its papers report besides R@k, of retrieval.metrics.EXTRA_METRICS."""
+    """A published set: where it comes from, how it is read, and what belongs to it.
+
+    Attributes:
+        title: Its name.
+        load: Reads the folder that the archive was unpacked in.
+        expected: The published numbers, as `count_parts` returns them.
+        source: Where it comes from, and what to unpack where.
+        fetch: Downloads it into a folder; None: it cannot be had without an account.
+        metrics: What its papers report besides R@k, of retrieval.metrics.EXTRA_METRICS.
+    """
 
     title: str
     load: Callable[[Path], Collection]
@@ -33,95 +40,107 @@ class Benchmark(NamedTuple):
     metrics: tuple[str, ...] = ()
 
 
-def counts(splits: Splits) -> dict[str, int]:
-    """Classes and images of each part; `splits` with validation_fraction 0."""
-    found = {"train_classes": len(splits.train.class_names), "train_images": len(splits.train)}
+def count_parts(splits: Splits) -> dict[str, int]:
+    """Count the classes and images of each part.
+
+    Args:
+        splits: The splits with validation_fraction 0, as published.
+
+    Returns:
+        train_classes, train_images, test_classes, test_images (or test_queries and test_gallery), and the same of
+        further tests.
+    """
+    numbers = {"train_classes": len(splits.train.class_names), "train_images": len(splits.train)}
     for prefix, task in splits.tests.items():
         name = prefix.removeprefix("test_")
-        found[f"{name}_classes"] = len(task.query.class_names)
+        numbers[f"{name}_classes"] = len(task.query.class_names)
         if task.gallery is None:
-            found[f"{name}_images"] = len(task.query)
+            numbers[f"{name}_images"] = len(task.query)
         else:
-            found |= {f"{name}_queries": len(task.query), f"{name}_gallery": len(task.gallery)}
-    return found
+            numbers |= {f"{name}_queries": len(task.query), f"{name}_gallery": len(task.gallery)}
+    return numbers
 
 
 def load_cub(root: Path) -> Collection:
+    """Read CUB_200_2011."""
     from pytorch_metric_learning.datasets import CUB
 
-    root = _root_of(root, "CUB_200_2011/images.txt", "cub")
-    return _of_library(root, CUB(root), CUB(root, "test"), lambda path: path.parent.name)
+    root = _archive_root(root, "CUB_200_2011/images.txt", "cub")
+    return _from_library(root, CUB(root), CUB(root, "test"), lambda path: path.parent.name)
 
 
 def load_sop(root: Path) -> Collection:
+    """Read Stanford_Online_Products."""
     from pytorch_metric_learning.datasets import StanfordOnlineProducts as SOP
 
-    root = _root_of(root, "Stanford_Online_Products/Ebay_train.txt", "sop")
-    return _of_library(root, SOP(root), SOP(root, "test"), lambda path: path.name.rpartition("_")[0])
+    root = _archive_root(root, "Stanford_Online_Products/Ebay_train.txt", "sop")
+    return _from_library(root, SOP(root), SOP(root, "test"), lambda path: path.name.rpartition("_")[0])
 
 
 def load_cars(root: Path) -> Collection:
-    """From cars_annos.mat beside car_ims; the csv files beside car_data; or the folder tree car_data alone."""
+    """Read cars_annos.mat beside car_ims, the csv files beside car_data, or the folder tree car_data alone."""
     if (root / "cars_annos.mat").is_file():
-        return _cars_of_matrix(root)
+        return _cars_from_matrix(root)
     if all((root / name).is_file() for name in ("names.csv", "anno_train.csv", "anno_test.csv")):
         from pytorch_metric_learning.datasets import Cars196
 
-        return _of_library(root, Cars196(root), Cars196(root, "test"), lambda path: path.parent.name)
+        return _from_library(root, Cars196(root), Cars196(root, "test"), lambda path: path.parent.name)
     for tree in (root, root / "car_data", root / "car_data" / "car_data"):
         if (tree / "train").is_dir() and (tree / "test").is_dir():
-            return _cars_of_tree(tree)
+            return _cars_from_folders(tree)
     raise _missing("cars", root, "cars_annos.mat, anno_train.csv or car_data/train")
 
 
-def _cars_of_matrix(root: Path) -> Collection:
+def _cars_from_matrix(root: Path) -> Collection:
     from scipy.io import loadmat
 
-    found = loadmat(root / "cars_annos.mat", squeeze_me=True)
-    names = [str(name) for name in found["class_names"]]
-    labels = found["annotations"]["class"].astype(np.int64) - 1
-    paths = [str(path) for path in found["annotations"]["relative_im_path"]]
+    matrix = loadmat(root / "cars_annos.mat", squeeze_me=True)
+    names = [str(name) for name in matrix["class_names"]]
+    labels = matrix["annotations"]["class"].astype(np.int64) - 1
+    paths = [str(path) for path in matrix["annotations"]["relative_im_path"]]
     images = LabelledImages(names_array(paths), labels, tuple(names), files.below(str(root)))
     return Collection(images, np.arange(98, len(names)))
 
 
-def _cars_of_tree(tree: Path) -> Collection:
-    """Both parts of the archive's own split, which shares all classes. These are numbered in the order of names."""
+def _cars_from_folders(tree: Path) -> Collection:
+    """Read both parts of the archive's own split, which share all classes, numbered in the order of their names."""
     names = sorted({folder.name for part in ("train", "test") for folder in (tree / part).iterdir() if folder.is_dir()})
     paths, labels = [], []
     for number, name in enumerate(names):
         for part in ("train", "test"):
-            here = sorted(os.listdir(tree / part / name)) if (tree / part / name).is_dir() else []
-            paths += [f"{part}/{name}/{file}" for file in here]
-            labels += [number] * len(here)
+            pictures = sorted(os.listdir(tree / part / name)) if (tree / part / name).is_dir() else []
+            paths += [f"{part}/{name}/{file}" for file in pictures]
+            labels += [number] * len(pictures)
     images = LabelledImages(names_array(paths), np.array(labels), tuple(names), files.below(str(tree)))
     return Collection(images, np.arange(98, len(names)))
 
 
 def load_inshop(root: Path) -> Collection:
+    """Read list_eval_partition.txt and the pictures beside it or in Img."""
     listing = "list_eval_partition.txt"
-    found = [f for f in (root / listing, root / "Eval" / listing, root / "Anno" / listing) if f.is_file()]
-    if not found:
+    listings = [f for f in (root / listing, root / "Eval" / listing, root / "Anno" / listing) if f.is_file()]
+    if not listings:
         raise _missing("inshop", root, listing)
-    rows = [line.split() for line in found[0].read_text().splitlines()[2:] if line.strip()]
+    rows = [line.split() for line in listings[0].read_text().splitlines()[2:] if line.strip()]
     base = root / "Img" if (root / "Img").is_dir() else root
     names = sorted({item for _, item, _ in rows})
     number = {name: i for i, name in enumerate(names)}
     labels = np.array([number[item] for _, item, _ in rows])
-    kind = np.array([part for _, _, part in rows])
-    role = np.select([kind == "query", kind == "gallery"], [QUERY, GALLERY], NEITHER)
+    part = np.array([part for _, _, part in rows])
+    role = np.select([part == "query", part == "gallery"], [QUERY, GALLERY], NEITHER)
     images = LabelledImages(names_array([path for path, _, _ in rows]), labels, tuple(names), files.below(str(base)))
-    return Collection(images, np.unique(labels[kind != "train"]), role=role)
+    return Collection(images, np.unique(labels[part != "train"]), role=role)
 
 
 def load_vehicleid(root: Path) -> Collection:
+    """Read VehicleID_V1.0, with its small, medium and large test list."""
     root = next((r for r in (root, root / "VehicleID_V1.0") if (r / "train_test_split").is_dir()), root)
     lists = {"small": 800, "medium": 1600, "large": 2400}
-    needed = {"train": root / "train_test_split" / "train_list.txt"}
-    needed |= {name: root / "train_test_split" / f"test_list_{size}.txt" for name, size in lists.items()}
-    if missing := [str(path.relative_to(root)) for path in needed.values() if not path.is_file()]:
+    list_files = {"train": root / "train_test_split" / "train_list.txt"}
+    list_files |= {name: root / "train_test_split" / f"test_list_{size}.txt" for name, size in lists.items()}
+    if missing := [str(path.relative_to(root)) for path in list_files.values() if not path.is_file()]:
         raise _missing("vehicleid", root, ", ".join(missing))
-    rows = {name: [line.split() for line in path.read_text().splitlines() if line] for name, path in needed.items()}
+    rows = {name: [line.split() for line in path.read_text().splitlines() if line] for name, path in list_files.items()}
     vehicle = {image: item for part in rows.values() for image, item in part}
     names = sorted({*vehicle.values()}, key=int)
     number = {name: i for i, name in enumerate(names)}
@@ -134,7 +153,7 @@ def load_vehicleid(root: Path) -> Collection:
 
 
 def load_grocery(root: Path) -> Collection:
-    """81 fine classes, of which odd ids are tested on. The queries are those of test.txt: taken in other shops."""
+    """Read the 81 fine classes, of which odd ids are tested on. Queries are those of test.txt, from other shops."""
     folder = root / "dataset" if (root / "dataset").is_dir() else root
     needed = [folder / name for name in ("classes.csv", "train.txt", "val.txt", "test.txt")]
     if missing := [path.name for path in needed if not path.is_file()]:
@@ -154,54 +173,65 @@ def load_grocery(root: Path) -> Collection:
 
 
 def load_omniglot(root: Path) -> Collection:
-    """Characters of the 30 background alphabets to train on, those of the 20 evaluation alphabets to test on."""
+    """Read the characters: the 30 background alphabets are trained on, the 20 evaluation alphabets tested on."""
     root = next((r for r in (root / "omniglot-py", root) if (r / "images_background").is_dir()), root)
     paths, names, labels, test = list[str](), list[str](), list[int](), list[int]()
     for part in ("images_background", "images_evaluation"):
         if not (root / part).is_dir():
             raise _missing("omniglot", root, part)
         for character in sorted(_folders(root / part, 2)):
-            drawn = sorted(p for p in character.iterdir() if p.suffix == ".png")
+            drawings = sorted(p for p in character.iterdir() if p.suffix == ".png")
             if part == "images_evaluation":
                 test.append(len(names))
-            paths += [str(p.relative_to(root)) for p in drawn]
-            labels += [len(names)] * len(drawn)
+            paths += [str(p.relative_to(root)) for p in drawings]
+            labels += [len(names)] * len(drawings)
             names.append(f"{character.parent.name}/{character.name}")
     images = LabelledImages(names_array(paths), np.array(labels), tuple(names), files.below(str(root)))
     return Collection(images, np.array(test))
 
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:
+    """Yield the folders so many levels below root."""
     for folder in root.iterdir():
         if folder.is_dir():
             yield from _folders(folder, depth - 1) if depth > 1 else [folder]
 
 
-def _of_library(root: Path, both, test, class_of: Callable[[Path], str]) -> Collection:  # type: ignore[no-untyped-def]
-    """Data sets of pytorch-metric-learning: all of it and its test part, which have `paths` and `labels`."""
-    ids, labels = np.unique(both.labels, return_inverse=True)
-    names = {label: class_of(Path(path)) for label, path in zip(both.labels, both.paths, strict=True)}
-    paths = names_array([os.path.relpath(path, root) for path in both.paths])
+class _LibrarySet(Protocol):
+    """A data set of pytorch-metric-learning."""
+
+    paths: Sequence[str]
+    labels: Sequence[int]
+
+
+def _from_library(root: Path, whole: _LibrarySet, test: _LibrarySet, class_of: Callable[[Path], str]) -> Collection:
+    """Convert a set of pytorch-metric-learning and its test part; class_of: path of a picture -> name of its class."""
+    ids, labels = np.unique(whole.labels, return_inverse=True)
+    names = {label: class_of(Path(path)) for label, path in zip(whole.labels, whole.paths, strict=True)}
+    paths = names_array([os.path.relpath(path, root) for path in whole.paths])
     images = LabelledImages(paths, labels, tuple(names[i] for i in ids.tolist()), files.below(str(root)))
     return Collection(images, np.searchsorted(ids, np.unique(test.labels)))
 
 
-def _root_of(root: Path, sign: str, name: str) -> Path:
-    """root, or the folder above it where root is the archive's own top folder."""
-    if not (root / sign).is_file() and (root.parent / sign).is_file() and root.name == sign.split("/")[0]:
+def _archive_root(root: Path, marker: str, name: str) -> Path:
+    """Return root, or the folder above it where root is the archive's own top folder; `marker` is a file below it."""
+    if not (root / marker).is_file() and (root.parent / marker).is_file() and root.name == marker.split("/")[0]:
         return root.parent
-    if not (root / sign).is_file():
-        raise _missing(name, root, sign)
+    if not (root / marker).is_file():
+        raise _missing(name, root, marker)
     return root
 
 
 def _missing(name: str, root: Path, what: str) -> ValueError:
-    b = BENCHMARKS[name]
-    how = f"; data.download=true fetches it from {b.source}" if b.fetch else f"; get it from {b.source}"
-    return ValueError(f"data.root={root}: not {b.title}, there is no {what}{how}")
+    """Return the error for a folder that is not the benchmark, with where to get it."""
+    benchmark = BENCHMARKS[name]
+    advice = "data.download=true fetches it" if benchmark.fetch else "get it"
+    return ValueError(f"data.root={root}: not {benchmark.title}, there is no {what}; {advice} from {benchmark.source}")
 
 
 def _fetch(name: str) -> Callable[[str], object]:
+    """Return a function that downloads a set by its class in pytorch-metric-learning."""
+
     def fetch(root: str) -> object:
         from pytorch_metric_learning import datasets
 

@@ -1,4 +1,4 @@
-"""Labelled pictures, what is said of their use, and class-disjoint splits of them."""
+"""Labelled pictures, their roles in test and validation, and class-disjoint splits of them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from torch import Tensor
 from dml_core.data.files import Files
 from dml_core.data.pictures import BadPicture, decode
 
-NEITHER, QUERY, GALLERY = 0, 1, 2  # what a sample is in validation and test
-CHUNK = 2**17  # names at a time where each becomes an object
+NEITHER, QUERY, GALLERY = 0, 1, 2  # roles of a sample in validation and test
+CHUNK = 2**17  # names that become Python strings at a time
 
 
 def names_array(names: list[str]) -> np.ndarray:
-    """(N,) of NumPy's type for strings: 10 million paths take 16 bytes each and their letters."""
+    """Return names as an array (N,) of NumPy's type for strings, which takes 16 bytes a name and its letters."""
     return np.array(names, dtype=StringDType())
 
 
@@ -26,9 +26,13 @@ def names_array(names: list[str]) -> np.ndarray:
 class LabelledImages:
     """Pictures with class labels.
 
-    labels: (N,) int64 in 0..C-1.  class_names: C names.  images: names of `files`, or a uint8 array (., H, W) of gray
-    pictures.  places: (N,) where in `images` the samples are; None: they are all of them, in order.  whole: the set of
-    which these are a part, with which they share `images`, if any.
+    Attributes:
+        images: Names of files, or a uint8 array (., H, W) of gray pictures.
+        labels: (N,) int64 in 0..C-1.
+        class_names: C names.
+        files: Where named files are read from; None: `images` are the pictures themselves.
+        whole: The set that these samples are a part of, and share `images` with, if any.
+        places: (N,) positions of the samples in `images`; None: all, in order.
     """
 
     images: np.ndarray
@@ -42,61 +46,70 @@ class LabelledImages:
         return len(self.labels)
 
     def picture(self, index: int, size: int) -> Tensor:
-        """One picture, uint8 (3, H, W); a JPEG may come reduced, never below `size` pixels on its short side.
+        """Read and decode the picture of a sample.
 
-        BadPicture names a file that cannot be read.
+        Args:
+            index: The sample.
+            size: Pixels that are needed on the short side; a JPEG may be reduced to no less.
+
+        Returns:
+            uint8 (3, H, W).
+
+        Raises:
+            BadPicture: The file cannot be read; the error names it.
         """
         if self.files is None:
-            return torch.from_numpy(np.asarray(self.image(index))).expand(3, -1, -1).contiguous()
-        return decode(self.content(index), size, self.image(index))
+            return torch.from_numpy(np.asarray(self.entry(index))).expand(3, -1, -1).contiguous()
+        return decode(self.read_file(index), size, self.entry(index))
 
-    def image(self, index: int | slice) -> Any:
-        """What `images` holds of a sample, or of some: names, or pictures."""
+    def entry(self, index: int | slice) -> Any:
+        """Return the entry of `images` for a sample, or those for a slice: file names, or gray pictures."""
         return self.images[index if self.places is None else self.places[index]]
 
     @property
     def names(self) -> np.ndarray:
-        """(N,) strings."""
-        return self.image(slice(None))
+        """The entries of all samples, (N,): file names, where there are files."""
+        return self.entry(slice(None))
 
-    def content(self, index: int) -> bytes:
-        """The file of one picture. BadPicture where there is none or a link leads out of the root."""
+    def read_file(self, index: int) -> bytes:
+        """Read the file of a sample. Raises BadPicture where there is none or a link leads out of the root."""
         assert self.files is not None
         try:
-            return self.files.read(self.image(index))
+            return self.files.read(self.entry(index))
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             reason = error.strerror or str(error)
-            raise BadPicture([(self.image(index), reason)]) from None
+            raise BadPicture([(self.entry(index), reason)]) from None
 
-    def rows(self, keep: np.ndarray) -> "LabelledImages":
-        """Some of the samples (a mask or indices), the classes as they are."""
+    def select(self, keep: np.ndarray) -> "LabelledImages":
+        """Select some of the samples (a mask or indices); the classes stay as they are."""
         index = np.flatnonzero(keep) if keep.dtype == bool else keep
         places = index if self.places is None else self.places[index]
         return replace(self, labels=self.labels[index], whole=self.whole or self, places=places)
 
-    def apart(self) -> "LabelledImages":
-        """As a set of its own."""
+    def standalone(self) -> "LabelledImages":
+        """Return the same samples as a set of their own, which is no part of another one."""
         return replace(self, images=self.names, whole=None, places=None)
 
-    def of_classes(self, classes: np.ndarray) -> "LabelledImages":
-        """The samples of some classes, which are numbered anew in the order given."""
+    def select_classes(self, classes: np.ndarray) -> "LabelledImages":
+        """Select the samples of some classes, which are numbered anew in the order of `classes`."""
         number = np.full(len(self.class_names), -1)
         number[classes] = np.arange(len(classes))
-        kept = self.rows(number[self.labels] >= 0)
+        kept = self.select(number[self.labels] >= 0)
         names = tuple(self.class_names[c] for c in classes)
         return replace(kept, labels=number[kept.labels], class_names=names)
 
     def digest(self, stamps: bool = False) -> str:
-        """Tells two sets apart: sha256 over names (or the pictures themselves), labels and class names.
+        """Return 16 hex digits that identify the set: of the sha256 of names (or pictures), labels and class names.
 
-        stamps: also over sizes and times of change of the files.
+        Args:
+            stamps: Whether sizes and times of change of the files count, too.
         """
         h = hashlib.sha256(repr(self.class_names).encode() + self.labels.tobytes())
         if self.files is None:
             h.update(self.names.tobytes())
         else:
             for start in range(0, len(self), CHUNK):
-                names = self.image(slice(start, start + CHUNK)).tolist()
+                names = self.entry(slice(start, start + CHUNK)).tolist()
                 h.update("\0".join(names).encode())
                 if stamps:
                     h.update("\0".join(map(self.files.stamp, names)).encode())
@@ -105,13 +118,17 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Collection:
-    """A set as it is published or handed in: pictures, and what is said of their use.
+    """A set as its source describes it: pictures, and how they are to be used.
 
-    test, validation: ids of the classes to test and to validate on; None: not said.
-    role: (N,) QUERY, GALLERY or NEITHER in validation and test; None: of no sample. Classes without any query are
-    retrieved among themselves.
-    lists: further tests, name -> class ids.  draws: the gallery of a test is one image of each class, drawn so often,
-    and metrics are the means over the draws; 0: not so.
+    Attributes:
+        images: The pictures.
+        test: Ids of the classes to test on; None: they are to be drawn.
+        validation: Ids of the classes to validate on; None: they are to be drawn.
+        role: (N,) QUERY, GALLERY or NEITHER in validation and test; None: no sample has a role. Classes without any
+            query are retrieved among themselves.
+        lists: Further tests, name -> class ids.
+        draws: The gallery of a test is one image of each class, drawn so often, and metrics are means over the draws;
+            0: the gallery is not drawn.
     """
 
     images: LabelledImages
@@ -122,30 +139,46 @@ class Collection:
     draws: int = 0
 
     def without(self, bad: np.ndarray) -> "Collection":
-        """Some samples (a mask) left out, and the classes that then have none. ValueError if none are left."""
+        """Leave out unreadable samples, and the classes that then have none.
+
+        Args:
+            bad: (N,) mask of the samples to leave out.
+
+        Returns:
+            The rest; the collection itself where nothing is left out.
+
+        Raises:
+            ValueError: No sample remains.
+        """
         if not bad.any():
             return self
-        kept = self.images.rows(~bad)
-        left = np.unique(kept.labels)
-        if len(left) == 0:
+        kept = self.images.select(~bad)
+        classes_kept = np.unique(kept.labels)
+        if len(classes_kept) == 0:
             raise ValueError("no picture of the set can be read")
 
-        def of(classes: np.ndarray) -> np.ndarray:
-            return np.searchsorted(left, np.intersect1d(classes, left))
+        def renumber(classes: np.ndarray) -> np.ndarray:
+            return np.searchsorted(classes_kept, np.intersect1d(classes, classes_kept))
 
         return replace(
             self,
-            images=kept.of_classes(left).apart(),
-            test=None if self.test is None else of(self.test),
-            validation=None if self.validation is None else of(self.validation),
+            images=kept.select_classes(classes_kept).standalone(),
+            test=None if self.test is None else renumber(self.test),
+            validation=None if self.validation is None else renumber(self.validation),
             role=None if self.role is None else self.role[~bad],
-            lists={name: of(classes) for name, classes in self.lists.items()},
+            lists={name: renumber(classes) for name, classes in self.lists.items()},
         )
 
 
 class Retrieval(NamedTuple):
-    """A retrieval task over one set of classes. No gallery: every sample is a query against all the others, or, with
-    `draws`, against a gallery of one sample of each class, drawn so often."""
+    """A retrieval task over one set of classes.
+
+    Attributes:
+        query: The queries.
+        gallery: The gallery. None: every sample is a query against all the others or, with `draws`, against a gallery
+            of one sample of each class.
+        draws: How often that gallery is drawn.
+    """
 
     query: LabelledImages
     gallery: LabelledImages | None = None
@@ -153,7 +186,13 @@ class Retrieval(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Sets of classes, of which train, validation and the tests share none. tests: by the prefix of their metrics."""
+    """The parts of a set; training, validation and tests share no class.
+
+    Attributes:
+        train: The samples to train on.
+        validation: The task to validate on, if any.
+        tests: The tests, by the prefix of their metrics: test, test_small, ...
+    """
 
     train: LabelledImages
     validation: Retrieval | None
@@ -168,13 +207,24 @@ def split(
     fold: tuple[int, int] | None = None,
     limit_classes: int | None = None,
 ) -> Splits:
-    """Class-disjoint splits.
+    """Split a collection by classes.
 
-    Classes to test on that the collection does not name are drawn by `seed`, and so are, of the others, those to
-    validate on: a fraction (at least one class; none for 0), or with `fold` (i, k) the i-th of k equal parts.
-    limit_classes: at most so many classes to test on, and so many to train and validate on. The `whole` of the splits
-    is then what is left; else it does not depend on the seed.
-    ValueError where fewer than two training classes or no test class are left.
+    Classes to test and to validate on that the collection does not name are drawn by `seed`.
+
+    Args:
+        collection: The set.
+        test_fraction: The share of the classes that are tested on.
+        validation_fraction: The share of the other classes that are validated on: at least one class, or none for 0.
+        seed: Seed of the draws.
+        fold: (i, k): instead of a fraction, the i-th of k equal parts of the other classes is validated on.
+        limit_classes: At most so many classes are tested on, and at most so many trained and validated on. The `whole`
+            of the splits has only these; without a limit it does not depend on the seed.
+
+    Returns:
+        The parts.
+
+    Raises:
+        ValueError: There are fewer than two training classes, or no test class.
     """
     images, role = collection.images, collection.role
     classes = np.arange(len(images.class_names))
@@ -199,16 +249,16 @@ def split(
     if limit_classes:
         used = np.isin(images.labels, [*train, *validation, *test])
         role = None if role is None else role[used]
-        images = images.rows(used).apart()
+        images = images.select(used).standalone()
 
-    def retrieval(wanted: np.ndarray, draws: int = 0) -> Retrieval:
-        chosen = images.of_classes(wanted)
-        if role is None or not (role[chosen.places] == QUERY).any():
-            return Retrieval(chosen, draws=draws)
-        kind = role[chosen.places]
-        return Retrieval(chosen.rows(kind == QUERY), chosen.rows(kind == GALLERY))
+    def retrieval(task_classes: np.ndarray, draws: int = 0) -> Retrieval:
+        samples = images.select_classes(task_classes)
+        if role is None or not (role[samples.places] == QUERY).any():
+            return Retrieval(samples, draws=draws)
+        roles = role[samples.places]
+        return Retrieval(samples.select(roles == QUERY), samples.select(roles == GALLERY))
 
     tests = {"test": retrieval(test, collection.draws)}
     for name, listed in collection.lists.items():
         tests[f"test_{name}"] = retrieval(np.intersect1d(listed, test), collection.draws)
-    return Splits(images.of_classes(train), retrieval(validation) if len(validation) else None, tests)
+    return Splits(images.select_classes(train), retrieval(validation) if len(validation) else None, tests)

@@ -1,8 +1,9 @@
 """Where pictures are read from: a local folder, or a bucket or web server (s3://, gs://, abfs://, https://, ...).
 
-A name is told from the root, with "/" between its parts, and never leads out of it.
+A name is relative to the root, with "/" between its parts, and never leads out of it.
 """
 
+import logging
 import os
 import time
 from pathlib import PurePosixPath
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-ATTEMPTS, FIRST_WAIT = 5, 0.5  # of a read over a network: 0.5, 1, 2, 4 seconds between them
+ATTEMPTS, FIRST_WAIT = 5, 0.5  # of a read over a network; seconds: 0.5, 1, 2, 4 between the attempts
 
 
 class Files(Protocol):
@@ -19,32 +20,51 @@ class Files(Protocol):
     root: str
 
     def read(self, name: str) -> bytes:
-        """FileNotFoundError: there is none. PermissionError: a link out of the root. ConnectionError: not now."""
+        """Read a file.
+
+        Raises:
+            FileNotFoundError: There is none of this name.
+            PermissionError: A link leads out of the root.
+            ConnectionError: It cannot be read now.
+        """
         ...
 
     def stamp(self, name: str) -> str:
-        """Changes when the file does; empty where that would need a request a file."""
+        """Return a text that changes when the file does; empty where that would need a request for each file."""
         ...
 
 
 def below(root: str, links: bool = False) -> Files:
-    """The files below a folder or URL. links: follow symbolic links that lead out of the folder."""
+    """Return access to the files below a folder or URL.
+
+    Args:
+        root: The folder or URL.
+        links: Whether symbolic links that lead out of the folder are followed.
+    """
     return RemoteFiles(root) if "://" in root else LocalFiles(root, links)
 
 
 def check_names(names: np.ndarray, source: str) -> None:
-    """ValueError for names that climb out of the root or that begin at another one. names: (N,) strings."""
-    elsewhere = np.strings.find(names, "://") >= 0
+    """Check that no name leads out of the root.
+
+    Args:
+        names: (N,) strings.
+        source: Where the names come from, for the error.
+
+    Raises:
+        ValueError: Names have ".." in them, or begin at another root.
+    """
+    outside = np.strings.find(names, "://") >= 0
     for start in ("/", "\\", "~"):
-        elsewhere |= np.strings.startswith(names, start)
-    for place in np.flatnonzero(np.strings.find(names, "..") >= 0):
-        elsewhere[place] |= ".." in PurePosixPath(names[place]).parts
-    if elsewhere.any():
-        raise ValueError(f"{source}: {elsewhere.sum()} paths lead out of the root, {names[elsewhere][0]!r} first")
+        outside |= np.strings.startswith(names, start)
+    for index in np.flatnonzero(np.strings.find(names, "..") >= 0):
+        outside[index] |= ".." in PurePosixPath(names[index]).parts
+    if outside.any():
+        raise ValueError(f"{source}: {outside.sum()} paths lead out of the root, {names[outside][0]!r} first")
 
 
 class LocalFiles:
-    """Of a folder on this machine or a file system that it mounts."""
+    """The files below a folder on this machine or on a file system that it mounts."""
 
     def __init__(self, root: str, links: bool = False):
         self.root, self.links = root, links
@@ -66,28 +86,29 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Through fsspec. A read that fails is tried again, with growing waits."""
+    """The files below a URL, read through fsspec. A read that fails is tried again, with growing waits."""
 
     def __init__(self, root: str):
         self.root = root.rstrip("/")
-        self.opened: tuple[int, Any, str] | None = None
+        self._connection: tuple[int, Any, str] | None = None  # process id, file system, root
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"opened": None}
+        return self.__dict__ | {"_connection": None}
 
     def system(self) -> tuple[Any, str]:
-        """fsspec's file system, one a process as its event loop survives no fork, and the root as that calls it.
+        """Return fsspec's file system and the root in its notation, new in each process: event loops survive no fork.
 
-        ValueError where the package that speaks to it is not installed.
+        Raises:
+            ValueError: The package for this kind of URL is not installed.
         """
-        if self.opened is None or self.opened[0] != os.getpid():
+        if self._connection is None or self._connection[0] != os.getpid():
             import fsspec
 
             try:
-                self.opened = os.getpid(), *fsspec.core.url_to_fs(self.root)
+                self._connection = os.getpid(), *fsspec.core.url_to_fs(self.root)
             except (ImportError, ValueError) as error:
                 raise ValueError(f"{self.root}: {error}") from None
-        return self.opened[1:]
+        return self._connection[1:]
 
     def read(self, name: str) -> bytes:
         system, root = self.system()
@@ -96,7 +117,8 @@ class RemoteFiles:
                 return system.cat_file(f"{root}/{name}")
             except FileNotFoundError:
                 raise
-            except Exception as error:  # each system has exceptions of its own
+            except Exception as error:  # each file system has exceptions of its own
+                logging.getLogger(__name__).info("attempt to read %s/%s failed", self.root, name, exc_info=True)
                 if attempt + 1 == ATTEMPTS:
                     reason = f"{self.root}/{name}: {ATTEMPTS} attempts failed ({type(error).__name__}: {error})"
                     raise ConnectionError(reason) from None

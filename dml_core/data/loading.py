@@ -9,11 +9,17 @@ from torch.utils.data import DataLoader, Dataset
 from dml_core.data.datasets import LabelledImages
 from dml_core.data.pictures import BadPicture
 from dml_core.data.sampling import Rows
-from dml_core.data.transforms import View, seeded
+from dml_core.data.transforms import View, apply_seeded
 
 
 class Views(Dataset[Tensor]):
-    """Views of labelled pictures, asked for by (sample, seed)."""
+    """Views of labelled pictures. The key of a view is (sample, seed); seed None: nothing is random.
+
+    Args:
+        images: The pictures.
+        evaluation: The view without a seed.
+        training: The view with a seed, if there is any.
+    """
 
     def __init__(self, images: LabelledImages, evaluation: View, training: View | None = None):
         self.images, self.evaluation, self.training = images, evaluation, training
@@ -23,10 +29,10 @@ class Views(Dataset[Tensor]):
         if seed is None:
             return self.evaluation.transform(self.images.picture(sample, self.evaluation.side))
         assert self.training is not None
-        return seeded(self.training.transform, self.images.picture(sample, self.training.side), seed)
+        return apply_seeded(self.training.transform, self.images.picture(sample, self.training.side), seed)
 
     def __getitems__(self, rows: Rows) -> list[Tensor]:
-        """BadPicture names all of a batch that cannot be read."""
+        """Return the views of a batch. Raises BadPicture, which names all of its pictures that cannot be read."""
         views, bad = [], []
         for key in rows:
             try:
@@ -38,10 +44,10 @@ class Views(Dataset[Tensor]):
         return views
 
     def batch(self, rows: Rows) -> Tensor:
-        """uint8 (b, 3, S, S)."""
+        """Return the views of a batch, uint8 (b, 3, S, S)."""
         return torch.stack(self.__getitems__(rows))
 
     def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
-        """One for each entry of `rows`, in that order; decoded here or in `processes` others."""
-        loader = DataLoader(self, batch_sampler=rows, num_workers=processes)  # type: ignore[arg-type]
+        """Yield one batch for each entry of `rows`, in that order, decoded in this process or in `processes` others."""
+        loader = DataLoader(self, batch_sampler=rows, num_workers=processes)
         yield from loader

@@ -1,34 +1,52 @@
-"""Encoded pictures of every kind to uint8 tensors (3, H, W), upright, in RGB; what cannot be is refused by name."""
+"""Decode pictures of every kind to uint8 tensors (3, H, W), upright, in RGB; unreadable ones are refused by name."""
 
 import io
 import struct
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 MAX_PIXELS = 100_000_000
 WHITE = (255, 255, 255)
 
 
 class BadPicture(ValueError):
-    """Pictures that cannot be read: (name, reason) of each."""
+    """Pictures that cannot be read.
+
+    Args:
+        bad: (name, reason) of each.
+    """
 
     def __init__(self, bad: list[tuple[str, str]]):
         self.bad = bad
-        told = "; ".join(f"{name}: {reason}" for name, reason in bad[:20])
+        listed = "; ".join(f"{name}: {reason}" for name, reason in bad[:20])
         more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
-        super().__init__(f"unreadable picture{'s' * (len(bad) > 1)} {told}{more}")
+        super().__init__(f"unreadable picture{'s' * (len(bad) > 1)} {listed}{more}")
 
     def __reduce__(self) -> tuple[type, tuple[list[tuple[str, str]]]]:
         return BadPicture, (self.bad,)
 
 
 def decode(content: bytes, size: int, name: str) -> Tensor:
-    """uint8 (3, H, W), upright, channels last in memory, as resizes like it. BadPicture if it cannot be read.
+    """Decode a picture.
 
-    size: what is needed; a JPEG may come reduced by 2, 4 or 8, never below that on its short side.
-    Of an animation the first frame; transparent parts become white; 16 bits a channel are scaled to 8.
+    The first frame of an animation is taken; transparent parts become white; 16 bits a channel are scaled to 8.
+
+    Args:
+        content: The encoded picture.
+        size: Pixels that are needed on the short side; a JPEG may be reduced by 2, 4 or 8, to no less.
+        name: The picture's name, for the error.
+
+    Returns:
+        uint8 (3, H, W), upright; channels last in memory, with which resizes are fastest.
+
+    Raises:
+        BadPicture: It cannot be decoded.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -37,7 +55,7 @@ def decode(content: bytes, size: int, name: str) -> Tensor:
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            image.draft("RGB", (size, size))  # a JPEG decoder can leave out detail that a resize would throw away
+            image.draft("RGB", (size, size))  # a JPEG decoder can skip detail that a resize would throw away
             ImageOps.exif_transpose(image, in_place=True)
             return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
     except UnidentifiedImageError:
@@ -47,8 +65,8 @@ def decode(content: bytes, size: int, name: str) -> Tensor:
         raise BadPicture([(name, (str(error) or type(error).__name__).splitlines()[0])]) from None
 
 
-def _rgb(image) -> np.ndarray:  # type: ignore[no-untyped-def]
-    """A Pillow image to (H, W, 3) uint8."""
+def _rgb(image: "PIL.Image.Image") -> np.ndarray:
+    """Convert a Pillow image to (H, W, 3) uint8."""
     from PIL import Image
 
     if image.mode.startswith("I"):

@@ -1,20 +1,20 @@
 """The plan of global P x K batches: a function of (labels, seed, epoch) alone, sliced by rank.
 
 No process draws for itself. Each one computes the same plan and takes its own rows, so that the sequence of global
-batches, and with it the loss, does not know how many workers there are.
+batches, and with it the loss, does not depend on the number of workers.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 
-Rows = list[tuple[int, int | None]]  # (sample, view seed); no seed: nothing is augmented
+Rows = list[tuple[int, int | None]]  # (sample, view seed); seed None: nothing is augmented
 
-PLAN, VIEW, STEP = 0, 1, 2  # what a stream of random numbers is for; see `derive_seed`
+PLAN, VIEW, STEP = 0, 1, 2  # streams of random numbers, as parts of the keys of `derive_seed`
 
 
 def derive_seed(*key: int) -> int:
-    """A 62-bit seed from integers >= 0. Distinct keys give independent streams."""
+    """Return a 62-bit seed for a key of integers >= 0. Distinct keys give independent streams."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
@@ -24,8 +24,15 @@ class BatchPlan:
     Within an epoch a class's images are dealt from a shuffled deck, which is shuffled anew only when it is used up; a
     class with fewer than `images` images therefore repeats some within a batch.
 
-    labels: (N,) int, one a sample.  classes: P distinct classes a batch.  images: K rows a class.
-    steps: batches an epoch; None covers as many rows as the set has, N // (P K), at least one.
+    Args:
+        labels: (N,) integers, one a sample.
+        classes: P distinct classes in a batch.
+        images: K rows of a class in a batch.
+        seed: Seed of the plan.
+        steps: Batches in an epoch; None: as many rows as the set has, N // (P K) batches, at least one.
+
+    Raises:
+        ValueError: There are fewer than `classes` classes.
     """
 
     def __init__(self, labels: np.ndarray, classes: int, images: int, seed: int, steps: int | None = None):
@@ -38,44 +45,50 @@ class BatchPlan:
         self.steps = steps or max(1, len(labels) // (classes * images))
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """(steps, P K) sample indices, rows of one class side by side."""
+        """Return the sample indices (steps, P K) of an epoch, rows of one class side by side."""
         rng = np.random.default_rng((self.seed, PLAN, epoch))
-        batches_a_round = len(self.counts) // self.classes
-        rounds = -(-self.steps // batches_a_round)
-        chosen = np.stack([rng.permutation(len(self.counts)) for _ in range(rounds)])
-        chosen = chosen[:, : batches_a_round * self.classes].reshape(-1, self.classes)[: self.steps]
+        batches_per_round = len(self.counts) // self.classes
+        rounds = -(-self.steps // batches_per_round)
+        classes = np.stack([rng.permutation(len(self.counts)) for _ in range(rounds)])
+        classes = classes[:, : batches_per_round * self.classes].reshape(-1, self.classes)[: self.steps]
         deck = [np.empty(0, np.int64)] * len(self.counts)
         plan = np.empty((self.steps, self.classes, self.images), np.int64)
-        for step, row in enumerate(chosen):
-            for place, label in enumerate(row):
+        for step, batch_classes in enumerate(classes):
+            for position, label in enumerate(batch_classes):
                 while len(deck[label]) < self.images:
-                    fresh = rng.permutation(self.order[self.starts[label] :][: self.counts[label]])
-                    held = np.isin(fresh, deck[label])  # these come last: no image twice while there are others
-                    deck[label] = np.concatenate([deck[label], fresh[~held], fresh[held]])
-                plan[step, place], deck[label] = deck[label][: self.images], deck[label][self.images :]
+                    shuffled = rng.permutation(self.order[self.starts[label] :][: self.counts[label]])
+                    in_deck = np.isin(shuffled, deck[label])  # these come last: no image twice while there are others
+                    deck[label] = np.concatenate([deck[label], shuffled[~in_deck], shuffled[in_deck]])
+                plan[step, position], deck[label] = deck[label][: self.images], deck[label][self.images :]
         return plan.reshape(self.steps, -1)
 
     def slices(self, epoch: int, rank: int, world: int) -> "Slices":
-        """This rank's rows of each batch, (sample, view seed) pairs, made when they are asked for.
+        """Return the rows of one rank in each batch of an epoch.
 
-        The seed is that of the place in the epoch, not of the sample, so that a sample which comes twice in an epoch is
-        augmented in two ways. Ranks take consecutive rows: gathering in rank order restores the global batch.
+        The view seed depends on the place in the epoch, not on the sample, so that a sample which comes twice in an
+        epoch is augmented in two ways. Ranks take consecutive rows: gathering in rank order restores the global batch.
         """
         plan = self.epoch(epoch)
         size = plan.shape[1] // world
-        mine = slice(rank * size, (rank + 1) * size)
+        columns = slice(rank * size, (rank + 1) * size)
         places = np.arange(plan.size).reshape(plan.shape)
-        return Slices(plan[:, mine], places[:, mine], derive_seed(self.seed, VIEW, epoch))
+        return Slices(plan[:, columns], places[:, columns], derive_seed(self.seed, VIEW, epoch))
 
 
 class Slices:
-    """samples (steps, b), and the view seeds `seed + places`, as Rows of one step after the other."""
+    """The rows of one rank, as Rows of one step after the other.
+
+    Args:
+        samples: (steps, b) sample indices.
+        places: (steps, b) places in the epoch.
+        seed: The view seed of a row is `seed` + its place.
+    """
 
     def __init__(self, samples: np.ndarray, places: np.ndarray, seed: int):
         self.samples, self.places, self.seed = samples, places, seed
 
     def after(self, step: int) -> "Slices":
-        """What is left when so many steps are done."""
+        """Return the rows that remain after so many steps."""
         return Slices(self.samples[step:], self.places[step:], self.seed)
 
     def __iter__(self) -> Iterator[Rows]:
@@ -84,7 +97,7 @@ class Slices:
 
 
 def one_of_each_class(labels: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) mask of one sample of each class, drawn by `seed`."""
+    """Return a mask (N,) of one sample of each class, drawn by `seed`."""
     order = np.random.default_rng(seed).permutation(len(labels))
     mask = np.zeros(len(labels), bool)
     mask[order[np.unique(labels[order], return_index=True)[1]]] = True
@@ -92,7 +105,15 @@ def one_of_each_class(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def blocks(rows: int, size: int, rank: int, world: int, batch: int) -> Iterator[Rows]:
-    """Consecutive blocks of a set of `rows` samples, dealt to ranks in turn, in batches of at most `batch` samples."""
+    """Yield the batches of one rank, when blocks of a set are dealt to ranks in turn.
+
+    Args:
+        rows: Samples in the set.
+        size: Samples in a block.
+        rank: This process.
+        world: How many processes there are.
+        batch: Samples in a batch, at most.
+    """
     for start in range(rank * size, rows, world * size):
         end = min(start + size, rows)
         for first in range(start, end, batch):

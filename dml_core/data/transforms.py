@@ -1,4 +1,4 @@
-"""Pictures to uint8 tensors of one size. What is random is seeded by the caller, view by view."""
+"""Views: transforms of pictures to uint8 tensors of one size. Random ones are seeded by the caller, view by view."""
 
 import math
 from typing import NamedTuple
@@ -8,50 +8,64 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.functional import center_crop
 
-LEAST_AREA, FLATTEST = 0.4, 3 / 4  # of a random crop: its share of the picture, its sides
+MIN_CROP_AREA = 0.4  # share of the picture's area
+MIN_CROP_RATIO = 3 / 4  # of the sides of a crop
 
 
 class View(NamedTuple):
-    """side: of the smallest picture from which `transform` need not enlarge anything, in pixels of its short side."""
+    """A transform of pictures.
+
+    Attributes:
+        transform: Maps uint8 (3, H, W) to uint8 (3, S, S).
+        side: Pixels on the short side of the smallest picture that `transform` does not enlarge.
+    """
 
     transform: nn.Module
     side: int
 
 
 class MiddleSquare(nn.Module):
-    """The largest square in the middle of a picture (3, H, W). Before a resize, so that a thin strip stays small."""
+    """Crop the middle square of a picture (3, H, W). Before a resize, so that a thin strip stays small."""
 
     def forward(self, picture: Tensor) -> Tensor:
         return center_crop(picture, [min(picture.shape[1:])])
 
 
-def evaluation(size: int) -> View:
-    """The middle square of the picture."""
+def evaluation_view(size: int) -> View:
+    """Return the view for evaluation: the middle square of a picture, `size` pixels wide."""
     return View(v2.Compose([MiddleSquare(), v2.Resize((size, size), antialias=True)]), size)
 
 
-def training(name: str, size: int) -> View:
-    """`crop`: random resized crop and flip, for photographs. `shift`: small shifts, turns and scales that keep the
-    reading direction, for characters and other signs. `none`: the evaluation view."""
+def training_view(name: str, size: int) -> View:
+    """Return a random view for training.
+
+    Args:
+        name: crop: random resized crop and flip, for photographs. shift: small shifts, turns and scales that keep the
+            reading direction, for characters and other signs. none: the evaluation view.
+        size: Width and height in pixels.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
     if name == "none":
-        return evaluation(size)
+        return evaluation_view(size)
     if name == "shift":
         shift = v2.RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.9, 1.1), shear=6)
-        return View(v2.Compose([evaluation(size).transform, shift]), size)
+        return View(v2.Compose([evaluation_view(size).transform, shift]), size)
     if name == "crop":
-        crop = v2.RandomResizedCrop(size, scale=(LEAST_AREA, 1.0), ratio=(FLATTEST, 1 / FLATTEST), antialias=True)
-        least = math.ceil(size / math.sqrt(LEAST_AREA * FLATTEST))
-        return View(v2.Compose([crop, v2.RandomHorizontalFlip()]), least)
+        ratio = (MIN_CROP_RATIO, 1 / MIN_CROP_RATIO)
+        crop = v2.RandomResizedCrop(size, scale=(MIN_CROP_AREA, 1.0), ratio=ratio, antialias=True)
+        side = math.ceil(size / math.sqrt(MIN_CROP_AREA * MIN_CROP_RATIO))
+        return View(v2.Compose([crop, v2.RandomHorizontalFlip()]), side)
     raise ValueError(f"augmentation {name!r} is not one of crop, shift, none")
 
 
-def seeded(transform: nn.Module, picture: Tensor, seed: int) -> Tensor:
-    """The view of a picture (3, H, W) that belongs to a seed, whatever was drawn before; the caller's random state is
-    left as it was."""
-    generator = torch.default_generator  # what the transforms draw from; torch.manual_seed would seek devices, too
-    before = generator.get_state()
+def apply_seeded(transform: nn.Module, picture: Tensor, seed: int) -> Tensor:
+    """Apply a random transform to a picture (3, H, W) by a seed. The state of torch's generator stays as it was."""
+    generator = torch.default_generator  # which the transforms draw from; torch.manual_seed would look for GPUs, too
+    state = generator.get_state()
     generator.manual_seed(seed)
     try:
         return transform(picture)
     finally:
-        generator.set_state(before)
+        generator.set_state(state)

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from dml_core.data import datasets
-from dml_core.data.benchmarks import BENCHMARKS, counts
+from dml_core.data.benchmarks import BENCHMARKS, count_parts
 from dml_core.data.datasets import LabelledImages
 from dml_core.data.pictures import BadPicture, decode
 from pipelines.config.sections import Data
@@ -59,8 +59,8 @@ def read_pictures(images: LabelledImages, console: Console) -> Reading:
 
     def hash_of(index: int) -> bytes:
         try:
-            content = images.content(index)
-            decode(content, 8, images.image(index))
+            content = images.read_file(index)
+            decode(content, 8, images.entry(index))
         except BadPicture as error:
             reasons.update(error.bad)
             return b""
@@ -109,7 +109,7 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
         collection = load_collection(config)
         splits = datasets.split(collection, config.fractions[0], 0.0, config.split_seed)
     images = collection.images
-    counted = counts(splits)
+    counted = count_parts(splits)
     expected = BENCHMARKS[config.name].expected if config.name in BENCHMARKS else {}
     problems = [
         f"{key}: {counted.get(key)}, but the published set has {count}"

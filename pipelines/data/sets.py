@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dml_core.data import benchmarks, datasets, glyphs, own
+from dml_core.data import benchmarks, datasets, glyphs, user_sets
 from dml_core.data.datasets import Collection, LabelledImages, Splits, names_array
 from pipelines.config.schema import Config
 from pipelines.config.sections import Data
@@ -52,10 +52,10 @@ def _load_whole(config: Data, labelled: bool) -> Collection:
         return Collection(LabelledImages(images, labels, tuple(names)))
     if config.name == "table":
         assert config.table
-        return own.load_table(config.table, config.root, config.links, labelled)
+        return user_sets.load_table(config.table, config.root, config.links, labelled)
     assert config.root
     if config.name == "folder":
-        return _with_test_classes(config, own.load_folder(config.root, config.links, labelled))
+        return _with_test_classes(config, user_sets.load_folder(config.root, config.links, labelled))
     benchmark = benchmarks.BENCHMARKS[config.name]
     if config.download:
         assert benchmark.fetch

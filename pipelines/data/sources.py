@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 def views_of(config: Config, images: LabelledImages) -> Views:
     """Return the training and evaluation views of a set's pictures, as the config's transforms make them."""
     size, augment = config.data.image_size, config.data.augmentation
-    return Views(images, transforms.evaluation(size), transforms.training(augment, size))
+    return Views(images, transforms.evaluation_view(size), transforms.training_view(augment, size))
 
 
 class Sources:

@@ -119,7 +119,7 @@ def draw_synthetics(learner: Learner, train: LabelledImages, sources: Sources, e
     if iaa is None and config.sgar is None:
         return []
     largest = int(np.bincount(train.labels).argmax())
-    images = train.rows(np.flatnonzero(train.labels == largest)[:CLOUD_PICTURES])
+    images = train.select(np.flatnonzero(train.labels == largest)[:CLOUD_PICTURES])
     z = torch.cat(
         [batch["z"] for batch in stream_outputs(images, sources, "synthesis", lambda x: {"z": learner.embed(x)})]
     )

@@ -205,7 +205,7 @@ def limit_task(task: Retrieval) -> Retrieval:
     classes = draw_classes(counts, MAX_PICTURES)
 
     def of_classes(images: LabelledImages) -> LabelledImages:
-        return images.rows(np.isin(images.labels, classes))
+        return images.select(np.isin(images.labels, classes))
 
     return Retrieval(of_classes(query), of_classes(gallery) if gallery else None)
 

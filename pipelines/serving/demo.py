@@ -46,7 +46,7 @@ class Demo:
     def content(self, item: int) -> bytes:
         """Return an item's picture, encoded. BadPicture or OSError: it cannot be read."""
         if self.pictures.files is not None:
-            return self.pictures.content(item)
+            return self.pictures.read_file(item)
         return _encode(self.pictures.picture(item, SIDE), "PNG")
 
     def ask(self, picture: bytes, k: int, plain: bool) -> DemoAnswer:

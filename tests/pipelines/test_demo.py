@@ -180,7 +180,7 @@ def test_bad_input(exact, index: Path, pictures: Path, tmp_path: Path) -> None:
     about.write_text(told.replace(str(pictures), f"{tmp_path}/moved"))
     assert "its pictures are not at hand" in refused("demo", about.parent, "--port", "0")
     with open_demo(str(about.parent), None, parse_assignments([f"data.root={pictures}"]), QUIET) as shown:
-        assert shown.content(1) == (pictures / shown.pictures.image(1)).read_bytes()
+        assert shown.content(1) == (pictures / shown.pictures.entry(1)).read_bytes()
     about.write_text(json.dumps(json.loads(told) | {"root": None}))
     assert "it is not noted where its pictures are" in refused("demo", about.parent, "--port", "0")
     about.write_text(told)

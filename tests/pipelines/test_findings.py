@@ -91,7 +91,7 @@ def test_a_large_set_is_looked_at_in_whole_classes(monkeypatch: pytest.MonkeyPat
     assert 900 < len(some) <= 1000
     assert all(counts[label] == (some.labels == label).sum() for label in np.unique(some.labels))
     apart = inspection.limit_task(
-        Retrieval(images.rows(np.arange(0, len(images), 2)), images.rows(np.arange(1, len(images), 2)))
+        Retrieval(images.select(np.arange(0, len(images), 2)), images.select(np.arange(1, len(images), 2)))
     )
     assert 900 < len(apart.query) + len(apart.gallery) <= 1000
     assert {*apart.query.labels} <= {*apart.gallery.labels}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dml_core.data.benchmarks import BENCHMARKS, counts
+from dml_core.data.benchmarks import BENCHMARKS, count_parts
 from dml_core.data.datasets import GALLERY, QUERY, split
 
 
@@ -111,7 +111,7 @@ def test_an_index_of_full_size_has_the_published_counts(case: str, tmp_path: Pat
     FULL[case](tmp_path / "set")
     benchmark = BENCHMARKS[case.split()[0]]
     collection = benchmark.load(tmp_path / "set")
-    found = counts(split(collection, validation_fraction=0.0))
+    found = count_parts(split(collection, validation_fraction=0.0))
     assert {key: found[key] for key in benchmark.expected} == benchmark.expected
     assert len(set(collection.images.class_names)) == len(collection.images.class_names)
 
@@ -183,5 +183,5 @@ def test_grocery_for_real(shared: Path) -> None:
     assert not any(name.startswith("test/") for name in test.gallery.names)
     assert test.query.picture(0, 144).shape[0] == 3
     assert {QUERY, GALLERY} == set(collection.role.tolist())
-    found = counts(split(collection, validation_fraction=0.0))
+    found = count_parts(split(collection, validation_fraction=0.0))
     assert {key: found[key] for key in BENCHMARKS["grocery"].expected} == BENCHMARKS["grocery"].expected

@@ -8,9 +8,9 @@ from PIL import Image
 from dml_core.data import transforms
 from dml_core.data.datasets import GALLERY, NEITHER, QUERY, Collection, LabelledImages, split
 from dml_core.data.loading import Views
-from dml_core.data.own import load_folder
 from dml_core.data.pictures import BadPicture
 from dml_core.data.sampling import one_of_each_class
+from dml_core.data.user_sets import load_folder
 
 
 def picture(path: Path, color: tuple[int, int, int] = (200, 20, 20), size: tuple[int, int] = (40, 30)) -> None:
@@ -49,7 +49,7 @@ def test_splits_share_no_class_and_lose_none(whole: Collection, seed: int) -> No
     assert parts[2] == set("adfhj")
     for part in (made.train, made.validation.query, test):
         for index in range(len(part)):  # labels still mean the folder that a picture lies in
-            assert part.image(index).split("/")[0] == part.class_names[part.labels[index]]
+            assert part.entry(index).split("/")[0] == part.class_names[part.labels[index]]
 
 
 def test_a_share_is_drawn_by_seed(whole: Collection) -> None:
@@ -137,7 +137,7 @@ def test_limit_and_too_few_classes(whole: Collection) -> None:
 def test_digest_tells_sets_apart(folder: Path, whole: Collection) -> None:
     images = whole.images
     assert images.digest() == load_folder(str(folder)).images.digest()
-    assert images.digest() != images.rows(np.arange(1, 30)).digest()
+    assert images.digest() != images.select(np.arange(1, 30)).digest()
     before = images.digest(stamps=True)
     picture(folder / "a" / "0 ü.png", (0, 0, 0), (41, 30))
     assert images.digest(stamps=True) != before
@@ -146,7 +146,7 @@ def test_digest_tells_sets_apart(folder: Path, whole: Collection) -> None:
 def test_all_bad_pictures_of_a_batch_are_named(folder: Path, whole: Collection) -> None:
     for name in ("a/0 ü.png", "c/1 ü.png"):
         (folder / name).write_bytes(b"no picture")
-    views = Views(whole.images, transforms.evaluation(16))
+    views = Views(whole.images, transforms.evaluation_view(16))
     with pytest.raises(BadPicture, match=r"pictures a/0 ü.png: not a picture; c/1 ü.png: not a picture"):
         views.batch([(i, None) for i in range(10)])
 
@@ -155,7 +155,7 @@ def test_all_bad_pictures_of_a_batch_are_named(folder: Path, whole: Collection) 
 def test_views_are_a_function_of_sample_and_seed(folder: Path, whole: Collection, name: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
     Image.fromarray(noise).save(folder / whole.images.images[0])
-    views = Views(whole.images, transforms.evaluation(16), transforms.training(name, 16))
+    views = Views(whole.images, transforms.evaluation_view(16), transforms.training_view(name, 16))
     torch.manual_seed(7)
     before = torch.get_rng_state()
     one, other = views[0, 5], views[0, 6]
@@ -167,7 +167,7 @@ def test_views_are_a_function_of_sample_and_seed(folder: Path, whole: Collection
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_batches_come_in_order(whole: Collection, processes: int) -> None:
-    views = Views(whole.images, transforms.evaluation(16), transforms.training("crop", 16))
+    views = Views(whole.images, transforms.evaluation_view(16), transforms.training_view("crop", 16))
     rows = [[(0, None), (4, 3)], [(2, 9)], [(7, 1), (8, 2), (9, 4)]]
     batches = list(views.batches(rows, processes))
     assert [len(b) for b in batches] == [2, 1, 3]

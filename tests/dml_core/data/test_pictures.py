@@ -12,7 +12,7 @@ from PIL import Image
 
 from dml_core.data import pictures
 from dml_core.data.pictures import BadPicture, decode
-from dml_core.data.transforms import evaluation, training
+from dml_core.data.transforms import evaluation_view, training_view
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -68,7 +68,7 @@ def test_rotated_and_large_jpegs() -> None:
 
 def test_a_crop_is_never_enlarged_more_than_the_plain_way_would() -> None:
     content = encoded(noise(size=(1000, 1000)), "JPEG")
-    view = training("crop", 224)
+    view = training_view("crop", 224)
     assert view.side * (0.4 * 0.75) ** 0.5 >= 224  # the least side of a random crop
     assert decode(content, view.side, "a").shape == (3, 500, 500)
 
@@ -77,7 +77,7 @@ def test_a_crop_is_never_enlarged_more_than_the_plain_way_would() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (3, 500)])
 def test_pixels_and_strips_become_squares(name: str, size: tuple[int, int]) -> None:
     picture = decode(encoded(noise(size=size), "PNG"), 32, "a")
-    for view in (evaluation(32), training(name, 32)):
+    for view in (evaluation_view(32), training_view(name, 32)):
         assert view.transform(picture).shape == (3, 32, 32)
 
 
@@ -86,7 +86,7 @@ def test_middle_square_is_the_view_of_resize_and_crop() -> None:
 
     smooth = torch.arange(0, 256, 2).expand(3, 64, 128).to(torch.uint8)
     usual = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(32)])(smooth)
-    assert (evaluation(32).transform(smooth).int() - usual.int())[..., 1:-1].abs().max() <= 1
+    assert (evaluation_view(32).transform(smooth).int() - usual.int())[..., 1:-1].abs().max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from PIL import Image
 
 from dml_core.data import files
 from dml_core.data.datasets import GALLERY, NEITHER, QUERY, split
-from dml_core.data.own import load_folder, load_table
 from dml_core.data.pictures import BadPicture
+from dml_core.data.user_sets import load_folder, load_table
 
 
 def picture(path: Path, color: tuple[int, int, int] = (9, 9, 9)) -> None:
@@ -179,7 +179,7 @@ def test_a_link_in_a_table_is_refused_when_it_is_read(tree: Path, tmp_path: Path
 
 LARGE = """
 import resource, sys, time
-from dml_core.data.own import load_table
+from dml_core.data.user_sets import load_table
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 images = load_table(sys.argv[1], None).images
 assert len(images) == int(sys.argv[2]) and images.images[-1].startswith("class_")
@@ -221,7 +221,7 @@ def test_reading_goes_on_in_a_forked_process(tree: Path, web) -> None:
     picture(tree / "plain" / "0.png", (7, 0, 0))
     pd.DataFrame({"path": ["plain/0.png"], "label": ["x"]}).to_csv(tree / "t.csv", index=False)
     images = load_table(f"{web(tree)[0]}/t.csv", None).images
-    views = Views(images, transforms.evaluation(8))
+    views = Views(images, transforms.evaluation_view(8))
     assert views[0, None][0, 0, 0] == 7
     (batch,) = views.batches([[(0, None)] * 3], processes=1)
     assert (batch[:, 0] == 7).all()
