@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from pipelines.config import sections
 from pipelines.config.methods import METHODS
@@ -78,7 +77,7 @@ def parse_config(tree: Tree) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_describe(e) for e in error.errors()[:3])) from None
+        raise ValueError("; ".join(_describe(error)[:3])) from None
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -201,21 +200,24 @@ def _drop_overridden_settings(tree: Tree, overrides: Tree) -> Tree:
     return tree
 
 
-def _describe(error: ErrorDetails) -> str:
-    """Return an error of the validation in words: key, value, what is allowed."""
-    path = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
-    path = [part for part in path if part not in ("int", "str")] if path[:1] == ["workers"] else path
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = Config
-        for part in path[:-1]:
-            section = _section_of(section.model_fields[part].annotation)
-        prefix = "".join(f"{part}." for part in path[:-1])
-        return f"unknown key {key}{sections.nearest(key, [prefix + name for name in section.model_fields])}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}={error['input']}: {message}"
+def _describe(error: ValidationError) -> list[str]:
+    """Return each error of a validation in words: key, value, what is allowed."""
+    lines = []
+    for details in error.errors():
+        path = [str(part) for part in details["loc"] if not str(part).startswith(("function-", "constrained-"))]
+        path = [part for part in path if part not in ("int", "str")] if path[:1] == ["workers"] else path
+        key, message = ".".join(path), details["msg"].removeprefix("Value error, ")
+        if details["type"] == "extra_forbidden":
+            section: type[BaseModel] = Config
+            for part in path[:-1]:
+                section = _section_of(section.model_fields[part].annotation)
+            prefix = "".join(f"{part}." for part in path[:-1])
+            lines.append(f"unknown key {key}{sections.nearest(key, [prefix + name for name in section.model_fields])}")
+        elif details["type"] == "value_error":
+            lines.append(f"{key}: {message}" if key else message)
+        else:
+            lines.append(f"{key}={details['input']}: {message}")
+    return lines
 
 
 def _section_of(annotation: object) -> type[BaseModel]:
