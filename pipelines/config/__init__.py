@@ -1,4 +1,4 @@
-"""What a run is told: the schema of all keys, recipes and key=value to a config, and what identifies a run.
+"""Configs: the schema of all keys, how recipes and key=value become one, and what identifies a run.
 
 Imports nothing but pydantic and YAML.
 """

@@ -82,12 +82,17 @@ def test_default_recipe_is_glyphs_with_sgar() -> None:
         (["changes.2.optimizer.lr=1"], r"changes\.2: optimizer\.lr cannot become 1"),
         (["changes.2.sgar.max_gap=null"], r"changes\.2: sgar\.max_gap cannot become None"),
         (["changes.2=3"], r"changes: .* is not \{EPOCH: \{KEY: VALUE\}\}"),
+        (["method=[namr]", "changes.2.namr.rerank=9"], r"changes\.2: namr\.rerank cannot become 9"),
+        (["backbone.frozen=true", "data.augment=crop"], r"data\.augment=crop cannot act with backbone\.frozen=true"),
+        (["data.folds=3"], r"data: folds=3 cannot act without data\.fold=NUMBER"),
+        (["data.fold=1", "data.validation_fraction=0.3"], r"validation_fraction cannot act with data\.fold=1"),
+        (["metrics=[nmii]"], r"metrics: nmii: there is no such metric; did you mean nmi\?"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_key(assignments: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as found:
+    with pytest.raises(ValueError, match=message) as refusal:
         load_recipe("glyphs", assignments)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_changes_hold_from_the_end_of_their_epoch(tmp_path) -> None:
@@ -113,6 +118,27 @@ def test_a_choice_takes_the_recipes_settings_of_the_other_with_it() -> None:
     config = load_recipe("grocery", ["data.root=x", "loss.name=proxy_anchor"])
     assert config.loss.arguments == {}
     assert load_recipe("grocery", ["data.name=glyphs"]).data.root is None
+
+
+def test_a_users_choice_takes_the_recipes_contrary_one_with_it(tmp_path) -> None:
+    """What the recipe says of what the user's own choice excludes is dropped; the rest of its section stays."""
+    frozen = load_recipe("glyphs", ["backbone.frozen=true"])
+    assert frozen.data.augment is None and frozen.data.image_size == 32
+    assert parse_config(frozen.to_dict()) == frozen and "data.augment" not in frozen.flat()
+    (tmp_path / "mine.yaml").write_text("data: {validation_fraction: 0.3}\n")
+    assert load_recipe(str(tmp_path / "mine.yaml"), ["data.fold=1"]).data.fold_of == (1, 4)
+    (tmp_path / "mine.yaml").write_text("data: {fold: 1, folds: 3}\n")
+    assert load_recipe(str(tmp_path / "mine.yaml"), ["data.validation_fraction=0.3"]).data.fold_of is None
+
+
+def test_metrics_are_by_default_those_of_the_sets_papers() -> None:
+    extra = {
+        recipe: load_recipe(recipe, ["data.root=x"]).extra_metrics for recipe in recipe_names() if recipe != "glyphs"
+    }
+    for recipe, metrics in extra.items():
+        assert metrics == (("map", "cmc") if recipe.startswith(("inshop", "vehicleid")) else ()), recipe
+    assert load_recipe("inshop-iaa", ["data.root=x", "metrics=[]"]).extra_metrics == ()
+    assert load_recipe("glyphs", ["metrics=[ami,cmc,ami]"]).extra_metrics == ("cmc", "ami")
 
 
 def test_values_are_yaml_1_2() -> None:

@@ -33,12 +33,12 @@ def pictures(tracked_folder: Path) -> Path:
 
 def test_training_and_search(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(TRAINING, {})
-    told = capsys.readouterr()
-    lines = told.out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     recall, checkpoint, model = lines[0].split()
     assert 0 < float(recall) <= 1 and Path(checkpoint, "manifest.json").is_file() and model.startswith("dml-folder/")
     assert len(lines) == 6 and lines[1] == str(sorted(Path("PICTURES").glob("*/*"))[0])
-    assert re.search(r"^\w+ +\d+/\d+ epoch 3/3  loss 0\.", told.err, re.M) and "\x1b" not in told.err + told.out
+    assert re.search(r"^\w+ +\d+/\d+ epoch 3/3  loss 0\.", output.err, re.M) and "\x1b" not in output.err + output.out
 
 
 def test_losses_without_ray(pictures: Path) -> None:
@@ -79,14 +79,14 @@ def test_types_are_seen_from_outside(tmp_path: Path) -> None:
     (tmp_path / "stranger.py").write_text(STRANGER)
     ours = "[mypy-dml_core.*,pipelines.*,tune_spaces.*]\nfollow_imports = silent\n"
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nfollow_imports = skip\nignore_missing_imports = true\n{ours}")
-    given = [
+    options = [
         "--config-file",
         "mypy.ini",
         "--python-executable",
         tmp_path / "elsewhere" / "bin" / "python",
         "stranger.py",
     ]
-    found = subprocess.run([sys.executable, "-m", "mypy", *given], cwd=tmp_path, capture_output=True, text=True)
-    assert 'Revealed type is "dict[str, float]"' in found.stdout, found.stdout
-    assert 'Revealed type is "dml_core.base_losses.BaseLoss"' in found.stdout
-    assert 'Argument 1 to "load_recipe" has incompatible type "int"; expected "str"' in found.stdout
+    checked = subprocess.run([sys.executable, "-m", "mypy", *options], cwd=tmp_path, capture_output=True, text=True)
+    assert 'Revealed type is "dict[str, float]"' in checked.stdout, checked.stdout
+    assert 'Revealed type is "dml_core.base_losses.BaseLoss"' in checked.stdout
+    assert 'Argument 1 to "load_recipe" has incompatible type "int"; expected "str"' in checked.stdout
