@@ -113,7 +113,7 @@ class Training:
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.05)
 
-    def wait_for_end(self, seconds: float) -> None:
+    def read_job(self, seconds: float) -> None:
         assert self.process.wait(seconds) == 0, self.log.read_text()[-3000:]
 
 

@@ -57,7 +57,7 @@ def test_twenty_losses_change_nothing(tmp_path: Path, mlflow_server) -> None:
             print(f"{time.monotonic() - started:6.1f} s  loss {number + 1}: {kind}, at {before}", flush=True)
             seen |= {process.pid for process in cluster.processes()}
             training = lose(kind, cluster, training, rng)
-        training.wait_for_end(600)
+        training.read_job(600)
         print(f"{time.monotonic() - started:6.1f} s  ended", flush=True)
         outcome = json.loads(training.out.read_text().splitlines()[-1])
     assert_as_undisturbed(mlflow_server.uri, outcome, expected)
@@ -107,7 +107,7 @@ def test_faults_on_three_machines(kind: str, tmp_path: Path, mlflow_server) -> N
         print(f"{kind}: {time.monotonic() - started:.1f} s from the loss to their first checkpoint", flush=True)
         if kind == "elastic":
             assert len(cluster.all_workers()) == 2
-        training.wait_for_end(600)
+        training.read_job(600)
         outcome = json.loads(training.out.read_text().splitlines()[-1])
     assert_as_undisturbed(mlflow_server.uri, outcome, expected)
     assert is_whole(Path(outcome["checkpoint"]))

@@ -64,7 +64,7 @@ def test_a_folder_that_a_host_does_not_see_and_a_cable_that_is_pulled(
         next(host for host in others if training_on(host)).unplug()
         training.wait_for(lambda: newest(run) > at)
         print(f"{time.monotonic() - started:.1f} s from the cable to the next checkpoint", flush=True)
-        training.wait_for_end(600)
+        training.read_job(600)
         outcome = json.loads(training.out.read_text().splitlines()[-1])
     os.environ["MLFLOW_TRACKING_URI"] = server.uri
     assert_as_undisturbed(server.uri, outcome, expected)

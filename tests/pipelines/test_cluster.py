@@ -29,7 +29,7 @@ def test_a_lost_node_changes_nothing(
         training.wait_for(lambda: newest(run))
         seen = {process.pid for process in cluster.processes()}
         lose("node", cluster, training, random.Random(0))
-        training.wait_for_end(300)
+        training.read_job(300)
         outcome = json.loads(training.out.read_text().splitlines()[-1])
     assert_as_undisturbed(mlflow_server.uri, outcome, exact[2])
     nothing_left(seen)
