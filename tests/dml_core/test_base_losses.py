@@ -75,15 +75,15 @@ def naive_multi_similarity(z, labels, synthetic):
 
 
 def naive_triplet(z, labels, synthetic, triplets="semihard", margin=0.2):
-    chosen = []
+    violations = []
     for anchor, positives, negatives in candidates(z, labels, synthetic):
         for p in positives:
             for n in negatives:
                 gap = (anchor - n).norm() - (anchor - p).norm()
                 semihard, hard = 0 < gap < margin, gap < 0
                 if {"semihard": semihard, "hard": hard, "all": semihard or hard}[triplets]:
-                    chosen.append(margin - gap)
-    return sum(chosen) / len(chosen)
+                    violations.append(margin - gap)
+    return sum(violations) / len(violations)
 
 
 NAIVE = {"triplet": naive_triplet, "contrastive": naive_contrastive, "multi_similarity": naive_multi_similarity}
@@ -277,24 +277,24 @@ def test_miners_never_pair_an_anchor_with_its_copies(miner):
     z, labels, _ = batch()
     near = z.detach().repeat(2, 1)  # synthetics on top of their source: the nearest of all
     loss = build("TripletMarginLoss", CLASSES, DIM, miner=miner)
-    seen = []
-    loss.loss.register_forward_hook(lambda module, inputs, output: seen.append(inputs[2]))
+    calls = []
+    loss.loss.register_forward_hook(lambda module, inputs, output: calls.append(inputs[2]))
     loss(z, labels, near)
-    assert len(seen[0][0]) > 0 and (seen[0][1] % len(z) != seen[0][0]).all()
+    assert len(calls[0][0]) > 0 and (calls[0][1] % len(z) != calls[0][0]).all()
 
 
 def test_hardest_positive_is_never_an_own_copy():
     """Synthetics opposite to their source: its own copy would be the hardest positive of every anchor."""
     z, labels, _ = batch(spread=0.1)
     loss = build("TripletMarginLoss", CLASSES, DIM, miner="BatchHardMiner")
-    seen = []
-    loss.loss.register_forward_hook(lambda module, inputs, output: seen.append(inputs[2]))
+    calls = []
+    loss.loss.register_forward_hook(lambda module, inputs, output: calls.append(inputs[2]))
     loss(z, labels, -z.detach())
     distance = torch.cdist(normalize(z), normalize(torch.cat([z, -z])))
     own = torch.arange(2 * len(z)) % len(z) == torch.arange(len(z))[:, None]
     allowed = (labels[:, None] == labels.repeat(2)) & ~own
-    assert torch.equal(seen[0][0], torch.arange(len(z)))
-    assert torch.equal(seen[0][1], distance.masked_fill(~allowed, -1).argmax(1))
+    assert torch.equal(calls[0][0], torch.arange(len(z)))
+    assert torch.equal(calls[0][1], distance.masked_fill(~allowed, -1).argmax(1))
 
 
 def test_several_centers_a_class_give_one_proxy_each():
@@ -317,7 +317,7 @@ def test_arguments_are_those_that_build_takes():
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "message"),
+    ("name", "arguments", "message"),
     [
         ("multi_similarty", {}, "did you mean 'multi_similarity'"),
         ("VICRegLoss", {}, "loss.name 'VICRegLoss' is unknown"),
@@ -329,9 +329,9 @@ def test_arguments_are_those_that_build_takes():
         ("RankedListLoss", {"imbalance": 2}, "between 0 and 1"),
     ],
 )
-def test_bad_names_are_refused(name, given, message):
+def test_bad_names_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
-        build(name, CLASSES, DIM, **given)
+        build(name, CLASSES, DIM, **arguments)
 
 
 def test_given_arguments_of_a_miner_join_ours():

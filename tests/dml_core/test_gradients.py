@@ -35,14 +35,14 @@ class TinyBackbone(backbones.Backbone):
 
 def tiny_learner(loss: str, methods: tuple[str, ...]) -> Learner:
     torch.manual_seed(0)
-    made: dict[str, nn.Module] = {
+    modules: dict[str, nn.Module] = {
         "iaa": ClassAugmentation(CLASSES, DIM, 2, 0.7, 3, 0, 1, 0.2, "diag", 2, 0.1, 0.1, 40.0),
         "sgar": IntensityRanking(DIM, 0.3, 4, 0.11, 0.2, 32.0, 0.05, 32.0, 0.1, False),
         "namr": ClusterRanking(heads.Structure(10, DIM), 3, 3.0, 10.0, "even"),
     }
-    used = {method: made[method] for method in methods}
+    in_use = {method: modules[method] for method in methods}
     base_loss = base_losses.build(loss, CLASSES, DIM)
-    return Learner(TinyBackbone(), heads.linear(10, DIM), base_loss, Weights(0.2, 0.2, 0.5), **used)  # type: ignore[arg-type]
+    return Learner(TinyBackbone(), heads.linear(10, DIM), base_loss, Weights(0.2, 0.2, 0.5), **in_use)  # type: ignore[arg-type]
 
 
 def training_set() -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,7 @@ def estimate(learner: Learner) -> None:
     learner.iaa.estimate([(z[:5], labels[rank() :: world_size()][:5]), (z[5:], labels[rank() :: world_size()][5:])])
 
 
-def own(rows: torch.Tensor) -> torch.Tensor:
+def rows_of_rank(rows: torch.Tensor) -> torch.Tensor:
     """This rank's part of a global batch."""
     return rows.chunk(world_size())[rank()]
 
@@ -74,7 +74,9 @@ def gradients(loss: str, methods: tuple[str, ...], dtype: torch.dtype, accumulat
         estimate(learner)
     for part in range(accumulate):
         torch.manual_seed(part)
-        learner.backward(own(images[part]), own(labels), 0, torch.Generator().manual_seed(part), 4 // world_size())
+        learner.backward(
+            rows_of_rank(images[part]), rows_of_rank(labels), 0, torch.Generator().manual_seed(part), 4 // world_size()
+        )
     return {name: p.grad.double() for name, p in learner.named_parameters()}
 
 
@@ -90,7 +92,9 @@ def loss_curve(methods: tuple[str, ...]) -> list[tuple[float, ...]]:
         for step, rows in enumerate(torch.randperm(48, generator=torch.Generator().manual_seed(epoch)).split(BATCH)):
             generator = torch.Generator().manual_seed(100 * epoch + step)
             optimizer.zero_grad()
-            terms = learner.backward(images[own(rows)], labels[own(rows)], epoch, generator, 4 // world_size())
+            terms = learner.backward(
+                images[rows_of_rank(rows)], labels[rows_of_rank(rows)], epoch, generator, 4 // world_size()
+            )
             optimizer.step()
             curve.append(tuple(term.item() for term in terms))
     return curve
@@ -109,15 +113,19 @@ def trained() -> dict[str, torch.Tensor]:
         for step in range(20):
             optimizer.zero_grad()
             generator, parts = torch.Generator().manual_seed(step), 4 // world_size()
-            losses.append(learner.backward(own(images[step]), own(labels), 0, generator, parts, threads.map).loss)
+            losses.append(
+                learner.backward(
+                    rows_of_rank(images[step]), rows_of_rank(labels), 0, generator, parts, threads.map
+                ).loss
+            )
             optimizer.step()
     return learner.state_dict() | {"losses": torch.stack(losses).detach()}
 
 
 def everything() -> dict[object, object]:
-    found: dict[object, object] = {case: gradients(*case) for case in CASES}
-    found |= {("curve", methods): loss_curve(methods) for methods in METHODS}
-    return found | {"trained": trained()}
+    results: dict[object, object] = {case: gradients(*case) for case in CASES}
+    results |= {("curve", methods): loss_curve(methods) for methods in METHODS}
+    return results | {"trained": trained()}
 
 
 def run_rank(folder: Path) -> None:
@@ -125,29 +133,29 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
-    """World size -> what each rank found."""
+def results_by_world(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
+    """World size -> the results of each rank."""
     folder = tmp_path_factory.mktemp("gradients")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {1: [everything()]}
+    results_by_world = {1: [everything()]}
     torch.set_num_threads(threads)
     for world in (2, 4):
         ranks.run(run_rank, world, folder)
         paths = [folder / f"{world}_{number}.pt" for number in range(world)]
-        found[world] = [torch.load(path, weights_only=False) for path in paths]
-    return found
+        results_by_world[world] = [torch.load(path, weights_only=False) for path in paths]
+    return results_by_world
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join((c[0], *c[1], str(c[2])[6:], f"x{c[3]}")))
-def test_gradient_equals_that_of_one_process(found: dict[int, list[dict]], world: int, case: tuple) -> None:
+def test_gradient_equals_that_of_one_process(results_by_world: dict[int, list[dict]], world: int, case: tuple) -> None:
     tolerance = 1e-10 if case[2] == torch.float64 else 1e-5
-    alone = found[1][0][case]
+    alone = results_by_world[1][0][case]
     scale = max(gradient.norm() for gradient in alone.values())
     assert scale > 0
-    for of_rank in found[world]:
-        for name, gradient in of_rank[case].items():
+    for result in results_by_world[world]:
+        for name, gradient in result[case].items():
             # A gradient that is zero but for rounding (a bias that a loss ignores) has no relative error of its own.
             assert (gradient - alone[name]).norm() <= tolerance * max(alone[name].norm(), 1e-2 * scale), name
 
@@ -155,28 +163,30 @@ def test_gradient_equals_that_of_one_process(found: dict[int, list[dict]], world
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("methods", METHODS, ids="+".join)
 def test_two_epochs_of_losses_equal_those_of_one_process(
-    found: dict[int, list[dict]], world: int, methods: tuple[str, ...]
+    results_by_world: dict[int, list[dict]], world: int, methods: tuple[str, ...]
 ) -> None:
-    alone = torch.tensor(found[1][0][("curve", methods)], dtype=torch.float64)
+    alone = torch.tensor(results_by_world[1][0][("curve", methods)], dtype=torch.float64)
     in_use = {"sgar": ("sgar_rank", "sgar_anchor", "sgar_open"), "namr": ("namr_rank",)}
     for method, terms in in_use.items():
         for term in terms:
             assert alone[:, Terms._fields.index(term)].any() == (method in methods), term
-    for of_rank in found[world]:
+    for result in results_by_world[world]:
         torch.testing.assert_close(
-            torch.tensor(of_rank[("curve", methods)], dtype=torch.float64), alone, rtol=1e-9, atol=1e-12
+            torch.tensor(result[("curve", methods)], dtype=torch.float64), alone, rtol=1e-9, atol=1e-12
         )
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_training_in_float32_is_bit_for_bit_that_of_one_process(found: dict[int, list[dict]], world: int) -> None:
-    alone = found[1][0]["trained"]
+def test_training_in_float32_is_bit_for_bit_that_of_one_process(
+    results_by_world: dict[int, list[dict]], world: int
+) -> None:
+    alone = results_by_world[1][0]["trained"]
     assert len(alone["losses"].unique()) == 20 and alone["losses"].dtype == torch.float32
-    for of_rank in found[world]:
-        for name, tensor in of_rank["trained"].items():
+    for result in results_by_world[world]:
+        for name, tensor in result["trained"].items():
             assert torch.equal(tensor, alone[name]), name
 
 
-def test_learnable_losses_have_parameters(found: dict[int, list[dict]]) -> None:
+def test_learnable_losses_have_parameters(results_by_world: dict[int, list[dict]]) -> None:
     for loss in ("margin", "proxy_anchor", "proxy_nca", "ArcFaceLoss"):
-        assert any(name.startswith("base_loss.") for name in found[1][0][(loss, (), torch.float64, 1)])
+        assert any(name.startswith("base_loss.") for name in results_by_world[1][0][(loss, (), torch.float64, 1)])

@@ -30,17 +30,17 @@ def a_set(seed: int, samples: int = 60, classes: int = CLASSES) -> tuple[Tensor,
 
 def naive_update(state: dict, z: np.ndarray, labels: np.ndarray, momentum: float, full: bool) -> None:
     for k in range(CLASSES):
-        own = [x for x, y in zip(z, labels, strict=True) if y == k]
-        if not own:
+        of_class = [x for x, y in zip(z, labels, strict=True) if y == k]
+        if not of_class:
             continue
-        mean = sum(own) / len(own)
+        mean = sum(of_class) / len(of_class)
         outer = (lambda d: np.outer(d, d)) if full else (lambda d: d * d)
-        new = sum(outer(x - mean) for x in own) / len(own)
-        w = max(len(own) / (len(own) + state["count"][k]), 1 - momentum)
+        new = sum(outer(x - mean) for x in of_class) / len(of_class)
+        w = max(len(of_class) / (len(of_class) + state["count"][k]), 1 - momentum)
         step = state["mean"][k] - mean
         state["variance"][k] = (1 - w) * state["variance"][k] + w * new + w * (1 - w) * outer(step)
         state["mean"][k] = (1 - w) * state["mean"][k] + w * mean
-        state["count"][k] += len(own)
+        state["count"][k] += len(of_class)
 
 
 @pytest.mark.parametrize("covariance", ["diag", "full"])

@@ -46,11 +46,11 @@ def make_cars_matrix(root: Path) -> None:
     from scipy.io import savemat
 
     labels = car_labels()
-    kind = [("relative_im_path", object), ("bbox_x1", float), ("class", np.uint8), ("test", np.uint8)]
+    fields = [("relative_im_path", object), ("bbox_x1", float), ("class", np.uint8), ("test", np.uint8)]
     rows = [(f"car_ims/{i + 1:06d}.jpg", 1.0, c, i % 2) for i, c in enumerate(labels)]
     names = np.array([f"Car {c:03d} S/C 2012" for c in range(1, 197)], dtype=object)
     root.mkdir(parents=True)
-    savemat(root / "cars_annos.mat", {"annotations": np.array([rows], dtype=kind), "class_names": names[None]})
+    savemat(root / "cars_annos.mat", {"annotations": np.array([rows], dtype=fields), "class_names": names[None]})
 
 
 def make_cars_tables(root: Path) -> None:
@@ -111,8 +111,8 @@ def test_an_index_of_full_size_has_the_published_counts(case: str, tmp_path: Pat
     FULL[case](tmp_path / "set")
     benchmark = BENCHMARKS[case.split()[0]]
     collection = benchmark.load(tmp_path / "set")
-    found = count_parts(split(collection, validation_fraction=0.0))
-    assert {key: found[key] for key in benchmark.expected} == benchmark.expected
+    numbers = count_parts(split(collection, validation_fraction=0.0))
+    assert {key: numbers[key] for key in benchmark.expected} == benchmark.expected
     assert len(set(collection.images.class_names)) == len(collection.images.class_names)
 
 
@@ -151,9 +151,9 @@ def test_pictures_lie_where_the_archive_has_them(name: str, tmp_path: Path, monk
 
 def test_roles_lists_and_draws(tmp_path: Path) -> None:
     make_inshop(tmp_path / "a", (9, 3), (4, 2), (2, 2))
-    made = split(BENCHMARKS["inshop"].load(tmp_path / "a"), validation_fraction=0.3)
-    assert made.validation.gallery is None
-    assert (len(made.tests["test"].query), len(made.tests["test"].gallery)) == (4, 2)
+    splits = split(BENCHMARKS["inshop"].load(tmp_path / "a"), validation_fraction=0.3)
+    assert splits.validation.gallery is None
+    assert (len(splits.tests["test"].query), len(splits.tests["test"].gallery)) == (4, 2)
     make_vehicleid(tmp_path / "b")
     collection = BENCHMARKS["vehicleid"].load(tmp_path / "b")
     assert set(split(collection).tests) == {"test", "test_small", "test_medium", "test_large"}
@@ -167,21 +167,23 @@ def test_the_archives_own_folder_may_be_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_what_is_missing_is_named_with_where_to_get_it(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.root=.*: not .*, there is no .*; (get it|data.download=true)") as found:
+    with pytest.raises(
+        ValueError, match=r"data.root=.*: not .*, there is no .*; (get it|data.download=true)"
+    ) as refusal:
         BENCHMARKS[name].load(tmp_path)
-    assert BENCHMARKS[name].source.split(":")[0] in str(found.value) and "\n" not in str(found.value)
+    assert BENCHMARKS[name].source.split(":")[0] in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_grocery_for_real(shared: Path) -> None:
     collection = BENCHMARKS["grocery"].load(shared / "data" / "GroceryStoreDataset")
     assert len(collection.images) == 5421 and len(collection.images.class_names) == 81
     assert collection.images.class_names[0] == "Golden-Delicious"
-    made = split(collection)
-    test = made.tests["test"]
-    assert [len(s.class_names) for s in (made.train, made.validation.query, test.query)] == [33, 8, 40]
+    splits = split(collection)
+    test = splits.tests["test"]
+    assert [len(s.class_names) for s in (splits.train, splits.validation.query, test.query)] == [33, 8, 40]
     assert all(name.startswith("test/") for name in test.query.names)
     assert not any(name.startswith("test/") for name in test.gallery.names)
     assert test.query.picture(0, 144).shape[0] == 3
     assert {QUERY, GALLERY} == set(collection.role.tolist())
-    found = count_parts(split(collection, validation_fraction=0.0))
-    assert {key: found[key] for key in BENCHMARKS["grocery"].expected} == BENCHMARKS["grocery"].expected
+    numbers = count_parts(split(collection, validation_fraction=0.0))
+    assert {key: numbers[key] for key in BENCHMARKS["grocery"].expected} == BENCHMARKS["grocery"].expected

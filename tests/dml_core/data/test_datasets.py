@@ -42,12 +42,12 @@ def classes(images: LabelledImages) -> set[str]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_splits_share_no_class_and_lose_none(whole: Collection, seed: int) -> None:
-    made = split(with_test(whole, 0, 3, 5, 7, 9), seed=seed)
-    test = made.tests["test"].query
-    parts = [classes(made.train), classes(made.validation.query), classes(test)]
+    splits = split(with_test(whole, 0, 3, 5, 7, 9), seed=seed)
+    test = splits.tests["test"].query
+    parts = [classes(splits.train), classes(splits.validation.query), classes(test)]
     assert [len(p) for p in parts] == [4, 1, 5] and len(set.union(*parts)) == 10
     assert parts[2] == set("adfhj")
-    for part in (made.train, made.validation.query, test):
+    for part in (splits.train, splits.validation.query, test):
         for index in range(len(part)):  # labels still mean the folder that a picture lies in
             assert part.entry(index).split("/")[0] == part.class_names[part.labels[index]]
 
@@ -58,22 +58,22 @@ def test_a_share_is_drawn_by_seed(whole: Collection) -> None:
 
 
 def test_folds_take_turns(whole: Collection) -> None:
-    made = [split(with_test(whole, 8, 9), seed=3, fold=(i, 4)) for i in range(4)]
-    held = [classes(m.validation.query) for m in made]
-    assert sorted(name for part in held for name in part) == list("abcdefgh")
-    assert all(classes(m.train) == set("abcdefgh") - part for m, part in zip(made, held, strict=True))
+    splits = [split(with_test(whole, 8, 9), seed=3, fold=(i, 4)) for i in range(4)]
+    validated = [classes(m.validation.query) for m in splits]
+    assert sorted(name for part in validated for name in part) == list("abcdefgh")
+    assert all(classes(m.train) == set("abcdefgh") - part for m, part in zip(splits, validated, strict=True))
 
 
 def test_named_validation_classes(whole: Collection) -> None:
-    made = split(with_test(whole, 0, 1, validation=np.array([4, 5])))
-    assert classes(made.validation.query) == {"e", "f"} and classes(made.train) == set("cdghij")
+    splits = split(with_test(whole, 0, 1, validation=np.array([4, 5])))
+    assert classes(splits.validation.query) == {"e", "f"} and classes(splits.train) == set("cdghij")
 
 
 def test_roles_divide_validation_and_test_only(whole: Collection) -> None:
     role = np.where(np.arange(30) % 3 == 0, QUERY, GALLERY)
-    made = split(with_test(whole, *range(5), role=role))
-    assert len(made.train) == 12
-    for task in (made.validation, made.tests["test"]):
+    splits = split(with_test(whole, *range(5), role=role))
+    assert len(splits.train) == 12
+    for task in (splits.validation, splits.tests["test"]):
         assert task.gallery.class_names == task.query.class_names
         assert all(name.endswith("/0 ü.png") for name in task.query.names)
         assert not any(name.endswith("/0 ü.png") for name in task.gallery.names)
@@ -81,16 +81,16 @@ def test_roles_divide_validation_and_test_only(whole: Collection) -> None:
 
 def test_classes_without_queries_are_retrieved_among_themselves(whole: Collection) -> None:
     role = np.where(np.arange(30) < 15, np.where(np.arange(30) % 3 == 0, QUERY, GALLERY), NEITHER)
-    made = split(with_test(whole, *range(5), role=role))
-    assert made.tests["test"].gallery is not None and made.validation.gallery is None
+    splits = split(with_test(whole, *range(5), role=role))
+    assert splits.tests["test"].gallery is not None and splits.validation.gallery is None
 
 
 def test_further_lists_and_draws(whole: Collection) -> None:
-    made = split(with_test(whole, *range(5), lists={"small": np.array([1, 3])}, draws=10))
-    assert set(made.tests) == {"test", "test_small"}
-    assert classes(made.tests["test_small"].query) == {"b", "d"}
-    assert {task.draws for task in made.tests.values()} == {10} and made.validation.draws == 0
-    labels = made.tests["test"].query.labels
+    splits = split(with_test(whole, *range(5), lists={"small": np.array([1, 3])}, draws=10))
+    assert set(splits.tests) == {"test", "test_small"}
+    assert classes(splits.tests["test_small"].query) == {"b", "d"}
+    assert {task.draws for task in splits.tests.values()} == {10} and splits.validation.draws == 0
+    labels = splits.tests["test"].query.labels
     masks = [one_of_each_class(labels, seed) for seed in range(10)]
     assert all(sorted(labels[mask]) == [0, 1, 2, 3, 4] for mask in masks)
     assert len({tuple(mask) for mask in masks}) > 3
@@ -126,9 +126,9 @@ def test_parts_know_their_places_in_a_whole_that_no_seed_changes(whole: Collecti
 
 def test_limit_and_too_few_classes(whole: Collection) -> None:
     five = with_test(whole, *range(5))
-    made = split(five, validation_fraction=0.34, limit_classes=3)
-    found = [made.train, made.validation.query, made.tests["test"].query]
-    assert [len(x.class_names) for x in found] == [2, 1, 3]
+    splits = split(five, validation_fraction=0.34, limit_classes=3)
+    parts = [splits.train, splits.validation.query, splits.tests["test"].query]
+    assert [len(x.class_names) for x in parts] == [2, 1, 3]
     assert split(five, validation_fraction=0.0).validation is None
     with pytest.raises(ValueError, match="10 classes give 1 to train, 1 to validate and 8 to test on"):
         split(with_test(whole, *range(8)))

@@ -101,9 +101,9 @@ def test_middle_square_is_the_view_of_resize_and_crop() -> None:
     ],
 )
 def test_unreadable_picture_is_named_with_the_reason(content: bytes, reason: str) -> None:
-    with pytest.raises(BadPicture, match=f"unreadable picture some/name.jpg: .*{reason}") as found:
+    with pytest.raises(BadPicture, match=f"unreadable picture some/name.jpg: .*{reason}") as refusal:
         decode(content, 8, "some/name.jpg")
-    assert "\n" not in str(found.value) and " at 0x" not in str(found.value)
+    assert "\n" not in str(refusal.value) and " at 0x" not in str(refusal.value)
 
 
 def test_bombs_are_refused_before_they_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:

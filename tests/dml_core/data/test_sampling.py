@@ -18,9 +18,9 @@ def test_every_batch_is_p_by_k(counts: list[int], images: int, seed: int, data: 
     classes = data.draw(st.integers(1, len(counts)))
     plan = BatchPlan(labels, classes, images, seed).epoch(3)
     for batch in plan:
-        names, found = np.unique(labels[batch], return_counts=True)
-        assert len(names) == classes and (found == images).all()
-        for name, count in zip(names, found, strict=True):  # no image twice while the class has others left
+        names, images_of_class = np.unique(labels[batch], return_counts=True)
+        assert len(names) == classes and (images_of_class == images).all()
+        for name, count in zip(names, images_of_class, strict=True):  # no image twice while the class has others left
             mine = batch[labels[batch] == name]
             assert len(set(mine)) == min(count, counts[name])
 

@@ -83,9 +83,11 @@ def test_table_is_the_tree(tree: Path, kind: str) -> None:
     table = table_of(tree).sample(frac=1, random_state=0)
     path = tree / f"t.{kind}"
     table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
-    found = load_table(str(path), None)
-    images = found.images
-    assert set(images.class_names) == {"a", "b ü", "c" * 200, "d"} and found.test is None and found.role is None
+    collection = load_table(str(path), None)
+    images = collection.images
+    assert (
+        set(images.class_names) == {"a", "b ü", "c" * 200, "d"} and collection.test is None and collection.role is None
+    )
     assert images.images.tolist() == table["path"].tolist()
     assert [images.class_names[c] for c in images.labels] == table["label"].tolist()
     assert images.picture(0, 8).shape == (3, 20, 20)
@@ -110,11 +112,11 @@ def test_columns_split_and_role(tree: Path) -> None:
         "query" if i % 2 else "gallery" if label == "d" else None for i, label in enumerate(table["label"])
     ]
     table.to_csv(tree / "t.csv", index=False)
-    found = load_table(str(tree / "t.csv"), str(tree))
-    assert found.test.tolist() == [3] and found.validation.tolist() == [1]
-    assert found.role.tolist() == [NEITHER, QUERY] * 3 + [GALLERY, QUERY]
-    made = split(found)
-    assert made.tests["test"].gallery.class_names == ("d",) and len(made.tests["test"].query) == 1
+    collection = load_table(str(tree / "t.csv"), str(tree))
+    assert collection.test.tolist() == [3] and collection.validation.tolist() == [1]
+    assert collection.role.tolist() == [NEITHER, QUERY] * 3 + [GALLERY, QUERY]
+    splits = split(collection)
+    assert splits.tests["test"].gallery.class_names == ("d",) and len(splits.tests["test"].query) == 1
 
 
 def test_columns_that_change_their_kind_and_others(tmp_path: Path) -> None:

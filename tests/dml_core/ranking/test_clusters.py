@@ -155,14 +155,14 @@ def test_module_gradient():
     module, (z, _) = ranking(), inputs(5)
     features = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
 
-    def held(z: Tensor) -> Tensor:
+    def with_fixed_centers(z: Tensor) -> Tensor:
         """As the module, with the centres of the original z."""
         unit = z / (plain_distance(z).sum() / 20)
         eta = cluster_centers(plain_distance(unit).detach(), 3, 3.0, "even")
         gap = (adaptive_distance(unit, module.structure(features)) - eta[:, None, None]).abs()
         return (torch.softmax(-10 * gap, 0) * gap).sum(0).fill_diagonal_(0).sum() / 20
 
-    ours, theirs = (torch.autograd.grad(f, (z, features)) for f in (module(z, features), held(z)))
+    ours, theirs = (torch.autograd.grad(f, (z, features)) for f in (module(z, features), with_fixed_centers(z)))
     torch.testing.assert_close(ours, theirs)
     assert torch.autograd.gradcheck(lambda f: module(z.detach(), f), (features,))
 

@@ -37,8 +37,8 @@ def naive_ranking(similarity: list[list[float]], margin: float, scale: float, ma
 @pytest.mark.parametrize("max_gap", [None, 0.2])
 def test_ranking_equals_naive_loop(max_gap: float | None) -> None:
     similarity = torch.rand(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = intensity_ranking_loss(similarity, 0.11, 32.0, max_gap)
-    assert found.item() == pytest.approx(naive_ranking(similarity.tolist(), 0.11, 32.0, max_gap), rel=1e-12)
+    loss = intensity_ranking_loss(similarity, 0.11, 32.0, max_gap)
+    assert loss.item() == pytest.approx(naive_ranking(similarity.tolist(), 0.11, 32.0, max_gap), rel=1e-12)
 
 
 @pytest.mark.parametrize("max_gap", [None, 0.2])
@@ -116,11 +116,11 @@ def test_both_terms_equal_naive_loop(with_proxies: bool) -> None:
     proxies = (
         torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) if with_proxies else None
     )
-    found = m(z, labels, proxies, torch.Generator().manual_seed(3))
+    terms = m(z, labels, proxies, torch.Generator().manual_seed(3))
     anchors = proxies[labels] if with_proxies else batch_class_means(normalize(z, dim=1), labels)
-    assert [t.item() for t in found[:2]] == pytest.approx(list(naive_terms(m, z, anchors, 3)), rel=1e-10)
+    assert [t.item() for t in terms[:2]] == pytest.approx(list(naive_terms(m, z, anchors, 3)), rel=1e-10)
     cosine = (normalize(z, dim=1) * normalize(anchors, dim=1)).sum(1)
-    assert found[2].item() == pytest.approx((cosine >= m.gate).double().mean().item())
+    assert terms[2].item() == pytest.approx((cosine >= m.gate).double().mean().item())
 
 
 def test_terms_gradcheck() -> None:
@@ -168,8 +168,8 @@ def test_low_precision_is_computed_in_float32() -> None:
 
 def test_synthetics_lie_at_their_intensity() -> None:
     z = torch.randn(50, 16, dtype=torch.float64)
-    made = synthesize(z, 0.3, 4, torch.Generator().manual_seed(0))
-    distance = (made - z).norm(dim=2) / z.norm(dim=1)
+    synthetics = synthesize(z, 0.3, 4, torch.Generator().manual_seed(0))
+    distance = (synthetics - z).norm(dim=2) / z.norm(dim=1)
     torch.testing.assert_close(distance, 0.3 * torch.arange(1.0, 5, dtype=torch.float64)[:, None].expand(4, 50))
 
 

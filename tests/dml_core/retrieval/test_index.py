@@ -46,46 +46,46 @@ def test_flat_is_the_exact_ranking_in_any_number_of_shards(k: int, make, aware: 
         gallery, query = index_vectors(gallery), query_vectors(query, s)
     expected = nearest(query.double(), [(0, gallery.double())], k)
     for count in (1, 3, 7):
-        found = in_shards(gallery, query, k, count)
-        assert torch.equal(found.position, expected.position)
-        torch.testing.assert_close(found.similarity, expected.similarity, rtol=1e-12, atol=1e-12)
+        best = in_shards(gallery, query, k, count)
+        assert torch.equal(best.position, expected.position)
+        torch.testing.assert_close(best.similarity, expected.similarity, rtol=1e-12, atol=1e-12)
 
 
 def test_more_equals_than_candidates_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "CHUNK", 2000)  # one query at a time
     gallery = clustered(500)
     gallery[40:400:3] = gallery[7]
-    found = search(build(gallery, "flat", IndexOptions()), gallery[[7, 0, 1]], 5)
-    assert found.position[0].tolist() == [7, 40, 43, 46, 49] and found.position[1:, 0].tolist() == [0, 1]
+    best = search(build(gallery, "flat", IndexOptions()), gallery[[7, 0, 1]], 5)
+    assert best.position[0].tolist() == [7, 40, 43, 46, 49] and best.position[1:, 0].tolist() == [0, 1]
 
 
 def test_approximate_kinds_find_nearly_all() -> None:
     gallery, query = clustered(5000), clustered(100, seed=2)
     exact = search(build(gallery, "flat", IndexOptions()), query, 10)
     for kind in ("ivf", "hnsw"):
-        found = search(build(gallery, kind, IndexOptions()), query, 10)
-        share = (found.position[:, :, None] == exact.position[:, None]).any(2).double().mean()
+        best = search(build(gallery, kind, IndexOptions()), query, 10)
+        share = (best.position[:, :, None] == exact.position[:, None]).any(2).double().mean()
         assert share > 0.95, kind
-        assert (found.similarity.diff(dim=1) <= 0).all()
+        assert (best.similarity.diff(dim=1) <= 0).all()
     everywhere = search(build(gallery, "ivf", IndexOptions(nlist=20, nprobe=20)), query, 10)
     assert torch.equal(everywhere.position, exact.position)
 
 
 def test_a_cell_with_less_than_is_wanted_leaves_places_empty() -> None:
     gallery = clustered(200)
-    found = search(build(gallery, "ivf", IndexOptions(nlist=20, nprobe=1)), gallery[:5], 150)
-    empty = found.position == -1
-    assert empty.any(1).all() and (found.similarity[empty] == -torch.inf).all() and not empty[:, 0].any()
-    both = merge_shards([found, found], [0, 200], 150)
-    assert torch.equal(both.position[:, :2], torch.stack([found.position[:, 0], found.position[:, 0] + 200], 1))
+    best = search(build(gallery, "ivf", IndexOptions(nlist=20, nprobe=1)), gallery[:5], 150)
+    empty = best.position == -1
+    assert empty.any(1).all() and (best.similarity[empty] == -torch.inf).all() and not empty[:, 0].any()
+    together = merge_shards([best, best], [0, 200], 150)
+    assert torch.equal(together.position[:, :2], torch.stack([best.position[:, 0], best.position[:, 0] + 200], 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_tiny_sets(kind: str, rows: int) -> None:
     gallery = clustered(rows)
-    found = search(build(gallery, kind, IndexOptions()), gallery, rows + 2)
-    assert found.position[:, 0].tolist() == [*range(rows)] and (found.position[:, rows:] == -1).all()
+    best = search(build(gallery, kind, IndexOptions()), gallery, rows + 2)
+    assert best.position[:, 0].tolist() == [*range(rows)] and (best.position[:, rows:] == -1).all()
     assert default_cells(rows) == 1 and default_cells(200_000) == 447
 
 
@@ -105,6 +105,6 @@ def test_files_are_mapped(kind: str, tmp_path: Path) -> None:
     before = psutil.Process().memory_full_info().uss
     opened = open_mapped(path)
     assert psutil.Process().memory_full_info().uss - before < 4 * 2**20
-    assert path in {found.path for found in psutil.Process().memory_maps()}
-    for expected, found in zip(search(built, query, 10), search(opened, query, 10), strict=True):
-        assert torch.equal(expected, found)
+    assert path in {entry.path for entry in psutil.Process().memory_maps()}
+    for expected, result in zip(search(built, query, 10), search(opened, query, 10), strict=True):
+        assert torch.equal(expected, result)

@@ -89,18 +89,18 @@ def test_equal_to_accuracy_calculator(noise: float, classes: int, separate: bool
     query, labels = clustered(600, classes, noise=noise)
     other = clustered(700, classes, noise=noise, seed=1) if separate else (None, None)
     expected = their_metrics(tuple(NAMES), query, labels, *other, k="max_bin_count")
-    found = retrieval_metrics(query, labels, *other)
+    metrics = retrieval_metrics(query, labels, *other)
     for theirs, ours in NAMES.items():
-        assert found[ours] == pytest.approx(expected[theirs], abs=1e-6)
+        assert metrics[ours] == pytest.approx(expected[theirs], abs=1e-6)
     if classes == 500:
-        assert found["queries_without_match"] > 0
+        assert metrics["queries_without_match"] > 0
 
 
 def test_full_list_map_equals_accuracy_calculator() -> None:
     query, labels = clustered(400, 30)
     expected = their_metrics(("mean_average_precision",), query, labels)["mean_average_precision"]
-    found = retrieval_metrics(query, labels, extra=("map",))
-    assert found["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    metrics = retrieval_metrics(query, labels, extra=("map",))
+    assert metrics["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("make", [clustered, lambda n, c, seed: corners(n, c, 16, seed)], ids=["random", "ties"])
@@ -108,11 +108,11 @@ def test_full_list_map_equals_accuracy_calculator() -> None:
 def test_equal_to_the_definitions(make: Callable, size: int) -> None:
     query, labels = make(size, 7, seed=2)
     query = query.double()
-    found = retrieval_metrics(query, labels, extra=("map", "cmc"))
-    assert found == pytest.approx(naive(query, labels), abs=1e-12)
+    metrics = retrieval_metrics(query, labels, extra=("map", "cmc"))
+    assert metrics == pytest.approx(naive(query, labels), abs=1e-12)
     gallery, targets = make(BLOCK + 5, 9, seed=3)
-    found = retrieval_metrics(query, labels, gallery.double(), targets, ks=(1, 3, 1000), extra=("map", "cmc"))
-    assert found == pytest.approx(naive(query, labels, gallery.double(), targets, ks=(1, 3, 1000)), abs=1e-12)
+    metrics = retrieval_metrics(query, labels, gallery.double(), targets, ks=(1, 3, 1000), extra=("map", "cmc"))
+    assert metrics == pytest.approx(naive(query, labels, gallery.double(), targets, ks=(1, 3, 1000)), abs=1e-12)
 
 
 def structures(query: Tensor) -> Tensor:
@@ -126,9 +126,9 @@ def test_structure_aware_ranking_equals_the_definitions(size: int, rerank: int |
     gallery, targets = clustered(GALLERY_BLOCK + 300 if size == 2 else 300, 9, seed=3)
     s, query, gallery = structures(query), query.double(), gallery.double()
     for other in ((), (gallery, targets)):
-        found = retrieval_metrics(query, labels, *other, structure=s, rerank=rerank)
+        metrics = retrieval_metrics(query, labels, *other, structure=s, rerank=rerank)
         expected = naive(query, labels, *other, structure=s, rerank=rerank or 10**6)
-        assert found == pytest.approx({key: expected[key] for key in found}, abs=1e-12)
+        assert metrics == pytest.approx({key: expected[key] for key in metrics}, abs=1e-12)
 
 
 def test_structure_of_ones_is_the_plain_ranking() -> None:
@@ -146,17 +146,19 @@ def test_a_gallery_among_the_queries_is_that_gallery_apart(size: int, rerank: in
     mask = torch.rand(size, generator=torch.Generator().manual_seed(1)) < 0.3
     extra = () if rerank else ("map", "cmc")
     structure = structures(points)
-    given = {"structure": structure[~mask], "rerank": rerank} if rerank else {}
-    apart = retrieval_metrics(points[~mask], labels[~mask], points[mask], labels[mask], extra=extra, **given)
-    given = {"structure": structure, "rerank": rerank} if rerank else {}
-    assert retrieval_metrics(points, labels, in_gallery=mask, extra=extra, **given) == pytest.approx(apart, rel=1e-9)
+    arguments = {"structure": structure[~mask], "rerank": rerank} if rerank else {}
+    separate = retrieval_metrics(points[~mask], labels[~mask], points[mask], labels[mask], extra=extra, **arguments)
+    arguments = {"structure": structure, "rerank": rerank} if rerank else {}
+    assert retrieval_metrics(points, labels, in_gallery=mask, extra=extra, **arguments) == pytest.approx(
+        separate, rel=1e-9
+    )
 
 
 def test_several_gallery_blocks() -> None:
     query, labels = corners(9, 40, 16, seed=0)
     gallery, targets = corners(2 * GALLERY_BLOCK + 1, 40, 16, seed=1)
-    found = retrieval_metrics(query, labels, gallery, targets, extra=("map", "cmc"))
-    assert found == pytest.approx(naive(query, labels, gallery, targets), abs=1e-12)
+    metrics = retrieval_metrics(query, labels, gallery, targets, extra=("map", "cmc"))
+    assert metrics == pytest.approx(naive(query, labels, gallery, targets), abs=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -164,8 +166,8 @@ def test_several_gallery_blocks() -> None:
 def test_ties_follow_the_gallery(size: int, classes: int, copies: int, seed: int) -> None:
     points, labels = corners(size, classes, 4, seed)
     points, labels = points.repeat(copies, 1), labels.repeat(copies).roll(1)
-    found = retrieval_metrics(points, labels, extra=("map", "cmc"))
-    assert found == pytest.approx(naive(points, labels), abs=1e-12)
+    metrics = retrieval_metrics(points, labels, extra=("map", "cmc"))
+    assert metrics == pytest.approx(naive(points, labels), abs=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -186,27 +188,27 @@ def test_order_does_not_matter_without_ties(size: int, classes: int, seed: int) 
 @given(st.integers(2, 300), st.integers(1, 40), st.integers(0, 999))
 def test_bounds(size: int, classes: int, seed: int) -> None:
     query, labels = clustered(size, classes, seed=seed)
-    found = retrieval_metrics(query, labels, ks=(1, 2, 5, 20, 10_000), extra=("map",))
-    recalls = [found[f"recall_at_{k}"] for k in (1, 2, 5, 20, 10_000)]
+    metrics = retrieval_metrics(query, labels, ks=(1, 2, 5, 20, 10_000), extra=("map",))
+    recalls = [metrics[f"recall_at_{k}"] for k in (1, 2, 5, 20, 10_000)]
     assert recalls == sorted(recalls) and recalls[-1] in (0.0, 1.0)
-    assert 0 <= found["map_at_r"] <= found["r_precision"] <= 1
-    assert found["map_at_r"] <= found["mean_average_precision"] <= 1
+    assert 0 <= metrics["map_at_r"] <= metrics["r_precision"] <= 1
+    assert metrics["map_at_r"] <= metrics["mean_average_precision"] <= 1
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(2, 30), st.integers(2, 8))
 def test_perfect_embeddings(classes: int, images: int) -> None:
     labels = torch.arange(classes).repeat(images)
-    found = retrieval_metrics(torch.eye(classes)[labels], labels, extra=("map", "cmc"))
-    assert found.pop("queries_without_match") == 0
-    assert min(found.values()) == pytest.approx(1) and max(found.values()) == pytest.approx(1)
+    metrics = retrieval_metrics(torch.eye(classes)[labels], labels, extra=("map", "cmc"))
+    assert metrics.pop("queries_without_match") == 0
+    assert min(metrics.values()) == pytest.approx(1) and max(metrics.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_no_query_has_a_match(size: int) -> None:
-    found = retrieval_metrics(torch.randn(size, 4), torch.arange(size), extra=("map", "cmc"))
-    assert found.pop("queries_without_match") == size
-    assert set(found.values()) == {0.0}
+    metrics = retrieval_metrics(torch.randn(size, 4), torch.arange(size), extra=("map", "cmc"))
+    assert metrics.pop("queries_without_match") == size
+    assert set(metrics.values()) == {0.0}
 
 
 def test_queries_without_match_are_left_out() -> None:
@@ -214,9 +216,9 @@ def test_queries_without_match_are_left_out() -> None:
     lonely, numbers = clustered(40, 40, seed=5)[0], torch.arange(1000, 1040)
     gallery, targets = clustered(200, 10, seed=6)
     expected = retrieval_metrics(query, labels, gallery, targets)
-    found = retrieval_metrics(torch.cat([query, lonely]), torch.cat([labels, numbers]), gallery, targets)
-    assert found.pop("queries_without_match") == 40 and expected.pop("queries_without_match") == 0
-    assert found == pytest.approx(expected, abs=1e-12)
+    metrics = retrieval_metrics(torch.cat([query, lonely]), torch.cat([labels, numbers]), gallery, targets)
+    assert metrics.pop("queries_without_match") == 40 and expected.pop("queries_without_match") == 0
+    assert metrics == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -240,8 +242,8 @@ def test_clustering_equals_accuracy_calculator() -> None:
         {"nmi": expected["NMI"], "ami": expected["AMI"]}, abs=1e-6
     )
     assert clustering_metrics(query, labels, 3) == clustering_metrics(query, labels, 3)
-    found = retrieval_metrics(query, labels, extra=("ami",), seed=3)
-    assert found["ami"] == clustering_metrics(query, labels, 3)["ami"] and "nmi" not in found
+    metrics = retrieval_metrics(query, labels, extra=("ami",), seed=3)
+    assert metrics["ami"] == clustering_metrics(query, labels, 3)["ami"] and "nmi" not in metrics
 
 
 @pytest.mark.parametrize(
@@ -323,9 +325,9 @@ def test_any_number_of_processes_gives_the_same_bits(tmp_path: Path) -> None:
         ranks.run(evaluate_in_group, world, tmp_path)
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert len(results) == 4 + 2 + 1
-    for found in results.values():
-        assert found == results["1-0"]
-        assert found["alone"] == found["three blocks"]
+    for metrics in results.values():
+        assert metrics == results["1-0"]
+        assert metrics["alone"] == metrics["three blocks"]
     for name, (query, other) in cases().items():
         gallery, targets = other or (None, None)
         expected = retrieval_metrics(*query, gallery, targets, extra=("map", "cmc"))

@@ -40,11 +40,11 @@ def depths(size: int) -> list[int]:
 def test_equal_to_the_search_of_all_pairs(size: int, ties: bool) -> None:
     z, rows = points(size, ties), block_rows(size)
     blocks = [(i * GALLERY_BLOCK, block) for i, block in enumerate(z.split(GALLERY_BLOCK))]
-    for number, found in enumerate(among_each_other(z, depths(size))):
-        own = torch.arange(number * rows, min(size, (number + 1) * rows))
-        expected = nearest(z[own], blocks, depths(size)[number], own)
-        torch.testing.assert_close(found.similarity, expected.similarity, rtol=1e-12, atol=1e-12)
-        assert torch.equal(found.position, expected.position)
+    for number, best in enumerate(among_each_other(z, depths(size))):
+        rows_of_block = torch.arange(number * rows, min(size, (number + 1) * rows))
+        expected = nearest(z[rows_of_block], blocks, depths(size)[number], rows_of_block)
+        torch.testing.assert_close(best.similarity, expected.similarity, rtol=1e-12, atol=1e-12)
+        assert torch.equal(best.position, expected.position)
 
 
 def test_each_pair_of_blocks_is_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,12 +63,12 @@ def test_each_pair_of_blocks_is_multiplied_once(monkeypatch: pytest.MonkeyPatch)
 
 def search_in_group(folder: Path) -> None:
     rank, world = gather.rank(), gather.world_size()
-    found = {
+    results = {
         (size, ties): among_each_other(points(size, ties), depths(size), rank, world)
         for size in SIZES
         for ties in (False, True)
     }
-    torch.save({key: [tuple(block) for block in blocks] for key, blocks in found.items()}, folder / f"{rank}")
+    torch.save({key: [tuple(block) for block in blocks] for key, blocks in results.items()}, folder / f"{rank}")
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -30,10 +30,10 @@ def in_blocks(gallery: Tensor, rows: int) -> list[tuple[int, Tensor]]:
     return [(i * rows, block) for i, block in enumerate(gallery.split(rows))]
 
 
-def full_sort(query: Tensor, gallery: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def full_sort(query: Tensor, gallery: Tensor, k: int, own_positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     similarity = query @ gallery.T
-    if own is not None:
-        similarity[torch.arange(len(query)), own] = -torch.inf
+    if own_positions is not None:
+        similarity[torch.arange(len(query)), own_positions] = -torch.inf
     values, order = similarity.sort(dim=1, descending=True, stable=True)
     order[values == -torch.inf] = -1
     missing = max(0, k - len(gallery))
@@ -45,12 +45,12 @@ def full_sort(query: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
 def test_nearest_equals_a_stable_sort_of_all_similarities(size: int, k: int) -> None:
     for make in (normal, signs):
         gallery = make(size, 8)
-        own = torch.randperm(size, generator=torch.Generator().manual_seed(1))[: BLOCK + 3]
-        query = gallery[own]
-        found = nearest(query, in_blocks(gallery, GALLERY_BLOCK), k, own)
-        values, order = full_sort(query, gallery, k, own)
-        torch.testing.assert_close(found.similarity, values, rtol=1e-12, atol=1e-12)
-        assert torch.equal(found.position, order)
+        own_positions = torch.randperm(size, generator=torch.Generator().manual_seed(1))[: BLOCK + 3]
+        query = gallery[own_positions]
+        best = nearest(query, in_blocks(gallery, GALLERY_BLOCK), k, own_positions)
+        values, order = full_sort(query, gallery, k, own_positions)
+        torch.testing.assert_close(best.similarity, values, rtol=1e-12, atol=1e-12)
+        assert torch.equal(best.position, order)
 
 
 @pytest.mark.parametrize("rows", [100, 256, 1000, 5000])
@@ -61,23 +61,23 @@ def test_nearest_does_not_depend_on_the_gallery_blocks(rows: int) -> None:
 
 def test_equal_items_come_by_position() -> None:
     gallery = normal(1, 16).expand(5000, 16).contiguous()
-    own = torch.tensor([0, 2, 4999])
-    found = nearest(gallery[own], in_blocks(gallery, GALLERY_BLOCK), 4, own)
-    assert found.position.tolist() == [[1, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3]]
+    own_positions = torch.tensor([0, 2, 4999])
+    best = nearest(gallery[own_positions], in_blocks(gallery, GALLERY_BLOCK), 4, own_positions)
+    assert best.position.tolist() == [[1, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3]]
 
 
 def test_copies_of_an_item_are_equally_similar_wherever_they_stand() -> None:
     rows = F.normalize(torch.randn(50, 96, generator=torch.Generator().manual_seed(3)))
     gallery = rows.repeat(100, 1)[:4999]
-    found = nearest(rows, in_blocks(gallery, GALLERY_BLOCK), 30)
-    assert torch.equal(found.position, torch.arange(50)[:, None] + 50 * torch.arange(30))
+    best = nearest(rows, in_blocks(gallery, GALLERY_BLOCK), 30)
+    assert torch.equal(best.position, torch.arange(50)[:, None] + 50 * torch.arange(30))
 
 
 def test_ascending_similarity_is_the_worst_order_and_still_exact() -> None:
     angle = torch.linspace(1.5, 0, 3 * GALLERY_BLOCK, dtype=torch.float64)
     gallery = torch.stack([angle.cos(), angle.sin()], 1)
-    found = nearest(torch.tensor([[1.0, 0.0]]).double(), in_blocks(gallery, GALLERY_BLOCK), 5)
-    assert found.position.tolist() == [[len(gallery) - i for i in range(1, 6)]]
+    best = nearest(torch.tensor([[1.0, 0.0]]).double(), in_blocks(gallery, GALLERY_BLOCK), 5)
+    assert best.position.tolist() == [[len(gallery) - i for i in range(1, 6)]]
 
 
 def test_nearest_needs_no_gradient() -> None:
@@ -89,9 +89,9 @@ def test_nearest_needs_no_gradient() -> None:
 @given(st.integers(1, 60), st.integers(1, 400), st.integers(1, 70), st.integers(1, 6), st.integers(0, 999))
 def test_any_sizes_any_ties(queries: int, size: int, k: int, dim: int, seed: int) -> None:
     query, gallery = signs(queries, dim, seed=seed), signs(size, dim, seed=seed + 1)
-    found = nearest(query, in_blocks(gallery, 128), k)
+    best = nearest(query, in_blocks(gallery, 128), k)
     values, order = full_sort(query, gallery, k)
-    assert torch.equal(found.similarity, values) and torch.equal(found.position, order)
+    assert torch.equal(best.similarity, values) and torch.equal(best.position, order)
 
 
 @settings(max_examples=50, deadline=None)

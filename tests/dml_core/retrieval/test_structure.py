@@ -45,11 +45,11 @@ def test_unmodified_faiss_indexes(kind, recall):
         index.train(index_vectors(gallery).numpy())
         index.nprobe = 4
     index.add(index_vectors(gallery).numpy())
-    found = torch.from_numpy(index.search(query_vectors(query, s).numpy(), 10)[1])
+    best = torch.from_numpy(index.search(query_vectors(query, s).numpy(), 10)[1])
     expected = differences(*(x.double() for x in (query, s, gallery))).topk(10, largest=False).indices
     if recall == 1:
-        assert torch.equal(found, expected)
-    share = (found[:, :, None] == expected[:, None]).any(2).double().mean()
+        assert torch.equal(best, expected)
+    share = (best[:, :, None] == expected[:, None]).any(2).double().mean()
     assert share >= recall
 
 
