@@ -49,6 +49,8 @@ PROFILE_TOLERANCE = 5 * 255  # Euclidean, of the row and column sums of the cell
 
 
 class Glyphs(NamedTuple):
+    """The set: images, and the class of each."""
+
     images: np.ndarray  # (N, 32, 32) uint8
     labels: np.ndarray  # (N,) int64, 0..C-1, ascending; classes by their lowest code point
     class_names: list[str]  # C names such as "U+0041 LATIN CAPITAL LETTER A", after the lowest code point
@@ -64,9 +66,13 @@ class _Drawings(NamedTuple):
 
 
 def load(cache: Path) -> Glyphs:
-    """The glyphs, rendered at the first call and kept as one file in the folder `cache` (made if absent).
+    """Return the glyphs, which the first call renders and stores as one file. Several processes may call at once.
 
-    Several processes may call at once. OSError if the folder cannot be written.
+    Args:
+        cache: Folder of that file; created if absent.
+
+    Raises:
+        OSError: The folder cannot be written.
     """
     import matplotlib
 
@@ -95,23 +101,23 @@ def render() -> Glyphs:
     fonts_with = Counter(code for codes in characters.values() for code in codes)
     codes, fonts, images, pairs = [], [], [], []
     for index, (font, supported) in enumerate(characters.items()):
-        drawn = _draw(font, [code for code in supported if fonts_with[code] >= MIN_FONTS])
-        codes.append(drawn.codes)
-        fonts.append(np.full(len(drawn.codes), index))
-        images.append(drawn.images)
-        pairs.append(drawn.codes[_look_alikes(drawn)])
+        drawings = _draw(font, [code for code in supported if fonts_with[code] >= MIN_FONTS])
+        codes.append(drawings.codes)
+        fonts.append(np.full(len(drawings.codes), index))
+        images.append(drawings.images)
+        pairs.append(drawings.codes[_look_alikes(drawings)])
     code, font_index = np.concatenate(codes), np.concatenate(fonts)
 
-    drawn_codes, drawn_in = np.unique(code, return_counts=True)
-    kept = drawn_codes[drawn_in >= MIN_FONTS]  # a supported character may be blank
+    drawn_codes, font_counts = np.unique(code, return_counts=True)
+    kept = drawn_codes[font_counts >= MIN_FONTS]  # a supported character may be blank
     first_code = _merge(kept, codes, pairs)
     keep = np.isin(code, kept)
-    for index, twins in enumerate(pairs):  # of the look-alikes in one font, only the first is an image
-        repeated = [second for first, second in twins if first_code.get(first) == first_code.get(second)]
+    for index, look_alikes in enumerate(pairs):  # of the look-alikes in one font, only the first is an image
+        repeated = [second for first, second in look_alikes if first_code.get(first) == first_code.get(second)]
         keep &= (font_index != index) | ~np.isin(code, repeated)
 
-    owner = np.array([first_code[c] for c in code[keep].tolist()])
-    classes, labels = np.unique(owner, return_inverse=True)
+    class_code = np.array([first_code[c] for c in code[keep].tolist()])
+    classes, labels = np.unique(class_code, return_inverse=True)
     order = np.lexsort((font_index[keep], code[keep], labels))
     names = [f"U+{c:04X} {unicodedata.name(chr(c))}" for c in classes.tolist()]
     return Glyphs(np.concatenate(images)[keep][order], labels[order].astype(np.int64), names)
@@ -124,7 +130,7 @@ def _font_path(font: str) -> Path:
 
 
 def _characters(font: str) -> list[int]:
-    """Code points of a font's letters, numbers, punctuation and symbols (no marks, spaces, private use), ascending."""
+    """Return the code points, ascending, of a font's letters, numbers, punctuation and symbols."""
     from matplotlib.ft2font import FT2Font
 
     codes = sorted(FT2Font(str(_font_path(font))).get_charmap())
@@ -174,7 +180,7 @@ def _draw(font: str, codes: list[int]) -> _Drawings:
 
 
 def _image(canvas: "Image", ink: tuple[int, int, int, int], size: float, right: float, down: float) -> "Image":
-    """A 32 x 32 view of a drawing, varied by `size`, `right` and `down` in [0, 1), that always holds all its ink."""
+    """Cut a 32 x 32 image out of a drawing, varied by `size`, `right` and `down` in [0, 1), with all of its ink."""
     from PIL import Image
 
     margin = 2  # pixels of the drawing
@@ -189,7 +195,7 @@ def _image(canvas: "Image", ink: tuple[int, int, int, int], size: float, right: 
 
 
 def _look_alikes(drawn: _Drawings) -> np.ndarray:
-    """Pairs (P, 2) of rows, first < second, that look the same in one font at the same size and baseline."""
+    """Return pairs (P, 2) of rows, first < second, that look the same in one font at the same size and baseline."""
     profiles = np.concatenate([drawn.cells.sum(1), drawn.cells.sum(2)], axis=1).astype(np.float32)
     square = (profiles**2).sum(1)
     distance = square[:, None] + square - 2 * profiles @ profiles.T
@@ -202,9 +208,15 @@ def _look_alikes(drawn: _Drawings) -> np.ndarray:
 
 
 def _merge(kept: np.ndarray, codes: list[np.ndarray], pairs: list[np.ndarray]) -> dict[int, int]:
-    """Code point -> lowest code point of its class: united is what looks the same in most of the fonts that have both.
+    """Unite characters that look the same in most of the fonts that have both.
 
-    kept: the code points of all classes; codes, pairs: by font, those drawn and the pairs (P, 2) that look the same.
+    Args:
+        kept: The code points of all classes.
+        codes: The code points that are drawn, by font.
+        pairs: Pairs (P, 2) of them that look the same, by font.
+
+    Returns:
+        Code point -> lowest code point of its class.
     """
     first_code = {code: code for code in kept.tolist()}
 
@@ -214,9 +226,9 @@ def _merge(kept: np.ndarray, codes: list[np.ndarray], pairs: list[np.ndarray]) -
         return code
 
     drawn = [set(c.tolist()) for c in codes]
-    votes = Counter((first, second) for twins in pairs for first, second in twins.tolist())
+    votes = Counter((first, second) for look_alikes in pairs for first, second in look_alikes.tolist())
     for (first, second), alike in votes.items():
-        shared = sum(first in there and second in there for there in drawn)
+        shared = sum(first in font_codes and second in font_codes for font_codes in drawn)
         if first in first_code and second in first_code and 2 * alike > shared:
             low, high = sorted((find(first), find(second)))
             first_code[high] = low
