@@ -1,6 +1,7 @@
 """What the documentation promises exists: commands with their options and keys, diffs that apply, error messages."""
 
 import ast
+import importlib
 import importlib.util
 import re
 import shlex
@@ -154,6 +155,15 @@ def test_messages_that_are_explained_are_in_the_source() -> None:
     for heading in headings:
         pattern = "[^\n]*".join(map(re.escape, heading.strip("…").split("…")))
         assert re.search(pattern, texts), heading
+
+
+def test_calls_of_the_python_page_exist() -> None:
+    calls = re.findall(r"`(\w+(?:\.\w+)+)\(", (ROOT / "docs" / "python.md").read_text())
+    assert len(calls) > 4
+    for call in calls:
+        module, _, name = call.removeprefix("pipelines.").rpartition(".")
+        package = "" if module.startswith("dml_core") else "pipelines."
+        assert hasattr(importlib.import_module(f"{package}{module}"), name), call
 
 
 def test_diffs_of_extending_apply_and_run(tmp_path: Path) -> None:
