@@ -3,15 +3,16 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.dtypes import StringDType
-from torch import Tensor
 
 from dml_core.data.files import Files
 from dml_core.data.pictures import BadPicture, decode
+
+if TYPE_CHECKING:  # lists of pictures are read without torch
+    from torch import Tensor
 
 NEITHER, QUERY, GALLERY = 0, 1, 2  # roles of a sample in validation and test
 CHUNK = 2**17  # names that become Python strings at a time
@@ -45,7 +46,7 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def picture(self, index: int, size: int) -> Tensor:
+    def picture(self, index: int, size: int) -> "Tensor":
         """Read and decode the picture of a sample.
 
         Args:
@@ -59,6 +60,8 @@ class LabelledImages:
             BadPicture: The file cannot be read; the error names it.
         """
         if self.files is None:
+            import torch
+
             return torch.from_numpy(np.asarray(self.entry(index))).expand(3, -1, -1).contiguous()
         return decode(self.read_file(index), size, self.entry(index))
 

@@ -5,11 +5,10 @@ import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a set's lists are read without either
     import PIL.Image
+    from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 WHITE = (255, 255, 255)
@@ -32,7 +31,7 @@ class BadPicture(ValueError):
         return BadPicture, (self.bad,)
 
 
-def decode(content: bytes, size: int, name: str) -> Tensor:
+def decode(content: bytes, size: int, name: str) -> "Tensor":
     """Decode a picture.
 
     The first frame of an animation is taken; transparent parts become white; 16 bits a channel are scaled to 8.
@@ -48,6 +47,7 @@ def decode(content: bytes, size: int, name: str) -> Tensor:
     Raises:
         BadPicture: It cannot be decoded.
     """
+    import torch
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     Image.MAX_IMAGE_PIXELS = None  # the limit below is an error, Pillow's is at first a warning

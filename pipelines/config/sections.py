@@ -185,6 +185,19 @@ class Backbone(Section):
     them."""
 
 
+# Losses that a config may name without a look into the library, which takes seconds to import. A test holds them equal
+# to what the library offers; any other name, and all arguments, are for the library to judge.
+KNOWN_LOSSES = {
+    *("triplet", "contrastive", "multi_similarity", "margin", "proxy_anchor", "proxy_nca"),
+    *("AngularLoss", "ArcFaceLoss", "CircleLoss", "ContrastiveLoss", "CosFaceLoss", "FastAPLoss", "HistogramLoss"),
+    *("GeneralizedLiftedStructureLoss", "IntraPairVarianceLoss", "LargeMarginSoftmaxLoss", "LiftedStructureLoss"),
+    *("MarginLoss", "MultiSimilarityLoss", "NCALoss", "NPairsLoss", "NTXentLoss", "NormalizedSoftmaxLoss"),
+    *("P2SGradLoss", "PNPLoss", "ProxyAnchorLoss", "ProxyNCALoss", "RankedListLoss", "SoftTripleLoss"),
+    *("SignalToNoiseRatioContrastiveLoss", "SphereFaceLoss", "SubCenterArcFaceLoss", "SupConLoss"),
+    *("ThresholdConsistentMarginLoss", "TripletMarginLoss", "TupletMarginLoss"),
+}
+
+
 class Loss(BaseModel):
     """A loss of pytorch-metric-learning and its arguments: loss.name=proxy_anchor loss.margin=0.1"""
 
@@ -200,6 +213,8 @@ class Loss(BaseModel):
 
     @model_validator(mode="after")
     def _arguments_exist(self) -> "Loss":
+        if self.name in KNOWN_LOSSES and not self.arguments:
+            return self
         from dml_core import base_losses
 
         allowed = base_losses.default_arguments(self.name)

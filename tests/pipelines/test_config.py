@@ -1,6 +1,12 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from dml_core import base_losses
 from pipelines.config.recipe import load_recipe, parse_config, recipe_names, to_yaml
+from pipelines.config.sections import KNOWN_LOSSES
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -149,3 +155,32 @@ def test_values_are_yaml_1_2() -> None:
 def test_flat_keys_are_dotted() -> None:
     flat = load_recipe("glyphs", ["loss.base=0.2"]).flat()
     assert flat["loss.base"] == 0.2 and flat["batch.images"] == 4 and "data.root" not in flat
+
+
+def test_losses_that_are_known_without_the_library_are_those_of_the_library() -> None:
+    assert {*base_losses.SHORT_NAMES, *base_losses.LOSSES} == KNOWN_LOSSES
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "config glyphs",
+        "config grocery data.root=x",
+        "recipes",
+        "data list",
+        "train glyphs epochz=3",
+        "evaluate nothing",
+    ],
+)
+def test_light_commands_import_no_heavy_library(command: str, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from pipelines.cli.main import app\n"
+        f"sys.argv = ['dml', *{command.split()!r}]\n"
+        "try:\n    app()\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'torchvision', 'ray', 'mlflow', 'pandas', 'matplotlib', 'pytorch_metric_learning'}\n"
+        "print('imported', sorted(heavy & sys.modules.keys()))\n"
+    )
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert outcome.stdout.splitlines()[-1] == "imported []", outcome.stdout + outcome.stderr
