@@ -24,8 +24,8 @@ class ByRay(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        exact = ("cluster", "demo", "export", "findings", "report", "resume", "search", "train")
-        if file in {f"tests/pipelines/test_{name}.py" for name in exact}:
+        exact = ("cluster", "demo", "export", "inspection", "report", "resume", "search", "train")
+        if file.startswith("tests/pipelines/") and Path(file).stem.removeprefix("test_") in exact:
             return "exact"
         return "pipelines" if file.startswith("tests/pipelines/") else file
 

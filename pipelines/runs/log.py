@@ -5,25 +5,30 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-LOGGER = logging.getLogger("pipelines")
+LOGGERS = (logging.getLogger("pipelines"), logging.getLogger("dml_core"))
 
 
 @contextlib.contextmanager
 def logged_to(folder: Path) -> Iterator[Path]:
-    """Write what the modules of `pipelines` log to FOLDER/driver.log for the time of the block; yield its path.
+    """Write what our modules log to FOLDER/driver.log for the time of the block; yield its path.
 
     The file is made by the first message.
     """
     path = folder / "driver.log"
     handler = _LazyFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    LOGGER.addHandler(handler)
-    propagates, LOGGER.propagate = LOGGER.propagate, False  # the terminal gets a line of ours instead
+    before = [(logger, logger.propagate, logger.level) for logger in LOGGERS]
+    for logger in LOGGERS:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # the terminal gets a line of ours instead
     try:
         yield path
     finally:
-        LOGGER.propagate = propagates
-        LOGGER.removeHandler(handler)
+        for logger, propagates, level in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagates
         handler.close()
 
 

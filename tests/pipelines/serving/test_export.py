@@ -37,7 +37,7 @@ from pipelines.training.optimizer import build_optimizer, build_schedule
 from tests.pipelines.conftest import answer, dml
 
 pytestmark = pytest.mark.usefixtures("tracked_folder")
-DOCS = Path(__file__).parents[2] / "docs" / "export.md"
+DOCS = Path(__file__).parents[3] / "docs" / "export.md"
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def test_a_registration_that_fails_is_told_and_leaves_the_training_finished(trac
 
 @dataclass(frozen=True)
 class BrokenJob(Job):
-    loop: ClassVar[str] = "tests.pipelines.test_train:break_off"
+    loop: ClassVar[str] = "tests.pipelines.runs.test_train:break_off"
 
 
 def break_off(job: BrokenJob) -> None:
