@@ -3,6 +3,7 @@
 A method is a section here, a file of dml_core with its formula, and its term in dml_core/learner.py.
 """
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -37,9 +38,9 @@ class MethodSection(Section):
         """The factors of the method's terms in the loss, by the names of dml_core.learner.Weights."""
         return {}
 
+    @abstractmethod
     def build(self, sizes: Sizes) -> "nn.Module":
         """Build the module that dml_core.learner.Learner takes under the method's name."""
-        raise NotImplementedError
 
 
 class Iaa(MethodSection):

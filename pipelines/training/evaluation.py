@@ -28,17 +28,28 @@ Outputs = Callable[[Tensor], dict[str, Tensor]]
 def retrieval_of_learner(
     learner: Learner, task: Retrieval, sources: Sources, stage: str, prefix: str
 ) -> dict[str, float]:
-    """{"PREFIX/recall_at_1": ...}; with NAMR also those of PREFIX_rerank/ (its top ordered anew by adaptive distance)
-    and PREFIX_exact/ (the whole gallery searched by it)."""
+    """Measure how well a learner retrieves on a task.
+
+    Args:
+        learner: In evaluation mode.
+        task: Queries and, where they do not search among themselves, a gallery.
+        sources: Where batches come from.
+        stage: Of the work, for the progress.
+        prefix: Of the metrics' names.
+
+    Returns:
+        {"PREFIX/recall_at_1": ...}; with NAMR also PREFIX_rerank/* (the top of each ranking ordered anew by adaptive
+        distance) and PREFIX_exact/* (the whole gallery searched by it).
+    """
     extra = sources.config.extra_metrics
     if (namr := sources.config.namr) is None:
         return retrieval_of(task, sources, stage, lambda x: {prefix: learner.embed(x)}, extra)
 
     def outputs(x: Tensor) -> dict[str, Tensor]:
-        seen = learner.features(x)
-        return {"embedding": learner.embed(seen), "structure": learner.structure(seen)}
+        features = learner.features(x)
+        return {"embedding": learner.embed(features), "structure": learner.structure(features)}
 
-    query, gallery = _both(task, sources, stage, outputs)
+    query, gallery = _embed_task(task, sources, stage, outputs)
     z, s = query["embedding"], query["structure"]
     metrics = _prefixed(prefix, _metrics(task, z, gallery.get("embedding"), extra))
     metrics |= _prefixed(f"{prefix}_rerank", _metrics(task, z, gallery.get("embedding"), extra, s, namr.rerank))
@@ -46,7 +57,7 @@ def retrieval_of_learner(
 
 
 def test_metrics(learner: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
-    """Metrics of all tests."""
+    """Return test*/* metrics of all of a set's tests."""
     metrics: dict[str, float] = {}
     for prefix, task in splits.tests.items():
         metrics |= retrieval_of_learner(learner, task, sources, "test", prefix)
@@ -56,21 +67,29 @@ def test_metrics(learner: Learner, splits: Splits, sources: Sources) -> dict[str
 def retrieval_of(
     task: Retrieval, sources: Sources, stage: str, outputs: Outputs, extra: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Return {"PREFIX/recall_at_1": ...} for each prefix that `outputs` gives embeddings (b, D) for.
+    """Measure how well several embeddings retrieve on a task.
 
-    extra: further metrics, of retrieval.metrics.EXTRA_METRICS.
+    Args:
+        task: Queries and, where they do not search among themselves, a gallery.
+        sources: Where batches come from.
+        stage: Of the work, for the progress.
+        outputs: Images or features to embeddings (b, D), by the prefix of their metrics' names.
+        extra: Further metrics, of retrieval.metrics.EXTRA_METRICS.
+
+    Returns:
+        {"PREFIX/recall_at_1": ...} for each prefix.
     """
-    query, gallery = _both(task, sources, stage, outputs)
+    query, gallery = _embed_task(task, sources, stage, outputs)
     metrics: dict[str, float] = {}
     for prefix in query:
         metrics |= _prefixed(prefix, _metrics(task, query[prefix], gallery.get(prefix), extra))
     return metrics
 
 
-def _both(
+def _embed_task(
     task: Retrieval, sources: Sources, stage: str, outputs: Outputs
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of the queries, and of the gallery: empty where that is the queries themselves."""
+    """Embed this rank's blocks of the queries, and of the gallery: nothing where that is the queries themselves."""
     query = _embed(task.query, sources, stage, outputs)
     return query, _embed(task.gallery, sources, stage, outputs) if task.gallery else {}
 
@@ -123,25 +142,35 @@ def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
 def stream_outputs(
     images: LabelledImages, sources: Sources, stage: str, outputs: Outputs
 ) -> Iterator[dict[str, Tensor]]:
-    """This rank's blocks of a set, batch after batch; `outputs` of each, and "sample" (b,), the places in the set."""
+    """Yield outputs of this rank's blocks of a set, batch after batch.
+
+    Args:
+        images: The set.
+        sources: Where batches come from.
+        stage: Of the work, for the progress.
+        outputs: Images or features of a batch to tensors (b, ...), by name.
+
+    Yields:
+        What `outputs` returns, and "sample" (b,), the places in the set.
+    """
     size = block_rows(len(images))
     rows = list(blocks(len(images), size, rank(), world_size(), BATCH[sources.device.type]))
     batches, done = zip(sources.of(images).batches(rows, sources.processes), rows, strict=True), 0
 
     @torch.inference_mode()
-    def found(batch: Tensor, samples: Rows) -> dict[str, Tensor]:
+    def outputs_of(batch: Tensor, samples: Rows) -> dict[str, Tensor]:
         return outputs(batch.to(sources.device)) | {"sample": torch.tensor([sample for sample, _ in samples])}
 
-    while some := list(itertools.islice(batches, sources.cpus)):
-        for part in sources.each(found, *zip(*some, strict=True)):
-            done += len(part["sample"]) * world_size()
-            yield part
+    while at_once := list(itertools.islice(batches, sources.cpus)):
+        for batch_outputs in sources.each(outputs_of, *zip(*at_once, strict=True)):
+            done += len(batch_outputs["sample"]) * world_size()
+            yield batch_outputs
         sources.progress.note(stage, min(len(images), done), len(images))
 
 
 @torch.inference_mode()
 def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Outputs) -> dict[str, Tensor]:
-    """This rank's blocks of the embeddings of a set, one under the other."""
+    """Embed this rank's blocks of a set, one under the other: (n, D) by name."""
     parts = list(stream_outputs(images, sources, stage, outputs))
     if not parts:  # fewer blocks than ranks: this one has none, but knows the widths
         sample = next(iter(sources.of(images).batches([[(0, None)]])))
