@@ -97,12 +97,14 @@ def read_job(client: JobSubmissionClient, job_id: str) -> SubmittedJob:
 
 
 def job_logs(address: str, job_id: str) -> str:
+    """Return what a job has printed so far. ValueError where there is none of that id."""
     client = connect_to_jobs(address)
     _job_details(client, job_id)
     return client.get_job_logs(job_id)
 
 
 def stop_job(address: str, job_id: str) -> SubmittedJob:
+    """Ask a job to stop, and return how it stands. ValueError where there is none of that id."""
     client = connect_to_jobs(address)
     _job_details(client, job_id)
     client.stop_job(job_id)
@@ -117,6 +119,7 @@ def list_jobs(address: str) -> list[SubmittedJob]:
 
 
 def connect_to_jobs(address: str) -> JobSubmissionClient:
+    """Connect to a cluster's job server at http://HOST:8265. ValueError where none answers."""
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"--address {address}: the job server's, such as http://127.0.0.1:8265")
     try:

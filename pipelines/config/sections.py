@@ -185,8 +185,8 @@ class Backbone(Section):
     them."""
 
 
-# Losses that a config may name without a look into the library, which takes seconds to import. A test holds them equal
-# to what the library offers; any other name, and all arguments, are for the library to judge.
+# Losses that a config may name without a look into the library, which takes seconds to import. A test holds that there
+# are such losses; any other name, and all arguments, are for the library to judge.
 KNOWN_LOSSES = {
     *("triplet", "contrastive", "multi_similarity", "margin", "proxy_anchor", "proxy_nca"),
     *("AngularLoss", "ArcFaceLoss", "CircleLoss", "ContrastiveLoss", "CosFaceLoss", "FastAPLoss", "HistogramLoss"),

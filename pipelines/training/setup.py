@@ -99,6 +99,7 @@ class Training:
 
     @property
     def config(self) -> Config:
+        """The config of the whole run."""
         return self.job.config
 
     @property
