@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import schema
+from pipelines.config.recipe import parse_stored_config
 from pipelines.config.schema import Config
 
 # Keys that a training does not depend on: they may differ when a run is continued, and within a group of seeds.
@@ -43,7 +43,7 @@ def require_same(config: Config, earlier: Mapping[str, Any], path: str) -> None:
     Raises:
         ValueError: Keys other than FREE_KEYS differ.
     """
-    old, new = schema.flatten(earlier), config.flat()
+    old, new = parse_stored_config(dict(earlier)).flat(), parse_stored_config(config.to_dict()).flat()
     different = [k for k in sorted({*old, *new}) if k not in FREE_KEYS and old.get(k) != new.get(k)]
     if different:
         changes = ", ".join(f"{k}={new.get(k)} (was {old.get(k)})" for k in different[:4])

@@ -80,6 +80,27 @@ def parse_config(tree: Tree) -> Config:
         raise ValueError("; ".join(_describe(error)[:3])) from None
 
 
+def parse_stored_config(tree: Tree) -> Config:
+    """Return the config of a tree that a run or a checkpoint has stored, perhaps one of an earlier version.
+
+    Those stored every default, also of keys that did not act beside others, which are refused today: such are left out.
+
+    Raises:
+        ValueError: As of parse_config.
+    """
+    data = dict(tree.get("data", {}))
+    is_frozen = tree.get("backbone", {}).get("frozen", False)
+    without_effect = {
+        "augment": is_frozen or data.get("augment") == "crop",
+        "folds": data.get("fold") is None,
+        "validation_fraction": data.get("fold") is not None or data.get("validation_fraction") == 0.2,
+        "on_bad_image": data.get("name") == "glyphs",
+        "loader": data.get("name") == "glyphs",
+        "loader_processes": data.get("loader") == "ray",
+    }
+    return parse_config({**tree, "data": {key: value for key, value in data.items() if not without_effect.get(key)}})
+
+
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """Return a config with values at dotted keys, checked anew; None takes a value away.
 

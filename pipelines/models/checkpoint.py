@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipelines.config.recipe import parse_config, read_yaml, to_yaml
+from pipelines.config.recipe import parse_stored_config, read_yaml, to_yaml
 from pipelines.config.schema import Config
 from pipelines.tracking.records import EpochRecord
 
@@ -102,7 +102,7 @@ def is_whole(folder: Path) -> bool:
 
 def read_config(folder: Path) -> Config:
     """Read the config that a checkpoint was trained by."""
-    return parse_config(read_yaml((folder / "config.yaml").read_text()))
+    return parse_stored_config(read_yaml((folder / "config.yaml").read_text()))
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:

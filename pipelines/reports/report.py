@@ -17,7 +17,7 @@ from pipelines.compare.page import render_comparison
 from pipelines.compare.statistics import METRICS, Comparison, compare_runs
 from pipelines.config import schema
 from pipelines.config.identity import REPORT_KEYS
-from pipelines.config.recipe import parse_config
+from pipelines.config.recipe import parse_stored_config
 from pipelines.config.schema import Config
 from pipelines.console import messages
 from pipelines.files import write_atomically
@@ -152,7 +152,7 @@ def _read_sweep(place: str) -> SweepSubject | None:
     if (outcome := _read_json(files, path, "outcome.json")) is None:
         raise ValueError(f"{place}: the sweep has not finished; dml tune --resume {Path(path).name} goes on")
     options = SweepOptions(**start["options"])
-    config, space = load_space(options.space, parse_config(start["config"]))
+    config, space = load_space(options.space, parse_stored_config(start["config"]))
     return SweepSubject(SweepOutcome.from_json(outcome), options, config, space)
 
 

@@ -24,7 +24,7 @@ from pipelines.cluster.session import open_cluster
 from pipelines.compare.page import render_comparison
 from pipelines.compare.statistics import METRICS, Comparison, compare_runs
 from pipelines.config.identity import with_absolute_paths
-from pipelines.config.recipe import load_recipe, parse_assignments, parse_config, to_yaml, with_values
+from pipelines.config.recipe import load_recipe, parse_assignments, parse_stored_config, to_yaml, with_values
 from pipelines.config.schema import Config
 from pipelines.console import RunFailed, messages
 from pipelines.data.check import unreadable_pictures
@@ -118,7 +118,7 @@ def resume_sweep(name: str, storage: str = "runs", console: Console = messages) 
         console.print(f"{name} is finished; this is its outcome")
         return SweepOutcome.from_json(outcome)
     options = SweepOptions(**begun["options"])
-    config, space = load_space(options.space, parse_config(begun["config"]))
+    config, space = load_space(options.space, parse_stored_config(begun["config"]))
     uri, default = begun["uri"], default_uri(Path.cwd())
     if without_password(default) == uri:
         uri = default  # with its password, which is kept nowhere

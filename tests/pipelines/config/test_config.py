@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dml_core import base_losses
-from pipelines.config.recipe import load_recipe, parse_config, recipe_names, to_yaml
+from pipelines.config.identity import require_same
+from pipelines.config.recipe import load_recipe, parse_config, parse_stored_config, recipe_names, to_yaml
 from pipelines.config.sections import KNOWN_LOSSES
 
 
@@ -184,3 +185,22 @@ def test_light_commands_import_no_heavy_library(command: str, tmp_path: Path) ->
     )
     outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert outcome.stdout.splitlines()[-1] == "imported []", outcome.stdout + outcome.stderr
+
+
+def test_configs_that_earlier_versions_stored_are_read() -> None:
+    """They held every default, also of keys that did not act and are refused today."""
+    data = {"name": "grocery", "root": "x", "on_bad_image": "fail", "augment": "none", "validation_fraction": 0.2}
+    stored = {"backbone": {"name": "small", "weights": "none", "frozen": True}, "data": data | {"folds": 4}}
+    with pytest.raises(ValueError, match="cannot act"):
+        parse_config(stored)
+    config = parse_stored_config(stored)
+    assert (config.data.augment, config.data.folds, config.data.validation_fraction) == (None, None, None)
+    assert config.data.fractions == (0.5, 0.2)
+    stored["data"] |= {"fold": 2, "folds": 3}
+    assert parse_stored_config(stored).data.fold_of == (2, 3)
+    glyphs = {"data": {"name": "glyphs", "augment": "shift", "loader": "ray", "validation_fraction": 0.3, "folds": 4}}
+    config = parse_stored_config(glyphs)
+    assert (config.data.augmentation, config.data.loader, config.data.fractions) == ("shift", "auto", (0.5, 0.3))
+    require_same(config, glyphs, "runs/x")
+    with pytest.raises(ValueError, match="seed=0 \\(was 1\\)"):
+        require_same(config, glyphs | {"seed": 1}, "runs/x")
