@@ -43,7 +43,7 @@ def travelling_files(folder: Path) -> FolderFiles:
     """
     listing = FolderFiles([], [], [])
     for path in sorted(_list_files(folder)):
-        if any(_matches(part, LEFT_OUT) for part in path.parts) or (folder / path).is_symlink():
+        if _is_left_out(folder, path) or (folder / path).is_symlink():
             continue
         if any(_matches(part, SECRET) for part in path.parts):
             listing.secret.append(path)
@@ -68,9 +68,15 @@ def _list_files(folder: Path) -> list[Path]:
     except (OSError, subprocess.CalledProcessError):
         paths = []
         for parent, folders, files in os.walk(folder):
-            folders[:] = [name for name in folders if not _matches(name, LEFT_OUT)]
+            folders[:] = [name for name in folders if not _is_left_out(folder, Path(parent, name).relative_to(folder))]
             paths += [Path(parent, name).relative_to(folder) for name in files]
         return paths
+
+
+def _is_left_out(folder: Path, path: Path) -> bool:
+    """Return whether a part of a path has a name of LEFT_OUT; a folder of Python code may have any name."""
+    parts = [*path.parents[-2::-1], path]  # the outermost first, without the folder itself
+    return any(_matches(part.name, LEFT_OUT) and not (folder / part / "__init__.py").is_file() for part in parts)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

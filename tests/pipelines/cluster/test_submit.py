@@ -107,6 +107,13 @@ def test_what_travels(folder: Path) -> None:
     assert set(map(str, travelling_files(folder).files)) == {"mine.yaml", ".gitignore", "space.py"}
 
 
+def test_a_folder_of_code_travels_whatever_its_name(folder: Path) -> None:
+    for name in ("ours/runs/__init__.py", "ours/runs/train.py", "ours/runs/__pycache__/train.pyc", "old/runs/a/x.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    assert {*map(str, travelling_files(folder).files)} == {"mine.yaml", "ours/runs/__init__.py", "ours/runs/train.py"}
+
+
 def test_a_job_trains_and_no_secret_travels(folder: Path, head: Head, mlflow_server) -> None:
     """The address of the tracking server has a password in it, too, which it does not look at."""
     uri = mlflow_server.uri.replace("http://", f"http://user:{PLANTED}@")
