@@ -1,6 +1,7 @@
 """One local Ray and one MLflow server (sqlite behind HTTP) for the whole session, and web servers that fail."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parents[1]
+# A shell's `&` and nohup have their children ignore Ctrl-C, and theirs in turn: commands under test would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class ByRay(LoadScopeScheduling):
