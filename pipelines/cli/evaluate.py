@@ -13,12 +13,7 @@ def evaluate(run: Run, assignments: KeyValues = None, as_json: Json = False) -> 
     """
     with exit_on_error():
         from pipelines.config.recipe import parse_assignments
-        from pipelines.models.find import find_checkpoint
-
-        # Before torch and Ray are imported: what is refused is refused at once.
-        values, folder = parse_assignments(assignments or []), find_checkpoint(run)
-
         from pipelines.runs.evaluate import evaluate_run
 
-        evaluation = evaluate_run(str(folder), values, messages)
+        evaluation = evaluate_run(run, parse_assignments(assignments or []), messages)
     print_result(as_json, evaluation, *describe_evaluation(evaluation))

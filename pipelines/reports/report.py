@@ -23,6 +23,7 @@ from pipelines.console import messages
 from pipelines.files import write_atomically
 from pipelines.models import run_folder
 from pipelines.models.checkpoint import read_history, read_state
+from pipelines.models.find import find_checkpoint
 from pipelines.models.run_folder import local_copy, newest_checkpoint
 from pipelines.pages.render import made_by
 from pipelines.reports.job import InspectJob
@@ -134,7 +135,7 @@ def _open_run(uri: str, name: str, logged: LoggedRun | None, values: dict[str, A
             f"{refused[0]} cannot act: a report is of the run as it is; {', '.join(sorted(REPORT_KEYS))} may differ"
         )
     # The pictures looked at are few: one worker does it, and the page does not depend on how many there are.
-    model = open_model(name, values | {"workers": 1}, console)
+    model = open_model(find_checkpoint(name), values | {"workers": 1}, console)
     if logged is None and (run_file := _read_json(*run_folder.locate(model.trained_by), "run.json")):
         logged = find_run(uri, run_file["run_id"])
     require_splits(model, console)

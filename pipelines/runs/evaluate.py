@@ -7,8 +7,7 @@ from rich.console import Console
 
 from pipelines.config.schema import flatten
 from pipelines.console import messages
-from pipelines.runs.with_model import open_model, require_splits, run_with_model
-from pipelines.training.job import ModelJob
+from pipelines.models.find import find_checkpoint
 
 
 class Evaluation(TypedDict):
@@ -30,7 +29,12 @@ def evaluate_run(run: str, assignments: Mapping[str, Any], console: Console = me
         ValueError: Bad input, before any worker starts.
         RunFailed: Workers failed.
     """
-    model = open_model(run, flatten(dict(assignments)), console)
+    folder = find_checkpoint(run)  # before torch and Ray are imported: what is not there is refused at once
+
+    from pipelines.runs.with_model import open_model, require_splits, run_with_model
+    from pipelines.training.job import ModelJob
+
+    model = open_model(folder, flatten(dict(assignments)), console)
     require_splits(model, console)
     metrics = run_with_model(model, ModelJob(model.config, model.unreadable), "evaluate", console)
     return {"checkpoint": str(model.checkpoint), "metrics": metrics}

@@ -17,7 +17,6 @@ from pipelines.config.schema import Config
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import load_splits
 from pipelines.models.checkpoint import MODEL_FILES, read_config
-from pipelines.models.find import find_checkpoint
 from pipelines.training.job import ModelJob
 
 
@@ -37,19 +36,18 @@ class TrainedModel(NamedTuple):
     unreadable: tuple[str, ...]
 
 
-def open_model(run: str, values: Mapping[str, Any], console: Console, labelled: bool = True) -> TrainedModel:
-    """Find a trained model, replace values of its config, and list the pictures to leave out.
+def open_model(folder: Path, values: Mapping[str, Any], console: Console, labelled: bool = True) -> TrainedModel:
+    """Read a trained model's config, replace values of it, and list the pictures to leave out.
 
     Args:
-        run: See models.find.find_checkpoint.
+        folder: Its checkpoint, see models.find.find_checkpoint.
         values: Config values to replace, by dotted keys.
         console: Where it is told what is left out.
         labelled: Whether the set's pictures must have labels.
 
     Raises:
-        ValueError: There is no such model, or the values do not fit.
+        ValueError: The values do not fit.
     """
-    folder = find_checkpoint(run)
     trained_by = read_config(folder)
     config = with_absolute_paths(with_values(trained_by, dict(values)))
     return TrainedModel(folder, trained_by, config, unreadable_pictures(config.data, console, labelled))

@@ -84,10 +84,10 @@ def plan_embedding(
     Raises:
         ValueError: Something is missing.
     """
-    values = flatten(dict(assignments))
+    folder, values = find_checkpoint(run), flatten(dict(assignments))
     if images:
-        values = _values_of_images(read_config(find_checkpoint(run)), images) | values
-    model = open_model(run, values, console, labelled=images is None)
+        values = _values_of_images(read_config(folder), images) | values
+    model = open_model(folder, values, console, labelled=images is None)
     part: Part = "given" if images else own
     with console.status("reading the data"):
         pictures = pictures_of(model.config, part, model.unreadable)
