@@ -68,7 +68,7 @@ def iaa(config: Config, learner: Learner, features: Tensor, labels: Tensor) -> s
 
 
 def sgar(config: Config, learner: Learner, features: Tensor, labels: Tensor) -> str:
-    assert learner.sgar is not None and config.sgar is not None
+    assert learner.sgar is not None and config.sgar is not None and learner.base_loss is not None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         z = learner.embed(features)

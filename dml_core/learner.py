@@ -5,17 +5,19 @@ One module with one state dict. Read this file, then pipelines/training/loop.py,
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dml_core.backbones import Backbone
-from dml_core.base_losses import BaseLoss
 from dml_core.gather import broadcast, gather, own_rows, tree_sum
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
+
+if TYPE_CHECKING:  # its library waits for a training
+    from dml_core.base_losses import BaseLoss
 
 Each = Callable[..., Iterable[Any]]
 
@@ -57,7 +59,7 @@ class Learner(nn.Module):
     Args:
         backbone: Images to features.
         head: Features (b, F) to raw embeddings (b, D).
-        base_loss: The loss that the methods are added to.
+        base_loss: The loss that the methods are added to; None: this learner embeds, and is not trained.
         weights: The factors of the terms.
         iaa: The augmentation of classes, if in use.
         sgar: The ranking of synthetics by intensity, if in use.
@@ -68,7 +70,7 @@ class Learner(nn.Module):
         self,
         backbone: Backbone,
         head: nn.Module,
-        base_loss: BaseLoss,
+        base_loss: "BaseLoss | None",
         weights: Weights,
         iaa: ClassAugmentation | None = None,
         sgar: IntensityRanking | None = None,
@@ -110,6 +112,7 @@ class Learner(nn.Module):
         Returns:
             The terms, the same on every rank.
         """
+        assert self.base_loss is not None
         z = at_least_float32(self.head(features))
         with torch.autocast(z.device.type, enabled=False):
             synthetic = None if self.iaa is None else self.iaa(z, labels, epoch, generator)

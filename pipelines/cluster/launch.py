@@ -16,7 +16,8 @@ from rich.console import Console
 from pipelines.cluster.failures import call_interruptibly, first_cause
 from pipelines.cluster.network import NodeNetworkConfig
 from pipelines.cluster.progress import Bar, Board
-from pipelines.cluster.worker import Job, Report, Worker, enter, torch_threads
+from pipelines.cluster.threads import torch_threads
+from pipelines.cluster.worker import Job, Report, Worker, enter
 from pipelines.console import RunFailed
 
 NODE_ID_LABEL = "ray.io/node-id"  # which every node of Ray has

@@ -1,8 +1,7 @@
-"""What runs in a worker before its loop: what it is given, the check of shared storage, its device and threads."""
+"""What runs in a worker before its loop: what it is given, the check of shared storage, its device."""
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -97,14 +96,3 @@ def device_of_worker(config: Config) -> torch.device:
     if not config.use_gpu:
         return torch.device("cpu")
     return ray.train.torch.get_device() if dist.is_initialized() else torch.device("cuda")
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Set the number of threads of torch's operators for the time of the block, whatever happens in it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

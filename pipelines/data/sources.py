@@ -13,7 +13,7 @@ from dml_core.data.datasets import LabelledImages
 from dml_core.data.loading import Views
 from dml_core.learner import Learner
 from pipelines.cluster.progress import Reporter
-from pipelines.cluster.worker import torch_threads
+from pipelines.cluster.threads import torch_threads
 from pipelines.config.schema import Config
 from pipelines.data.features import Features, cached_features
 from pipelines.data.sets import cache_folder

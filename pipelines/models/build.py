@@ -1,23 +1,26 @@
 """From a config to a learner."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dml_core import backbones, base_losses, heads
+from dml_core import backbones, heads
 from dml_core.learner import Learner, Weights
-from pipelines.cluster.worker import torch_threads
+from pipelines.cluster.threads import torch_threads
 from pipelines.config.methods import Sizes
 from pipelines.config.schema import Config
+from pipelines.models.checkpoint import load_weights, read_class_names
 
 
-def build_learner(config: Config, classes: int, read_weights: bool = True) -> Learner:
+def build_learner(config: Config, classes: int, read_weights: bool = True, loss: bool = True) -> Learner:
     """Build the whole module on the CPU, in float32, initialised from the config's seed.
 
     Args:
         config: Of the run.
         classes: Number of training classes.
         read_weights: False leaves a pre-trained backbone as initialised, for a checkpoint to fill.
+        loss: False leaves the base loss out, for a learner that a checkpoint fills and that only embeds.
 
     Raises:
         OSError: Pre-trained weights cannot be had here.
@@ -26,15 +29,31 @@ def build_learner(config: Config, classes: int, read_weights: bool = True) -> Le
     # The rounding of an orthogonal matrix depends on the number of threads, hence on that of workers.
     with torch_threads(1):
         torch.manual_seed(config.seed)
-        return _build(config, classes, read_weights)
+        return _build(config, classes, read_weights, loss)
 
 
-def _build(config: Config, classes: int, read_weights: bool) -> Learner:
+def build_embedder(config: Config, folder: Path) -> Learner:
+    """Build the learner of a checkpoint, without what only training takes: on the CPU, in float32, for evaluation.
+
+    Args:
+        config: Of the run, perhaps with other values of keys that do not shape the network.
+        folder: The checkpoint.
+    """
+    learner = build_learner(config, len(read_class_names(folder)), read_weights=False, loss=False)
+    load_weights(folder, learner, loss=False)
+    return learner.eval()
+
+
+def _build(config: Config, classes: int, read_weights: bool, with_loss: bool) -> Learner:
     backbone = backbones.build(config.backbone.name, config.backbone.weights, read_weights)
     if config.backbone.frozen:
         backbone.freeze()
     dim = config.embedding_dim
-    loss = base_losses.build(config.loss.name, classes, dim, **config.loss.arguments)
+    loss = None
+    if with_loss:
+        from dml_core import base_losses  # whose library takes a second to import
+
+        loss = base_losses.build(config.loss.name, classes, dim, **config.loss.arguments)
     head = heads.linear(backbone.dim, dim)
     sizes = Sizes(classes, backbone.dim, dim, config.epochs)
     # Each of the class that Learner takes under the method's name.

@@ -120,11 +120,12 @@ def read_state(folder: Path) -> TrainingState:
     return TrainingState(**json.loads((folder / "state.json").read_text()))
 
 
-def load_weights(folder: Path, learner: "nn.Module") -> None:
-    """Load a checkpoint's weights and buffers into a learner built from its config."""
+def load_weights(folder: Path, learner: "nn.Module", loss: bool = True) -> None:
+    """Load a checkpoint's weights and buffers into a learner built from its config. loss: with its base loss's."""
     from safetensors.torch import load_file
 
-    learner.load_state_dict(load_file(folder / "learner.safetensors"))
+    state = load_file(folder / "learner.safetensors")
+    learner.load_state_dict({name: state[name] for name in state if loss or not name.startswith("base_loss.")})
 
 
 def load(

@@ -11,8 +11,8 @@ from torch import Tensor
 from dml_core.data import transforms
 from dml_core.data.pictures import BadPicture, decode
 from dml_core.learner import Learner
-from pipelines.models.build import build_learner
-from pipelines.models.checkpoint import is_whole, load_weights, read_class_names, read_config
+from pipelines.models.build import build_embedder
+from pipelines.models.checkpoint import is_whole, read_config
 
 
 def embed_views(learner: Learner, x: Tensor) -> dict[str, Tensor]:
@@ -37,9 +37,7 @@ class Embedder:
         if not is_whole(folder):
             raise ValueError(f"{folder}: not a whole checkpoint folder")
         self.config = read_config(folder)
-        classes = len(read_class_names(folder))
-        self.learner = build_learner(self.config, classes, read_weights=False).eval()
-        load_weights(folder, self.learner)
+        self.learner = build_embedder(self.config, folder)
         self.view = transforms.evaluation_view(self.config.data.image_size)
 
     @torch.inference_mode()

@@ -126,7 +126,7 @@ def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Co
             loss = build_learner(config, len(splits.train.class_names)).base_loss
         except OSError as error:
             raise ValueError(f"backbone.weights={config.backbone.weights}: cannot be had here ({error})") from None
-    if loss.needs_positives and config.batch.images < 2:
+    if loss and loss.needs_positives and config.batch.images < 2:
         raise ValueError(
             f"batch.images=1: loss.name={config.loss.name} compares images of one class and needs at least 2"
         )

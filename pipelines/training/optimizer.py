@@ -15,6 +15,7 @@ def build_optimizer(config: Config, module: Learner) -> torch.optim.Optimizer:
     Scales and shifts of norms, and biases, are not decayed; nor are parameters of the loss.
     """
     o = config.optimizer
+    assert module.base_loss is not None
     loss_parameters = set(module.base_loss.parameters())
     backbone_parameters = set(module.backbone.parameters())
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -29,7 +29,7 @@ LINES = (
 )
 LINE_OF = {wing: number for number, wings in enumerate(LINES) for wing in wings}
 WORKER_WINGS = {"data", "models", "training"}
-WORKER_CLUSTER = {"worker", "progress", "transfer"}  # what workers may take of cluster/
+WORKER_CLUSTER = {"worker", "progress", "threads", "transfer"}  # what workers may take of cluster/
 RAY_PRIVATE = re.compile(r"ray\._private|ray\._raylet|\._internal|_experiment_analysis|_TorchBackend")
 
 

@@ -81,6 +81,18 @@ def test_pixels_and_strips_become_squares(name: str, size: tuple[int, int]) -> N
         assert view.transform(picture).shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize("size", [8, 32, 64, 224])
+@pytest.mark.parametrize("shape", [(2, 3), (31, 500), (32, 32), (33, 32), (224, 225), (640, 480)])
+def test_evaluation_view_has_the_bits_of_torchvisions_transforms(size: int, shape: tuple[int, int]) -> None:
+    from torchvision.transforms import v2
+
+    usual = v2.Compose([v2.CenterCrop(min(shape)), v2.Resize((size, size), antialias=True)])
+    picture = torch.randint(256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for layout in (picture.permute(2, 0, 1), picture.permute(2, 0, 1).contiguous()):
+        view = evaluation_view(size).transform(layout)
+        assert view.dtype == torch.uint8 and torch.equal(view, usual(layout))
+
+
 def test_middle_square_is_the_view_of_resize_and_crop() -> None:
     from torchvision.transforms import v2
 

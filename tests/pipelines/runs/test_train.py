@@ -20,7 +20,8 @@ from dml_core.gather import rank
 from dml_core.learner import Terms
 from pipelines.cli import main
 from pipelines.cluster.launch import run_in_process
-from pipelines.cluster.worker import Job, Worker, torch_threads
+from pipelines.cluster.threads import torch_threads
+from pipelines.cluster.worker import Job, Worker
 from pipelines.config.recipe import load_recipe, with_values
 from pipelines.console import RunFailed
 from pipelines.models.checkpoint import read_config, read_history

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,22 @@ def test_a_picture_finds_itself(index: Path, vectors: Path, pictures: Path) -> N
     assert printed.exit_code == 0 and row["path"] in printed.stdout and "distance" in printed.stdout
     assert all(0 < aware["milliseconds"][part] < 10_000 for part in ("embed", "search"))
     assert " ms, searched in " in printed.stdout
+
+
+def test_a_search_imports_only_what_embeds_a_picture(index: Path, pictures: Path) -> None:
+    program = (
+        "import sys\n"
+        "from pipelines.cli.main import app\n"
+        "sys.argv = ['dml', *sys.argv[1:]]\n"
+        "try:\n    app()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'ray', 'mlflow', 'torchvision', 'pytorch_metric_learning', 'timm', 'scipy', 'sklearn', 'pandas'}\n"
+        "heavy |= {'matplotlib', 'torch._dynamo', 'PIL', 'torch'}\n"
+        "print('imported', sorted(heavy & sys.modules.keys()))\n"
+    )
+    command = [sys.executable, "-c", program, "index", "search", index, "--image", next(pictures.glob("*/*.png"))]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert outcome.stdout.splitlines()[-1] == "imported ['PIL', 'torch']", outcome.stdout + outcome.stderr
 
 
 def test_index_of_a_run_embeds_its_own_set(exact, tmp_path: Path) -> None:
