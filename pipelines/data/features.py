@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.fs
@@ -18,9 +19,13 @@ from dml_core.data.sampling import Rows, blocks
 from dml_core.gather import all_sum, gather, rank, world_size
 from dml_core.learner import Learner
 from pipelines.config.schema import Config
-from pipelines.data.streaming import StreamedViews
 from pipelines.files import partial_file
 
+if TYPE_CHECKING:
+    from pipelines.data.streaming import StreamedViews
+
+# The evaluation view in a file's key, as torchvision writes it: by that name files of earlier versions are kept.
+VIEW = "Compose(\n      MiddleSquare()\n      Resize(size=[{0}, {0}], interpolation=bilinear, antialias=True)\n)"
 BATCH = {"cpu": 16, "cuda": 256}  # pictures at a time; the same at any worker count, hence the same bits
 
 
@@ -41,7 +46,7 @@ class Features:
 def cached_features(
     config: Config,
     learner: Learner,
-    views: Views | StreamedViews,
+    views: "Views | StreamedViews",
     folder: Path,
     device: torch.device,
     writes: bool,
@@ -78,7 +83,7 @@ def cached_features(
 
 def _compute(
     learner: Learner,
-    views: Views | StreamedViews,
+    views: "Views | StreamedViews",
     path: Path,
     device: torch.device,
     writes: bool,
@@ -108,12 +113,11 @@ def _compute(
             file.flush()
 
 
-def _key(config: Config, learner: Learner, views: Views | StreamedViews) -> str:
+def _key(config: Config, learner: Learner, views: "Views | StreamedViews") -> str:
     """Hash what features depend on: pictures, backbone with its weights, transform, precision."""
     h = hashlib.sha256(views.images.digest(stamps=True).encode())
-    h.update(
-        f"{config.backbone.name}|{config.data.image_size}|{views.evaluation.transform}|{config.precision}".encode()
-    )
+    size = config.data.image_size
+    h.update(f"{config.backbone.name}|{size}|{VIEW.format(size)}|{config.precision}".encode())
     for name, tensor in learner.backbone.state_dict().items():
         h.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:24]

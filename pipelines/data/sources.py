@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,16 +17,18 @@ from pipelines.cluster.threads import torch_threads
 from pipelines.config.schema import Config
 from pipelines.data.features import Features, cached_features
 from pipelines.data.sets import cache_folder
-from pipelines.data.streaming import StreamedViews
 
-Source = Views | StreamedViews | Features
+if TYPE_CHECKING:
+    from pipelines.data.streaming import StreamedViews
+
 Result = TypeVar("Result")
 
 
-def views_of(config: Config, images: LabelledImages) -> Views:
-    """Return the training and evaluation views of a set's pictures, as the config's transforms make them."""
+def views_of(config: Config, images: LabelledImages, augments: bool = True) -> Views:
+    """Return the views of a set's pictures, as the config's transforms make them. augments: those of training, too."""
     size, augment = config.data.image_size, config.data.augmentation
-    return Views(images, transforms.evaluation_view(size), transforms.training_view(augment, size))
+    training = transforms.training_view(augment, size) if augments else None
+    return Views(images, transforms.evaluation_view(size), training)
 
 
 class Sources:
@@ -39,10 +41,20 @@ class Sources:
         cpus: CPUs of this worker.
         processes: Decoding processes of this worker.
         progress: Told of features that are computed.
+        augments: Whether there are views of training; their transforms are another library's, which takes a second.
     """
 
-    def __init__(self, config: Config, learner: Learner, device: torch.device, cpus: float, progress: Reporter):
+    def __init__(
+        self,
+        config: Config,
+        learner: Learner,
+        device: torch.device,
+        cpus: float,
+        progress: Reporter,
+        augments: bool = True,
+    ):
         self.config, self.learner, self.device, self.progress = config, learner, device, progress
+        self.augments = augments
         # Who writes to its node's disk. Ray Train itself would say so to its own workers, not in a trial of Ray Tune.
         self.writes = int(os.environ.get("LOCAL_RANK", 0)) == 0
         spare = max(0, int(cpus) - 1) if config.data.name != "glyphs" else 0
@@ -56,7 +68,7 @@ class Sources:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         return (self.threads.map if self.threads else map)(autocast(function), *arguments)
 
-    def of(self, images: LabelledImages) -> Source:
+    def of(self, images: LabelledImages) -> "Views | StreamedViews | Features":
         """Return what gives batches of a set: its views, or the features of a frozen backbone, computed when needed."""
         if not self.config.backbone.frozen:
             return self._views(images)
@@ -78,6 +90,10 @@ class Sources:
         self._feature_files.append((whole, path))
         return path
 
-    def _views(self, images: LabelledImages) -> Views | StreamedViews:
-        views = views_of(self.config, images)
-        return StreamedViews(views) if self.config.data.loader == "ray" and images.files else views
+    def _views(self, images: LabelledImages) -> "Views | StreamedViews":
+        views = views_of(self.config, images, self.augments)
+        if self.config.data.loader != "ray" or not images.files:
+            return views
+        from pipelines.data.streaming import StreamedViews  # Ray, which takes seconds
+
+        return StreamedViews(views)

@@ -18,8 +18,7 @@ from pipelines.cluster.worker import device_of_worker
 from pipelines.data.features import BATCH
 from pipelines.data.sets import load_splits
 from pipelines.data.sources import Sources
-from pipelines.models.build import build_learner
-from pipelines.models.checkpoint import load_weights, read_class_names
+from pipelines.models.build import build_embedder
 from pipelines.training.job import ModelJob
 
 Outputs = Callable[[Tensor], dict[str, Tensor]]
@@ -203,10 +202,10 @@ def load_sources(job: ModelJob) -> Sources:
     config, device = job.config, device_of_worker(job.config)
     torch.set_num_threads(1)
     with received_files(job.model) as folder:
-        learner = build_learner(config, len(read_class_names(folder)), read_weights=False)
-        load_weights(folder, learner)
-    learner.to(device, torch.float64 if config.precision == "float64" else torch.float32).eval()
-    return Sources(config, learner, device, job.worker.cpus, Reporter(job.worker.board if rank() == 0 else None))
+        learner = build_embedder(config, folder)
+    learner.to(device, torch.float64 if config.precision == "float64" else torch.float32)
+    progress = Reporter(job.worker.board if rank() == 0 else None)
+    return Sources(config, learner, device, job.worker.cpus, progress, augments=False)
 
 
 def evaluate_loop(job: ModelJob) -> dict[str, float]:
