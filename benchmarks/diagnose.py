@@ -18,7 +18,7 @@ from dml_core.data.sampling import BatchPlan
 from dml_core.learner import Learner
 from dml_core.synthesis import gaussian, radial
 from pipelines.cluster.devices import resolve_devices
-from pipelines.cluster.launch import run_in_process
+from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.progress import Reporter
 from pipelines.config.recipe import load_recipe
 from pipelines.config.schema import Config
@@ -36,7 +36,7 @@ def trained(arguments: list[str], folder: str, methods: list[str]) -> tuple[Conf
     name = "_".join(methods) or "plain"
     given = [*arguments[1:], f"method=[{','.join(methods)}]", f"storage={folder}", f"name={name}", "workers=1"]
     config = resolve_devices(load_recipe(arguments[0], given), here=True)
-    metrics = run_in_process(TrainingJob(config, test=False))
+    metrics = run_in_process(TrainingJob(config, test=False)).metrics
     splits = load_splits(config)
     learner = build_learner(config, len(splits.train.class_names))
     best = Path(run_folder.locate(config)[1]) / checkpoint_name(int(metrics["best_epoch"]))

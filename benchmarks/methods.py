@@ -46,14 +46,14 @@ def begin() -> None:
 def run(assignments: list[str], test: bool) -> dict[str, float]:
     """One training in this process; what a diverged one scores is nothing."""
     from pipelines.cluster.devices import resolve_devices
-    from pipelines.cluster.launch import run_in_process
+    from pipelines.cluster.in_process import run_in_process
     from pipelines.config.recipe import load_recipe
     from pipelines.training.job import TrainingJob
 
     with tempfile.TemporaryDirectory() as storage:
         config = load_recipe(assignments[0], [*assignments[1:], "workers=1", "name=run", f"storage={storage}"])
         try:
-            metrics = run_in_process(TrainingJob(resolve_devices(config, here=True), test=test))
+            metrics = run_in_process(TrainingJob(resolve_devices(config, here=True), test=test)).metrics
         except RunFailed as error:
             if "not finite" not in str(error):
                 raise

@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from pipelines.cluster.devices import resolve_devices
-from pipelines.cluster.launch import run_in_process
+from pipelines.cluster.in_process import run_in_process
 from pipelines.config.recipe import load_recipe
 from pipelines.config.schema import Config
 from pipelines.data.sets import load_splits
@@ -77,7 +77,7 @@ def main(path: str) -> None:
         config = resolve_devices(load_recipe("glyphs", [*RUN, f"storage={storage}"]), here=True)
         learner = build_learner(config, len(load_splits(config).train.class_names))
         draw(axes[0], learner, config, "before training")
-        metrics = run_in_process(TrainingJob(config, test=False))
+        metrics = run_in_process(TrainingJob(config, test=False)).metrics
         folder = Path(run_folder.locate(config)[1])
         load_weights(folder / checkpoint_name(int(metrics["best_epoch"])), learner)
         draw(axes[1], learner, config, "after training")

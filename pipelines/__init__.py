@@ -10,9 +10,9 @@ A wing imports only wings on lines below its own:
     data | models
     cluster | compare
     config
-    tracking, pages, files, console, environment
+    tracking, pages, files, console, phases, environment
 
-`environment` sets variables that Ray, Ray Tune and MLflow read when they are imported, hence is imported first.
+`environment` sets what must be set before Ray, Ray Tune, MLflow and torch are imported, hence is imported first.
 """
 
 from pipelines import environment as environment

@@ -1,4 +1,8 @@
-"""Where messages go, the progress bar, and the exception of a run that failed on its way."""
+"""Where messages go, what is said while one waits, the progress bar, and the exception of a run that failed."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -8,6 +12,29 @@ messages = Console(stderr=True, force_jupyter=False)  # plain lines in a noteboo
 
 class RunFailed(Exception):
     """Workers failed on the way; the message is one line."""
+
+
+@contextmanager
+def stage(console: Console, text: str) -> Iterator[None]:
+    """Say what is being done for the time of the block.
+
+    On a terminal it is a line that vanishes. In a log file it is a line that stays, of what takes longer than a second.
+
+    Args:
+        console: Where it is said.
+        text: What is being done, such as "starting Ray".
+    """
+    if console.is_terminal:
+        with console.status(text):
+            yield
+        return
+    timer = threading.Timer(1.0, lambda: console.print(text, highlight=False, markup=False))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def progress_bar(console: Console, clock: ProgressColumn | None = None) -> Progress:

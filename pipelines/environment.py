@@ -1,9 +1,13 @@
-"""Environment variables that Ray, Ray Tune and MLflow read while they are imported. What the user has set stays.
+"""What must be set before Ray, Ray Tune, MLflow and torch are imported. Variables that the user has set stay.
 
 Imported by the package itself, before any of its modules can import those libraries.
 """
 
+import gc
 import os
+import time
+
+STARTED = time.time()  # of a command, which imports this first
 
 DEFAULTS = {
     # Ray. Reports wait for the controller's next look at its workers: two seconds by default.
@@ -33,3 +37,6 @@ DEFAULTS = {
 
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
+
+# Imports make a million objects that stay: by default a fifth of their time goes into looking for garbage among them.
+gc.set_threshold(100_000, 20, 100)

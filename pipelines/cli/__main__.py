@@ -1,6 +1,6 @@
 """`python -m pipelines.cli`, the entry point of submitted jobs."""
 
-from pipelines.cli.main import app
+from pipelines.cli.main import main
 
 if __name__ == "__main__":
-    app()
+    main()

@@ -4,6 +4,10 @@ Results go to standard output, progress and messages to standard error. Exit cod
 input, 130 stopped by Ctrl-C. Heavy imports wait inside the commands.
 """
 
+import atexit
+import os
+import sys
+
 import typer
 
 from pipelines.cli import compare, data, demo, embed, evaluate, export, index, recipes, report, submit, train, tune, ui
@@ -22,3 +26,23 @@ for command in (
     *(embed.embed, demo.demo, export.export, submit.submit, recipes.recipes, recipes.config, ui.ui),
 ):
     app.command()(command)
+
+
+def main() -> None:
+    """Run a command, and end its process when all that was to be done at its end is done.
+
+    Freeing what was imported, object by object, takes a second where torch is among it; the system does it at once.
+    """
+    code: str | int | None = 1
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+    atexit.register(end)  # the first to be registered is called last
+    try:
+        app()
+    except SystemExit as exit_:
+        code = exit_.code
+        raise

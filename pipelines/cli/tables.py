@@ -31,6 +31,17 @@ def describe_training(outcome: "TrainOutcome") -> list[Part]:
     ]
 
 
+def describe_phases(outcome: "TrainOutcome") -> Table:
+    """Where the seconds of a training went; the driver, Ray and the workers have phases that overlap."""
+    table = Table(title=f"{outcome.name}: {outcome.seconds:.1f} s")
+    table.add_column("")
+    for head in ("from, s", "seconds", "share"):
+        table.add_column(head, justify="right")
+    for name, begun, seconds in sorted(outcome.phases, key=lambda phase: phase[1]):
+        table.add_row(name, f"{begun:.1f}", f"{seconds:.1f}", f"{seconds / outcome.seconds:.0%}")
+    return table
+
+
 def describe_evaluation(evaluation: "Evaluation") -> list[Part]:
     """Test metrics of a checkpoint."""
     parts: list[Part] = [retrieval_table(evaluation["checkpoint"], evaluation["metrics"])]

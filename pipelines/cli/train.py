@@ -1,12 +1,19 @@
 """`dml train`: one run."""
 
+from typing import Annotated
+
+import typer
+
 from pipelines.cli.arguments import Assignments, Json, load_config
 from pipelines.cli.endings import exit_on_error, print_result
-from pipelines.cli.tables import describe_training
-from pipelines.console import messages
+from pipelines.cli.tables import describe_phases, describe_training
+from pipelines.console import messages, stage
+from pipelines.environment import STARTED
+
+Profile = Annotated[bool, typer.Option("--profile", help="Print where the seconds went, phase by phase.")]
 
 
-def train(arguments: Assignments = None, as_json: Json = False) -> None:
+def train(arguments: Assignments = None, as_json: Json = False, profile: Profile = False) -> None:
     """Train, validate on held-out classes, test once at the end, and log it all to MLflow.
 
     Example: dml train glyphs workers=2 epochs=5 loss.name=multi_similarity name=first
@@ -18,7 +25,12 @@ def train(arguments: Assignments = None, as_json: Json = False) -> None:
         if config.name:
             hint = "the same command again continues it"
     with exit_on_error(hint):
-        from pipelines.runs.train import run_training
+        from pipelines.tracking.process import tracking_process
 
-        outcome = run_training(config, messages)
-    print_result(as_json, outcome._asdict(), *describe_training(outcome))
+        with tracking_process() as tracker:
+            with stage(messages, "starting"):
+                from pipelines.runs.train import run_training
+
+            outcome = run_training(config, messages, tracker=tracker, started=STARTED)
+    table = [describe_phases(outcome)] if profile else []
+    print_result(as_json, outcome._asdict(), *describe_training(outcome), *table)

@@ -2,9 +2,6 @@
 
 import os
 
-import ray
-import torch
-
 from pipelines.config.schema import Config
 
 
@@ -19,7 +16,7 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
         ValueError: The cluster has not enough CPUs or GPUs.
     """
     workers = config.worker_range
-    resources = {"CPU": 1, "GPU": torch.cuda.device_count()} if here else ray.cluster_resources()
+    resources = _resources_here() if here else _cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
     if config.use_gpu and gpus < workers[0]:
         raise ValueError(
@@ -35,11 +32,23 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
     if data.loader == "auto":
         can_stream = data.name != "glyphs" and data.loader_processes is None
         cluster = use_gpu and not here and can_stream
-        spare = cluster and any(_has_only_cpus(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        spare = cluster and _has_nodes_without_gpu()
         data = data.model_copy(update={"loader": "ray" if spare else "torch"})
     elif data.loader == "ray" and not here and cpus <= workers[1]:
         raise ValueError(f"data.loader=ray: the cluster's {cpus:g} CPUs are all taken by workers={config.workers}")
     return config.model_copy(update={"use_gpu": use_gpu, "precision": precision, "data": data})
+
+
+def _resources_here() -> dict[str, float]:
+    import torch  # a second of import, which a driver of other processes does without
+
+    return {"CPU": 1, "GPU": torch.cuda.device_count()}
+
+
+def _cluster_resources() -> dict[str, float]:
+    import ray
+
+    return ray.cluster_resources()
 
 
 def _autoscaler_hint(config: Config) -> str:
@@ -50,5 +59,8 @@ def _autoscaler_hint(config: Config) -> str:
     return "; wait_for_nodes=SECONDS asks an autoscaler"
 
 
-def _has_only_cpus(resources: dict[str, float]) -> bool:
-    return "CPU" in resources and "GPU" not in resources
+def _has_nodes_without_gpu() -> bool:
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return any("CPU" in node and "GPU" not in node for node in resources)

@@ -3,10 +3,8 @@
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
-
-import ray
 
 from pipelines.cluster.ray_private import means_storage_not_shared
 
@@ -22,8 +20,25 @@ def call_interruptibly(function: Callable[[], Result]) -> Result:
     Returns:
         What the function returns; what it raises is raised here.
     """
-    call: Future[Result] = Future()
+    call = call_in_thread(function)
     stop_requested = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, lambda *_: stop_requested.set()) for number in signals}
+    try:
+        while not call.done():
+            wait([call], 0.2)
+            if stop_requested.is_set():
+                raise KeyboardInterrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return call.result()
+
+
+def call_in_thread(function: Callable[[], Result]) -> Future[Result]:
+    """Call a function in a thread of its own, for which nobody waits when the process ends."""
+    call: Future[Result] = Future()
 
     def run() -> None:
         try:
@@ -31,20 +46,8 @@ def call_interruptibly(function: Callable[[], Result]) -> Result:
         except BaseException as error:  # raised in the caller's thread, by call.result()
             call.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, lambda *_: stop_requested.set()) for number in signals}
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.2)
-            if stop_requested.is_set():
-                raise KeyboardInterrupt
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return call.result()
+    threading.Thread(target=run, daemon=True).start()
+    return call
 
 
 def first_cause(error: BaseException) -> str:
@@ -59,8 +62,13 @@ def first_cause(error: BaseException) -> str:
         return "storage: a node does not see the run's folder, which all nodes must share"
     lines = str(error).strip().splitlines() or [""]
     # What another process raised comes as its traceback, whose last line is the message.
-    foreign = isinstance(error, ray.exceptions.RayError) or "DataLoader worker" in lines[0]
+    foreign = is_of_ray(error) or "DataLoader worker" in lines[0]
     return lines[-1] if foreign else f"{type(error).__name__}: {lines[0]}"
+
+
+def is_of_ray(error: BaseException) -> bool:
+    """Whether an error is one of Ray's, without importing Ray for it."""
+    return "RayError" in (kind.__name__ for kind in type(error).__mro__)
 
 
 def _root_cause(error: BaseException) -> BaseException:

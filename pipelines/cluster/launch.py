@@ -1,55 +1,54 @@
-"""Run a loop on workers of Ray Train, or in this process as the only worker."""
+"""Run a loop on workers of Ray Train."""
 
-import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
 import ray.train
-import torch
+from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from pipelines.cluster.failures import call_interruptibly, first_cause
 from pipelines.cluster.network import NodeNetworkConfig
-from pipelines.cluster.progress import Bar, Board
-from pipelines.cluster.threads import torch_threads
-from pipelines.cluster.worker import Job, Report, Worker, enter
+from pipelines.cluster.progress import Follower, LocalBoard, Message, News
+from pipelines.cluster.worker import Job, Worker, enter
 from pipelines.console import RunFailed
+from pipelines.tracking.records import EpochRecord
 
 NODE_ID_LABEL = "ray.io/node-id"  # which every node of Ray has
 
 
-def run_in_process(job: Job, report: Report = dict) -> Any:
-    """Run a job's loop in this process, as Ray Train's only worker: without the seconds that processes take to start.
+class RemoteBoard:
+    """A board in an actor, which rank 0 and the driver reach from their nodes."""
 
-    Args:
-        job: Names its loop, and is what it is given.
-        report: Called with what the loop reports, in Ray Train's place; by default nobody looks.
+    def __init__(self, actor: ActorHandle):
+        self.actor = actor
 
-    Returns:
-        What the loop returns.
+    def write(self, message: Message) -> None:
+        self.actor.write.remote(message)
 
-    Raises:
-        RunFailed: The loop failed; the message is the cause.
-    """
-    threads = torch.get_num_threads()
-    job = replace(job, worker=Worker(cpus=threads, report=report))
-    # Not as train_loop_config, which Ray keeps: the tracking server's address may hold a password.
-    trainer = TorchTrainer(partial(enter, job, None), scaling_config=ray.train.ScalingConfig(num_workers=0))
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    with torch_threads(threads):
+    def record(self, records: Sequence[EpochRecord]) -> None:
+        self.actor.record.remote(records)
+
+    def read(self, records_known: int) -> News:
         try:
-            return _fit(trainer)
-        except Exception as error:
-            raise RunFailed(first_cause(error)) from error
+            news: Any = ray.get(self.actor.read.remote(records_known), timeout=5)
+        except ray.exceptions.RayError as error:
+            raise ConnectionError("the board does not answer") from error
+        return News(*news)
 
 
 def run_on_workers(
-    job: Job, storage: str, name: str, console: Console, callbacks: Sequence[ray.train.UserCallback] = ()
+    job: Job,
+    storage: str,
+    name: str,
+    console: Console,
+    keep: Callable[[EpochRecord], object] | None = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> Any:
     """Run a job's loop on `workers` workers, and show its progress.
 
@@ -58,6 +57,7 @@ def run_on_workers(
         storage: A folder or URL below which Ray Train keeps its books; the config's own `storage`, or a scratch one.
         name: Of the folder in `storage`.
         console: Where progress is shown.
+        keep: Called with each epoch's record; None: nobody wants them.
         callbacks: Of Ray Train.
 
     Returns:
@@ -73,8 +73,8 @@ def run_on_workers(
     max_failures = (3 if nodes > 1 else 0) if config.max_failures is None else config.max_failures
     # On the node of this process, which is lost last.
     this_node = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}
-    board_class: Any = Board  # Ray's decorator has no type for it
-    board = board_class.options(label_selector=this_node).remote()
+    board_class: Any = ray.remote(num_cpus=0)(LocalBoard)  # Ray's decorator has no type for it
+    board = RemoteBoard(board_class.options(label_selector=this_node).remote())
     job = replace(job, worker=Worker(cpus=max(1, int(cores // most)), board=board))
     must_see = f"{storage}/{name}/run.json" if storage == config.storage else None
     workers: Any = fewest if fewest == most else (fewest, most)
@@ -95,7 +95,7 @@ def run_on_workers(
             callbacks=callback_list,
         ),
     )
-    with Bar(board, console):
+    with Follower(board, console, keep):
         try:
             return call_interruptibly(partial(_fit, trainer))
         except Exception as error:

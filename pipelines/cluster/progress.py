@@ -1,17 +1,18 @@
-"""What the workers are doing, shown as one line on the driver."""
+"""What the workers are doing and have measured, followed by the driver: a line on its console, records to keep."""
 
 import logging
 import threading
 import time
-from typing import TypedDict, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypedDict
 
-import ray
-from ray.actor import ActorHandle
 from rich.console import Console
 
 from pipelines.console import progress_bar
+from pipelines.tracking.records import EpochRecord
 
 INTERVAL = 0.5  # seconds between two messages, and between two looks
+INTERVAL_IN_LOG = 5.0  # seconds between two lines of a stage other than the training, in a log file
 
 
 class Message(TypedDict, total=False):
@@ -26,24 +27,44 @@ class Message(TypedDict, total=False):
     images_per_second: float
 
 
-@ray.remote(num_cpus=0)
-class Board:
-    """An actor that holds the latest message."""
+class News(NamedTuple):
+    """What a board holds: the latest message, and the records after those that the reader has."""
+
+    message: Message
+    records: list[EpochRecord]
+
+
+class Board(Protocol):
+    """Where rank 0 writes for the driver: in the same process, or in an actor (see launch.py)."""
+
+    def write(self, message: Message) -> object: ...
+
+    def record(self, records: Sequence[EpochRecord]) -> object: ...
+
+    def read(self, records_known: int) -> News: ...
+
+
+class LocalBoard:
+    """A board in this process."""
 
     def __init__(self) -> None:
         self.message: Message = {}
+        self.records: list[EpochRecord] = []
 
     def write(self, message: Message) -> None:
         self.message = message
 
-    def read(self) -> Message:
-        return self.message
+    def record(self, records: Sequence[EpochRecord]) -> None:
+        self.records += records
+
+    def read(self, records_known: int) -> News:
+        return News(self.message, self.records[records_known:])
 
 
 class Reporter:
     """Rank 0's end: writes to the board twice a second at most and never waits for it."""
 
-    def __init__(self, board: ActorHandle | None):
+    def __init__(self, board: Board | None):
         self.board, self.last = board, 0.0
         self.facts: Message = {}
 
@@ -63,17 +84,31 @@ class Reporter:
         self.facts.update(facts or {})
         if self.board is not None and (self.due() or done == total):
             self.last = time.monotonic()
-            self.board.write.remote({**self.facts, "stage": stage, "done": done, "total": total})
+            self.board.write({**self.facts, "stage": stage, "done": done, "total": total})
+
+    def record(self, records: Sequence[EpochRecord]) -> None:
+        """Hand records of epochs to the driver, which knows what of them is new."""
+        if self.board is not None:
+            self.board.record(records)
 
 
-class Bar:
-    """The driver's end: a bar that follows the board until the `with` block ends."""
+class Follower:
+    """The driver's end: shows what the board says, and hands its records on, until the `with` block ends.
 
-    def __init__(self, board: ActorHandle, console: Console):
-        self.board, self.console, self.stopped = board, console, threading.Event()
+    Attributes:
+        board: What is followed.
+        console: Where progress is shown.
+        keep: Called with each record, in order; None: nobody wants them.
+    """
+
+    def __init__(self, board: Board, console: Console, keep: Callable[[EpochRecord], object] | None = None):
+        self.board, self.console, self.keep = board, console, keep
+        self.stopped = threading.Event()
         self.bar = progress_bar(console)
+        self.records_known = 0
+        self.stage, self.last_line, self.last_printed = "", "", 0.0
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "Follower":
         self.bar.start()
         self.task = self.bar.add_task("starting", total=None, facts="")
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -86,27 +121,38 @@ class Bar:
         self.bar.stop()
 
     def _follow(self) -> None:
-        stage, last_line = "", ""
         while not self.stopped.wait(INTERVAL):
             try:
-                message = cast(Message, ray.get(self.board.read.remote(), timeout=5))
-            except (ray.exceptions.RayError, ConnectionError, TimeoutError):
-                # The cluster is busy or going down; it is not the bar that tells.
+                news = self.board.read(self.records_known)
+            except (RuntimeError, ConnectionError, TimeoutError):
+                # The cluster is busy or going down (Ray's errors are RuntimeErrors); it is not the bar that tells.
                 logging.getLogger(__name__).debug("no progress to show", exc_info=True)
                 continue
-            if not message:
-                continue
-            if message["stage"] != stage:
-                stage = message["stage"]
-                self.bar.reset(self.task, description=stage)
-            self.bar.update(self.task, completed=message["done"], total=message["total"], facts=_facts(message))
-            if not self.console.is_terminal and (line := f"{stage} {message.get('epoch', '')}") != last_line:
-                last_line = line  # in a log file: a line an epoch in place of a moving bar
-                count = f"{message['done']}/{message['total']}"
-                self.console.print(f"{stage:<10} {count} {_facts(message)}", highlight=False)
+            self.records_known += len(news.records)
+            if self.keep:
+                for record in news.records:
+                    self.keep(record)
+            if news.message:
+                self._show(news.message)
+
+    def _show(self, message: Message) -> None:
+        if message["stage"] != self.stage:
+            self.stage = message["stage"]
+            self.bar.reset(self.task, description=self.stage)
+        facts = describe_facts(message)
+        self.bar.update(self.task, completed=message["done"], total=message["total"], facts=facts)
+        if self.console.is_terminal:
+            return
+        # In a log file: a line an epoch, and of what comes before and after the epochs a line every few seconds.
+        line = f"{self.stage} {message.get('epoch', '')}"
+        waited = time.monotonic() - self.last_printed > INTERVAL_IN_LOG and self.stage != "training"
+        if line != self.last_line or (waited and message["done"] < message["total"]):
+            self.last_line, self.last_printed = line, time.monotonic()
+            self.console.print(f"{self.stage:<10} {message['done']}/{message['total']} {facts}", highlight=False)
 
 
-def _facts(message: Message) -> str:
+def describe_facts(message: Message) -> str:
+    """Return the facts of a message as they stand beside the bar."""
     parts = []
     if "epoch" in message:
         parts.append(f"epoch {message['epoch']}")

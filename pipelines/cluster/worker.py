@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pyarrow.fs
-import ray
-import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.actor import ActorHandle
 
+from pipelines.cluster.progress import Board
 from pipelines.cluster.ray_private import preemption_notice
 from pipelines.config.schema import Config
 
@@ -24,13 +22,18 @@ class Worker:
 
     Attributes:
         cpus: CPUs of this worker.
-        board: Where rank 0 writes what it is doing; None: nobody looks.
-        report: Called with the metrics of each validated epoch; None: Ray Train's own report.
+        board: Where rank 0 writes what it is doing and has measured; None: nobody looks.
+        report: Called with the metrics of each validated epoch; None: Ray Train's own, on one of its workers.
     """
 
     cpus: int = 1
-    board: ActorHandle | None = None
+    board: Board | None = None
     report: Report | None = None
+
+    @property
+    def is_of_ray_train(self) -> bool:
+        """Whether this is a worker of Ray Train, not the process of a driver or of a trial."""
+        return self.report is None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def enter(job: Job, must_see: str | None) -> Any:
     if must_see:
         files, path = pyarrow.fs.FileSystem.from_uri(must_see)
         if files.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+            import ray
+
             node = ray.util.get_node_ip_address()
             raise FileNotFoundError(
                 f"storage: node {node} does not see {must_see}; a folder that all nodes share, s3:// or gs:// is needed"
@@ -78,14 +83,18 @@ class PreemptionWatch:
     """Tells whether this worker's node is about to be taken away (a spot instance, a drain).
 
     What is not stored until then is lost.
+
+    Attributes:
+        is_on: Whether there is somebody to give notice: Ray Train.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_on: bool):
+        self.is_on = is_on
         self.last_notice: object | None = None
 
     def new_notice(self) -> bool:
         """Whether a notice has come since the last call."""
-        notice = preemption_notice()
+        notice = preemption_notice() if self.is_on else None
         is_new = notice is not None and notice != self.last_notice
         self.last_notice = notice
         return is_new
@@ -95,4 +104,8 @@ def device_of_worker(config: Config) -> torch.device:
     """Return the device that this worker computes on."""
     if not config.use_gpu:
         return torch.device("cpu")
-    return ray.train.torch.get_device() if dist.is_initialized() else torch.device("cuda")
+    if not dist.is_initialized():
+        return torch.device("cuda")
+    from ray.train.torch import get_device  # of Ray Train alone: its import takes a second
+
+    return get_device()

@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 from rich.console import Console
 
 from pipelines.config.schema import flatten
-from pipelines.console import messages
+from pipelines.console import messages, stage
 from pipelines.models.find import find_checkpoint
 
 
@@ -29,10 +29,10 @@ def evaluate_run(run: str, assignments: Mapping[str, Any], console: Console = me
         ValueError: Bad input, before any worker starts.
         RunFailed: Workers failed.
     """
-    folder = find_checkpoint(run)  # before torch and Ray are imported: what is not there is refused at once
-
-    from pipelines.runs.with_model import open_model, require_splits, run_with_model
-    from pipelines.training.job import ModelJob
+    folder = find_checkpoint(run)  # before torch is imported: what is not there is refused at once
+    with stage(console, "starting"):
+        from pipelines.runs.with_model import open_model, require_splits, run_with_model
+        from pipelines.training.job import ModelJob
 
     model = open_model(folder, flatten(dict(assignments)), console)
     require_splits(model, console)

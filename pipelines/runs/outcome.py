@@ -1,11 +1,16 @@
 """What a training returns, and what a run that belongs to a sweep is given."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ray.train
+from pipelines.phases import Phase
 
-from pipelines.cluster.worker import Report
+if TYPE_CHECKING:
+    import ray.train
+
+    from pipelines.cluster.worker import Report
 
 
 class TrainOutcome(NamedTuple):
@@ -20,6 +25,7 @@ class TrainOutcome(NamedTuple):
         images_per_second: Of the last epoch.
         name: Of the run and its folder.
         model: The registered model as NAME/VERSION; None where none was registered.
+        phases: Where the seconds went; `begun` is counted from the start of the command.
     """
 
     run_id: str
@@ -30,6 +36,12 @@ class TrainOutcome(NamedTuple):
     images_per_second: float
     name: str
     model: str | None
+    phases: Sequence[Phase] = ()
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> TrainOutcome:
+        """Return what was stored as JSON; earlier versions stored no phases."""
+        return cls(**stored | {"phases": [Phase(*phase) for phase in stored.get("phases", ())]})
 
 
 class SweepMember(NamedTuple):

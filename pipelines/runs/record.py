@@ -5,11 +5,13 @@ import io
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
 
 from dml_core.data.datasets import Splits
 from pipelines.config.identity import FREE_KEYS
@@ -18,18 +20,28 @@ from pipelines.config.schema import Config
 from pipelines.models.run_folder import RunFolder, local_copy
 from pipelines.runs.outcome import SweepMember
 from pipelines.tracking.models import log_model
-from pipelines.tracking.runs import log_text, start_run
+from pipelines.tracking.runs import start_run
 
 
-def record_run(uri: str, config: Config, params: Mapping[str, Any], tags: Mapping[str, str], splits: Splits) -> str:
+def record_run(
+    tracker: Executor,
+    uri: str,
+    config: Config,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    splits: Splits,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Start a run in MLflow, with its data set as an input and its config as an artifact.
 
     Args:
+        tracker: Calls what speaks to MLflow, see tracking.process.
         uri: MLflow's store.
         config: Of the run.
         params: To log, by name.
         tags: Besides those that every run has: method, base loss, backbone, data, seed, git commit.
         splits: Of the run's data set.
+        texts: Artifacts besides the config, by file name.
 
     Returns:
         The run's id.
@@ -46,13 +58,20 @@ def record_run(uri: str, config: Config, params: Mapping[str, Any], tags: Mappin
     }
     source = config.data.table or config.data.root or "embedded"
     whole = splits.train.whole or splits.train
-    run_id = start_run(uri, config.data.name, config.name, params, all_tags, whole.digest(), source)
-    log_text(uri, run_id, to_yaml(config), "config.yaml")
-    return run_id
+    files = {"config.yaml": to_yaml(config), **texts}
+    started = tracker.submit(
+        start_run, uri, config.data.name, config.name, params, all_tags, whole.digest(), source, files
+    )
+    return started.result()
 
 
 def record_training(
-    uri: str, config: Config, splits: Splits, unreadable: Sequence[str], member: SweepMember | None
+    tracker: Executor,
+    uri: str,
+    config: Config,
+    splits: Splits,
+    unreadable: Sequence[str],
+    member: SweepMember | None,
 ) -> str:
     """Start a training's run in MLflow; runs that differ by their seed alone share the tag `group`. Return its id."""
     params, tags = config.flat(), {"workers": str(config.workers)}
@@ -61,23 +80,25 @@ def record_training(
     if member is None or member.test:  # a trial has nothing that `dml compare` could compare
         group = {key: value for key, value in params.items() if key not in (*FREE_KEYS, "seed")}
         tags["group"] = hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    run_id = record_run(uri, config, params, tags, splits)
-    if unreadable:
-        log_text(uri, run_id, "\n".join(unreadable), "left_out.txt")
-    return run_id
+    texts = {"left_out.txt": "\n".join(unreadable)} if unreadable else {}
+    return record_run(tracker, uri, config, params, tags, splits, texts)
 
 
-def register_model(uri: str, run_id: str, config: Config, folder: RunFolder, checkpoint: str, splits: Splits) -> str:
+def register_model(
+    tracker: Executor, uri: str, run_id: str, config: Config, folder: RunFolder, checkpoint: str, splits: Splits
+) -> str:
     """Log a checkpoint of a run's folder as a model of MLflow, with a test picture as its example.
 
     Returns:
         The registered model as NAME/VERSION.
     """
     example = io.BytesIO()
-    to_pil_image(splits.tests["test"].query.picture(0, config.data.image_size)).save(example, "PNG")
+    picture = splits.tests["test"].query.picture(0, config.data.image_size)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(example, "PNG")
     name = config.model_name or f"dml-{config.data.name}"
     with local_copy(folder.filesystem, f"{folder.path}/{checkpoint}") as local:
-        return log_model(uri, run_id, local, name, example.getvalue(), config.embedding_dim, package_version())
+        model = uri, run_id, local, name, example.getvalue(), config.embedding_dim, package_version()
+        return tracker.submit(log_model, *model).result()
 
 
 def package_version() -> str:

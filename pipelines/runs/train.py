@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,21 +11,26 @@ from rich.console import Console
 
 from dml_core.data.datasets import Splits
 from pipelines.cluster.devices import resolve_devices
-from pipelines.cluster.launch import run_in_process, run_on_workers
-from pipelines.cluster.session import open_cluster
+from pipelines.cluster.failures import call_in_thread
+from pipelines.cluster.in_process import needs_ray, run_in_process
 from pipelines.config.identity import require_same, with_absolute_paths
 from pipelines.config.schema import Config
-from pipelines.console import messages
+from pipelines.console import messages, stage
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import cache_folder, load_splits
 from pipelines.models.build import build_learner
 from pipelines.models.run_folder import RunFolder, checkpoint_name
+from pipelines.phases import Clock, Phase
 from pipelines.runs.log import logged_to
 from pipelines.runs.outcome import SweepMember, TrainOutcome
 from pipelines.runs.record import record_training, register_model
 from pipelines.tracking.address import default_uri
+from pipelines.tracking.models import import_for_log_model
+from pipelines.tracking.process import SameProcess
 from pipelines.tracking.runs import end_run, resume_run
+from pipelines.tracking.sender import MetricSender
 from pipelines.tracking.server import prepare_store
+from pipelines.training.history import TrainingResult
 from pipelines.training.job import TrainingJob
 
 
@@ -36,30 +42,50 @@ class Inputs(NamedTuple):
 
 
 def run_training(
-    config: Config, console: Console = messages, here: bool = False, member: SweepMember | None = None
+    config: Config,
+    console: Console = messages,
+    here: bool = False,
+    member: SweepMember | None = None,
+    tracker: Executor | None = None,
+    started: float | None = None,
 ) -> TrainOutcome:
     """Train, test and log a run; or continue, or repeat the outcome of, the run of the same name.
+
+    It runs on workers of Ray Train, or in this process where Ray has nothing to add (cluster.in_process.needs_ray).
 
     Args:
         config: Of the run.
         console: Where messages and progress go.
-        here: In this process, as the only worker, instead of on a cluster.
+        here: In this process, whatever Ray there is.
         member: What a run that belongs to a sweep is given.
+        tracker: Calls what speaks to MLflow, see tracking.process; None: this process.
+        started: When the command began, in seconds since 1970; None: now.
 
     Raises:
         ValueError: Bad input, before any worker starts.
         RunFailed: Workers failed on the way.
         KeyboardInterrupt: The run was stopped; likewise SystemExit, with which Ray Tune ends a trial.
     """
-    started = time.monotonic()
+    clock = Clock(started)
+    started, tracker = clock.last, tracker or SameProcess()
+    if time.time() - started > 0.1:  # a command, whose imports count
+        clock.lap("imports")
     config = with_absolute_paths(config)
     folder = RunFolder(config)
-    earlier = folder.read("run.json")
-    inputs = check_inputs(config, tuple(earlier.get("unreadable", ())) if earlier else None, console)
     uri = member.uri if member else default_uri(Path.cwd())
-    prepare_store(uri)
+    store = tracker.submit(prepare_store, uri)
+    earlier = folder.read("run.json")
+    unreadable = tuple(earlier.get("unreadable", ())) if earlier else None
     log_folder = folder.logs or cache_folder() / "logs" / str(config.name)
-    with logged_to(log_folder) as log, contextlib.nullcontext() if here else open_cluster(config, folder.logs):
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(logged_to(log_folder))
+        if here or not needs_ray(config):
+            here = True
+            inputs = check_inputs(config, unreadable, console)
+            clock.lap("data")
+        else:
+            inputs = _open_cluster_and_check(config, unreadable, console, folder, clock, stack)
+        store.result()
         config = resolve_devices(config, here)
         devices = "GPUs" if config.use_gpu else "CPUs"
         console.print(f"workers={config.workers} on {devices}, precision={config.precision}", highlight=False)
@@ -67,36 +93,46 @@ def run_training(
             require_same(config, earlier["config"], folder.path)
             if result := folder.read("result.json"):
                 console.print(f"{config.name} is finished; this is its outcome. Another name starts a new run.")
-                return TrainOutcome(**result)
+                return TrainOutcome.from_json(result)
             console.print(f"continuing {config.name}")
             run_id = earlier["run_id"]
-            resume_run(uri, run_id, {"workers": str(config.workers)})
+            tracker.submit(resume_run, uri, run_id, {"workers": str(config.workers)}).result()
         else:
             line = f"{folder.path}  (if interrupted, name={config.name} continues it)"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-            run_id = record_training(uri, config, inputs.splits, inputs.unreadable, member)
+            run_id = record_training(tracker, uri, config, inputs.splits, inputs.unreadable, member)
         folder.write("run.json", {"run_id": run_id, "config": config.to_dict(), "unreadable": inputs.unreadable})
-        metrics = _train(config, inputs, uri, run_id, console, here, member)
-        unsent = metrics.pop("unsent")
+        clock.lap("the run in MLflow")
+        if here and (member is None or member.test):
+            tracker.submit(import_for_log_model)  # while the training runs
+        job = TrainingJob(config, inputs.unreadable, started=started, test=member is None or member.test)
+        (metrics, _, phases), unsent = _train(job, tracker, uri, run_id, console, here, member)
+        if not here:
+            clock.add(Phase("workers", clock.last, phases[0].begun - clock.last))
+        for phase in phases:
+            clock.add(phase)
+        clock.last = time.time()
         best, model = checkpoint_name(int(metrics["best_epoch"])), None
-        if member is None or member.test:
+        if job.test:
             try:
-                with console.status("registering the model"):
-                    model = register_model(uri, run_id, config, folder, best, inputs.splits)
+                with stage(console, "registering the model"):
+                    model = register_model(tracker, uri, run_id, config, folder, best, inputs.splits)
             except Exception as error:
                 logging.getLogger(__name__).exception("the model is not registered")
                 unsent += 1
                 reason = str(error).splitlines()[0]
                 console.print(f"the model is not registered: {reason} ({log} has the traceback)", style="yellow")
+            clock.lap("registration")
     outcome = TrainOutcome(
         run_id=run_id,
         experiment=config.data.name,
         checkpoint=f"{config.storage}/{config.name}/{best}",
         metrics=metrics,
-        seconds=time.monotonic() - started,
+        seconds=time.time() - started,
         images_per_second=metrics["train/images_per_second"],
         name=str(config.name),
         model=model,
+        phases=[phase._replace(begun=phase.begun - started) for phase in clock.phases.values()],
     )
     if unsent:
         console.print(
@@ -105,6 +141,29 @@ def run_training(
     else:
         folder.write("result.json", outcome._asdict())
     return outcome
+
+
+def _open_cluster_and_check(
+    config: Config,
+    unreadable: tuple[str, ...] | None,
+    console: Console,
+    folder: RunFolder,
+    clock: Clock,
+    stack: contextlib.ExitStack,
+) -> Inputs:
+    """Connect to or start Ray, which `stack` closes, and check the inputs beside it."""
+    from pipelines.cluster.session import open_cluster
+
+    def check() -> Inputs:
+        with clock.beside("data"):
+            return check_inputs(config, unreadable, console)
+
+    checked = call_in_thread(check)
+    stack.enter_context(open_cluster(config, folder.logs))
+    clock.lap("Ray")
+    inputs = checked.result()
+    clock.last = time.time()
+    return inputs
 
 
 def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Console) -> Inputs:
@@ -120,7 +179,7 @@ def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Co
     """
     if unreadable is None:
         unreadable = unreadable_pictures(config.data, console)
-    with console.status("reading the data"):
+    with stage(console, "reading the data"):
         splits = load_splits(config, unreadable)
         try:
             loss = build_learner(config, len(splits.train.class_names)).base_loss
@@ -134,21 +193,29 @@ def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Co
 
 
 def _train(
-    config: Config, inputs: Inputs, uri: str, run_id: str, console: Console, here: bool, member: SweepMember | None
-) -> dict[str, float]:
-    """Run the training loop, and end MLflow's run as it ended. Return the final metrics."""
-    job = TrainingJob(config, inputs.unreadable, run_id=run_id, tracking_uri=uri, test=member is None or member.test)
-    status = "FAILED"
+    job: TrainingJob, tracker: Executor, uri: str, run_id: str, console: Console, here: bool, member: SweepMember | None
+) -> tuple[TrainingResult, int]:
+    """Run the training loop, send MLflow what it measures, and end MLflow's run as it ended.
+
+    Returns:
+        What the loop returns, and how many of its records MLflow did not take.
+    """
+    config, sender, status, patience = job.config, MetricSender(tracker, uri, run_id), "FAILED", 0.0
     try:
         if here:
-            metrics = run_in_process(job, member.report if member else dict)
+            result = run_in_process(job, console, sender.log, member.report if member else dict)
         else:
+            from pipelines.cluster.launch import run_on_workers
+
             callbacks = member.callbacks if member else ()
-            metrics = run_on_workers(job, config.storage, str(config.name), console, callbacks)
-        status = "FINISHED"
-        return metrics
+            result = run_on_workers(job, config.storage, str(config.name), console, sender.log, callbacks)
+        status, patience = "FINISHED", 30.0
+        for record in result.records:
+            sender.log(record)
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
-        end_run(uri, run_id, status)
+        unsent = sender.close(patience)
+        tracker.submit(end_run, uri, run_id, status).result()
+    return result, unsent

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from pipelines.cluster.devices import resolve_devices
-from pipelines.cluster.launch import run_on_workers
-from pipelines.cluster.session import open_cluster
-from pipelines.cluster.transfer import scratch_storage, send_files
+from pipelines.cluster.in_process import needs_ray, run_in_process
+from pipelines.cluster.transfer import SentFiles, scratch_storage, send_files
 from pipelines.config.identity import with_absolute_paths
 from pipelines.config.recipe import with_values
 from pipelines.config.schema import Config
+from pipelines.console import stage
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import load_splits
 from pipelines.models.checkpoint import MODEL_FILES, read_config
@@ -55,12 +55,12 @@ def open_model(folder: Path, values: Mapping[str, Any], console: Console, labell
 
 def require_splits(model: TrainedModel, console: Console) -> None:
     """Raise ValueError, before any worker starts, where the set is missing or cannot be split as the config says."""
-    with console.status("reading the data"):
+    with stage(console, "reading the data"):
         load_splits(model.config, model.unreadable)
 
 
 def run_with_model(model: TrainedModel, job: ModelJob, name: str, console: Console) -> Any:
-    """Run a job's loop on workers that each have the model.
+    """Run a job's loop on workers that each have the model; a single one is this process.
 
     Args:
         model: What open_model returned.
@@ -75,6 +75,12 @@ def run_with_model(model: TrainedModel, job: ModelJob, name: str, console: Conso
         ValueError: The cluster has not what the config asks for.
         RunFailed: Workers failed.
     """
+    if not needs_ray(model.config):
+        config = resolve_devices(model.config, here=True)
+        return run_in_process(replace(job, config=config, model=SentFiles(folder=model.checkpoint)), console)
+    from pipelines.cluster.launch import run_on_workers
+    from pipelines.cluster.session import open_cluster
+
     with open_cluster(model.config, logs=None), scratch_storage() as scratch:
         files = send_files(model.checkpoint, MODEL_FILES)
         return run_on_workers(replace(job, config=resolve_devices(model.config), model=files), scratch, name, console)

@@ -19,7 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
 from pipelines.cluster.devices import resolve_devices
-from pipelines.cluster.launch import run_in_process
+from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.session import open_cluster
 from pipelines.compare.page import render_comparison
 from pipelines.compare.statistics import METRICS, Comparison, compare_runs
@@ -53,6 +53,7 @@ from pipelines.sweeps.stages import Placement, failure_reason, place_trials, rea
 from pipelines.sweeps.trial import run_final, run_trial
 from pipelines.tracking.address import default_uri, without_password
 from pipelines.tracking.models import set_alias
+from pipelines.tracking.process import SameProcess
 from pipelines.tracking.runs import end_run, log_figure, log_metrics, log_text, read_runs, resume_run, running_children
 from pipelines.tracking.sender import MetricSender
 from pipelines.tracking.server import prepare_store
@@ -155,7 +156,7 @@ def _record_sweep(config: Config, space: Space, options: SweepOptions, console: 
         f"space.{key}": f"{type(d.get_sampler()).__name__.strip('_')} {d.domain_str}" for key, d in space.items()
     }
     tags = {"kind": "sweep", **{key: str(value) for key, value in options._asdict().items()}}
-    run_id = record_run(uri, config, config.flat() | domains, tags, splits)
+    run_id = record_run(SameProcess(), uri, config, config.flat() | domains, tags, splits)
     return Sweep(str(config.name), f"{config.storage}/{config.name}", uri, run_id, config, options)
 
 
@@ -194,7 +195,7 @@ def _search_and_test(
         if config.backbone.frozen:
             with console.status("features of the frozen backbone, for all trials"):
                 unreadable = unreadable_pictures(config.data, console)
-                run_in_process(FeaturesJob(resolve_devices(config, here=True), unreadable))
+                run_in_process(FeaturesJob(resolve_devices(config, here=True), unreadable), console)
         trials = _search(placement, space)
         finished = [trial for trial in trials if trial.ended == "finished"]
         if not finished:
@@ -304,7 +305,10 @@ def end_interrupted_runs(uri: str, parent: str, storage: str) -> None:
         folder = f"{root}/{run.name}"
         if (newest := newest_checkpoint(files, folder)) is not None:
             with local_copy(files, f"{folder}/{newest}") as local:
-                MetricSender(uri, run.run_id, read_history(local)).close()
+                sender = MetricSender(SameProcess(), uri, run.run_id)
+                for record in read_history(local):
+                    sender.log(record)
+                sender.close()
         end_run(uri, run.run_id, "KILLED")
 
 

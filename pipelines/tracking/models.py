@@ -1,18 +1,24 @@
 """Checkpoints as models of MLflow: log, register, fetch."""
 
+import importlib
 from pathlib import Path
-
-import mlflow
-from mlflow.exceptions import MlflowException
 
 from pipelines.tracking import server
 from pipelines.tracking.address import without_password
+from pipelines.tracking.server import import_mlflow
+
+LOADER = "pipelines.embedder"  # the module by which MLflow loads our models
 
 
 def set_alias(uri: str, model: str, alias: str) -> None:
     """Point an alias at a registered model, NAME/VERSION."""
     name, _, version = model.rpartition("/")
     server.connect(uri).set_registered_model_alias(name, alias, version)
+
+
+def import_for_log_model() -> None:
+    """Import what log_model will: MLflow loads the model to try its example."""
+    importlib.import_module(LOADER)
 
 
 def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example: bytes, dim: int, version: str) -> str:
@@ -37,6 +43,7 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
+    mlflow = import_mlflow()
     mlflow.set_tracking_uri(uri)
     output = TensorSpec(np.dtype("float32"), (-1, dim))
     signature = ModelSignature(Schema([ColSpec("binary", "image")]), Schema([output]))
@@ -44,7 +51,7 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
     try:
         info = mlflow.pyfunc.log_model(
             name="model",
-            loader_module="pipelines.embedder",
+            loader_module=LOADER,
             data_path=str(checkpoint),
             signature=signature,
             input_example=pd.DataFrame({"image": [example]}),
@@ -58,6 +65,7 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
 
 def fetch_checkpoint(uri: str, run: str) -> Path:
     """Fetch the checkpoint folder of a run id or models:/NAME@ALIAS from MLflow. ValueError if there is none."""
+    mlflow = import_mlflow()
     mlflow.set_tracking_uri(uri)
     try:
         if run.startswith("models:/"):
@@ -68,7 +76,7 @@ def fetch_checkpoint(uri: str, run: str) -> Path:
                 raise ValueError(f"run {run} has no model: it did not finish")
             model = f"models:/{outputs.model_outputs[-1].model_id}"
         local = Path(mlflow.artifacts.download_artifacts(model))
-    except MlflowException as error:
+    except mlflow.MlflowException as error:
         reason = f"not a checkpoint folder, and unknown to MLflow at {without_password(uri)}"
         raise ValueError(f"{run}: {reason} ({error.message})") from None
     return next(path.parent for path in local.rglob("manifest.json"))

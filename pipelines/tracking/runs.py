@@ -1,43 +1,75 @@
 """Runs of MLflow: start, end, read them, and keep texts and figures with them.
 
-The driver makes the run before training and ends it after; between the two only rank 0 speaks to the server, from a
-thread of its own, so that a slow or lost server never holds up a step. The history that it sends is part of every
-checkpoint: what a server has not received by the end is sent by the next `dml train name=X`, and nothing twice.
+Only the driver speaks to the server: it makes the run before training, sends the records that rank 0 hands it from a
+thread of their own (sender.py), so that a slow or lost server never holds up a step, and ends the run. The history is
+part of every checkpoint: what a server has not received by the end is sent by the next `dml train name=X`, and nothing
+twice.
 """
+
+from __future__ import annotations
 
 import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import mlflow
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.tracking import server
 from pipelines.tracking.address import without_password
-from pipelines.tracking.server import experiment_id
+from pipelines.tracking.server import experiment_id, import_mlflow
 
+if TYPE_CHECKING:
+    import mlflow
+
+# MLflow's limits for one log_batch.
 PARAMS_PER_CALL = 100
+METRICS_PER_CALL = 1000
 
 
 def start_run(
-    uri: str, experiment: str, name: str, params: Mapping[str, Any], tags: dict[str, str], digest: str, source: str
+    uri: str,
+    experiment: str,
+    name: str,
+    params: Mapping[str, Any],
+    tags: dict[str, str],
+    digest: str,
+    source: str,
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Start a run of an experiment, with its params, tags and data set. Return its id."""
+    """Start a run of an experiment.
+
+    Args:
+        uri: MLflow's store.
+        experiment: Its name, which is that of the data set.
+        name: Of the run.
+        params: To log, by name.
+        tags: Of the run.
+        digest: Of the data set.
+        source: Where the data set is.
+        texts: Artifacts, by file name.
+
+    Returns:
+        The run's id.
+    """
+    from mlflow.entities import Dataset, DatasetInput, Param
+
     client = server.connect(uri)
     run = client.create_run(experiment_id(client, uri, experiment), run_name=name, tags=tags)
     logged = [Param(key, str(value)[:6000]) for key, value in params.items()]
     for start in range(0, len(logged), PARAMS_PER_CALL):
         client.log_batch(run.info.run_id, params=logged[start : start + PARAMS_PER_CALL])
-    dataset = mlflow.entities.Dataset(experiment, digest, "local", source, profile="{}")
-    client.log_inputs(run.info.run_id, [mlflow.entities.DatasetInput(dataset)])
+    dataset = Dataset(experiment, digest, "local", source, profile="{}")
+    client.log_inputs(run.info.run_id, [DatasetInput(dataset)])
+    for file, text in texts.items():
+        client.log_text(run.info.run_id, text, file)
     return run.info.run_id
 
 
 def resume_run(uri: str, run_id: str, tags: dict[str, str]) -> None:
     """Set a run to RUNNING again, with tags on top of its own."""
+    from mlflow.entities import RunTag
+
     client = server.connect(uri)
     client.update_run(run_id, status="RUNNING")
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -65,7 +97,32 @@ def log_figure(uri: str, run_id: str, figure: Any, name: str) -> None:
 def log_metrics(uri: str, run_id: str, metrics: dict[str, float]) -> None:
     """Log metrics at step 0."""
     now = int(time.time() * 1000)
-    server.connect(uri).log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+    send_points(uri, run_id, [MetricPoint(key, value, now, 0) for key, value in metrics.items()])
+
+
+class MetricPoint(NamedTuple):
+    """A value of a metric. time: in milliseconds since 1970."""
+
+    key: str
+    value: float
+    time: int
+    step: int
+
+
+def send_points(uri: str, run_id: str, points: Sequence[MetricPoint]) -> None:
+    """Log values of metrics."""
+    from mlflow.entities import Metric
+
+    client = server.connect(uri)
+    for start in range(0, len(points), METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=[Metric(*point) for point in points[start : start + METRICS_PER_CALL]])
+
+
+def read_last_steps(uri: str, run_id: str) -> dict[str, int]:
+    """Return the last step that the store has of each metric of a run."""
+    client = server.connect(uri)
+    keys = client.get_run(run_id).data.metrics
+    return {key: max(m.step for m in client.get_metric_history(run_id, key)) for key in keys}
 
 
 class LoggedRun(NamedTuple):
@@ -92,8 +149,9 @@ class LoggedRun(NamedTuple):
 
 def find_run(uri: str, name: str) -> LoggedRun | None:
     """Find the run of a run id, or the run that made models:/NAME@ALIAS; None where MLflow does not know it."""
+    mlflow = import_mlflow()
     mlflow.set_tracking_uri(uri)
-    with contextlib.suppress(MlflowException):
+    with contextlib.suppress(mlflow.MlflowException):
         run_id = mlflow.models.get_model_info(name).run_id if name.startswith("models:/") else name
         return _logged_run(server.connect(uri).get_run(run_id))
     return None
@@ -101,8 +159,9 @@ def find_run(uri: str, name: str) -> LoggedRun | None:
 
 def read_text(uri: str, run_id: str, name: str) -> str:
     """Read a text that is an artifact of a run."""
+    mlflow = import_mlflow()
     mlflow.set_tracking_uri(uri)
-    return mlflow.artifacts.load_text(f"runs:/{run_id}/{name}")
+    return str(mlflow.artifacts.load_text(f"runs:/{run_id}/{name}"))
 
 
 def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
@@ -112,7 +171,7 @@ def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
         experiment = client.get_experiment_by_name(name)
         try:
             runs = _search_runs(client, experiment.experiment_id) if experiment else [client.get_run(name)]
-        except MlflowException:
+        except import_mlflow().MlflowException:
             raise ValueError(f"{name}: neither a run nor an experiment of MLflow at {without_password(uri)}") from None
         for run in runs:
             if "group" in run.data.tags:
@@ -127,7 +186,8 @@ def _logged_run(run: mlflow.entities.Run) -> LoggedRun:
 
 
 def _search_runs(client: mlflow.MlflowClient, experiment: str, query: str = "") -> list[mlflow.entities.Run]:
-    runs, token = list[mlflow.entities.Run](), None
+    runs: list[mlflow.entities.Run] = []
+    token = None
     while True:
         part = client.search_runs([experiment], query, max_results=1000, page_token=token)
         runs += part

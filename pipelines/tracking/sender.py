@@ -4,13 +4,10 @@ import logging
 import queue
 import threading
 import time
+from concurrent.futures import Executor
 
-from mlflow.entities import Metric
-
-from pipelines.tracking import server
 from pipelines.tracking.records import EpochRecord
-
-METRICS_PER_CALL = 1000  # MLflow's limit for one log_batch
+from pipelines.tracking.runs import MetricPoint, read_last_steps, send_points
 
 
 class MetricSender:
@@ -19,20 +16,29 @@ class MetricSender:
     What MLflow has already, from before a crash, is not sent again: a slow or lost server never holds up a step.
     """
 
-    def __init__(self, uri: str, run_id: str, history: list[EpochRecord]):
-        self.client, self.run_id = server.connect(uri), run_id
+    def __init__(self, tracker: Executor, uri: str, run_id: str):
+        """Start the thread.
+
+        Args:
+            tracker: Calls what speaks to MLflow, see process.py.
+            uri: MLflow's store.
+            run_id: Of MLflow.
+        """
+        self.tracker, self.uri, self.run_id = tracker, uri, run_id
         self.last_steps: dict[str, int] = {}
+        self.known = set[tuple[object, ...]]()
         self.pending: queue.Queue[EpochRecord | None] = queue.Queue()
         self.unsent, self.patience = 0, float("inf")
         self.thread = threading.Thread(target=self._send_all, daemon=True)
         self.thread.start()
-        for record in history:
-            self.log(record)
 
     def log(self, record: EpochRecord) -> None:
-        """Send a record when its turn comes."""
-        self.unsent += 1
-        self.pending.put(record)
+        """Send a record when its turn comes; not again one that was handed over before."""
+        identity = (record["step"], record["time"], *record["metrics"])
+        if identity not in self.known:
+            self.known.add(identity)
+            self.unsent += 1
+            self.pending.put(record)
 
     def close(self, patience: float = 30.0) -> int:
         """Send what is left, for `patience` seconds at most. Return the number of records that were not sent."""
@@ -48,7 +54,8 @@ class MetricSender:
             while True:
                 try:
                     if not is_known:
-                        self.last_steps, is_known = self._read_last_steps(), True
+                        self.last_steps = self.tracker.submit(read_last_steps, self.uri, self.run_id).result()
+                        is_known = True
                     self._send(record)
                     self.unsent -= 1
                     break
@@ -63,12 +70,8 @@ class MetricSender:
     def _send(self, record: EpochRecord) -> None:
         now = record["time"]
         losses = enumerate(record.get("step_loss", []), record.get("first_step", 0))
-        metrics = [Metric("train/step_loss", value, now, step) for step, value in losses]
-        metrics += [Metric(key, value, now, record["step"]) for key, value in record["metrics"].items()]
-        new = [m for m in metrics if m.step > self.last_steps.get(m.key, -1)]
-        for start in range(0, len(new), METRICS_PER_CALL):
-            self.client.log_batch(self.run_id, metrics=new[start : start + METRICS_PER_CALL])
-
-    def _read_last_steps(self) -> dict[str, int]:
-        keys = self.client.get_run(self.run_id).data.metrics
-        return {key: max(m.step for m in self.client.get_metric_history(self.run_id, key)) for key in keys}
+        points = [MetricPoint("train/step_loss", value, now, step) for step, value in losses]
+        points += [MetricPoint(key, value, now, record["step"]) for key, value in record["metrics"].items()]
+        new = [point for point in points if point.step > self.last_steps.get(point.key, -1)]
+        self.tracker.submit(send_points, self.uri, self.run_id, new).result()
+        self.last_steps |= {point.key: point.step for point in new}

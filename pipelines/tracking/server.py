@@ -1,19 +1,40 @@
-"""Reach MLflow's store: a first look before anything starts, a client, experiments."""
+"""Reach MLflow's store: a first look before anything starts, a client, experiments.
+
+MLflow is imported by the first call, not with these modules: that takes seconds, and a training leaves it to a process
+of its own (process.py).
+"""
+
+from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
-
-import mlflow
-from mlflow.exceptions import MlflowException
-from mlflow.utils.logging_utils import disable_logging
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pipelines.tracking.address import without_password
 
-bad_request = MlflowException.invalid_parameter_value  # (message): MLflow's server answers 400 with it
+if TYPE_CHECKING:
+    import mlflow
 
-logging.getLogger("alembic").setLevel(logging.WARNING)
-logging.getLogger("mlflow").setLevel(logging.ERROR)
-disable_logging()  # lines of MLflow's own, on standard error: our commands print theirs
+
+@cache
+def import_mlflow() -> ModuleType:
+    """Import MLflow, without the lines that it would write on standard error: our commands print theirs."""
+    import mlflow
+    from mlflow.utils.logging_utils import disable_logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    disable_logging()
+    return mlflow
+
+
+def bad_request(message: str) -> Exception:
+    """Return the exception to which MLflow's server answers 400 and the message."""
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException.invalid_parameter_value(message)
 
 
 def prepare_store(uri: str) -> None:
@@ -40,7 +61,8 @@ def prepare_store(uri: str) -> None:
 
 def connect(uri: str) -> mlflow.MlflowClient:
     """Return a client of the store at an address."""
-    return mlflow.MlflowClient(uri)
+    client: mlflow.MlflowClient = import_mlflow().MlflowClient(uri)
+    return client
 
 
 def experiment_id(client: mlflow.MlflowClient, uri: str, name: str) -> str:
@@ -54,7 +76,7 @@ def experiment_id(client: mlflow.MlflowClient, uri: str, name: str) -> str:
     try:
         # The kind chooses which of its two faces MLflow's page shows: training, not chat.
         return client.create_experiment(name, location, {"mlflow.experimentKind": "custom_model_development"})
-    except MlflowException:  # another run made it meanwhile
+    except import_mlflow().MlflowException:  # another run made it meanwhile
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             raise

@@ -34,6 +34,8 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
         seconds_waited += time.perf_counter() - asked
         terms, norm = train_step(training, epoch, step, images, labels, parameters, slices)
         measured.append(torch.stack([value.detach().double() for value in (*terms, norm)]))
+        if not training.clock.phases:
+            training.end_first_step()
 
         steps_done = epoch * plan.steps + step + 1
         wants_checkpoint = steps_done % (config.checkpoint_every or math.inf) == 0
@@ -54,6 +56,7 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
     seconds = time.perf_counter() - started
     training.steps = torch.cat([training.steps, torch.stack(measured).cpu()])
     require_finite(training.steps, epoch)
+    training.clock.lap("steps")
     images_per_step = config.batch.classes * config.batch.images
     return means_of(training.steps) | {
         "train/lr": min(group["lr"] for group in training.optimizer.param_groups),

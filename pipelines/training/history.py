@@ -1,27 +1,27 @@
 """What a run tells MLflow of its epochs, and once at its end."""
 
 import time
-from typing import Protocol
+from typing import NamedTuple
 
 from dml_core.learner import Terms
+from pipelines.phases import Phase
 from pipelines.tracking.records import EpochRecord
 
 STEP_COLUMNS = (*Terms._fields, "gradient_norm")  # what is kept of each step
 
 
-class Sender(Protocol):
-    """Sends records to MLflow, see tracking/sender.py."""
+class TrainingResult(NamedTuple):
+    """What the training loop returns.
 
-    def log(self, record: EpochRecord) -> None: ...
+    Attributes:
+        metrics: Of the last epoch, of the best one, and of the test.
+        records: Of every epoch and of the end. The driver has had most of them by then, and knows what is new.
+        phases: Where rank 0's seconds went.
+    """
 
-    def close(self) -> int: ...
-
-
-def open_sender(uri: str, run_id: str, history: list[EpochRecord]) -> Sender:
-    """Start to send a run's history. MLflow takes seconds to import, and one rank alone speaks to it."""
-    from pipelines.tracking.sender import MetricSender
-
-    return MetricSender(uri, run_id, history)
+    metrics: dict[str, float]
+    records: list[EpochRecord]
+    phases: list[Phase]
 
 
 def final_metrics(metrics: dict[str, float]) -> dict[str, float]:

@@ -12,14 +12,12 @@ class TrainingJob(Job):
     """A run to train, from its start or from its newest checkpoint.
 
     Attributes:
-        run_id: Of MLflow; None with `tracking_uri` None.
-        tracking_uri: MLflow's store; None: nothing is logged.
+        started: When the command began, in seconds since 1970; None: nobody asks.
         test: Whether the best epoch is tested at the end; a sweep chooses by validation classes alone.
     """
 
     loop: ClassVar[str] = "pipelines.training.loop:train_loop"
-    run_id: str | None = None
-    tracking_uri: str | None = None
+    started: float | None = None
     test: bool = True
 
 

@@ -5,15 +5,13 @@ evaluation.py (validation and test) and history.py (what is remembered and told)
 """
 
 from pipelines.training.epoch import train_epoch
+from pipelines.training.history import TrainingResult
 from pipelines.training.job import TrainingJob
 from pipelines.training.setup import begin
 
 
-def train_loop(job: TrainingJob) -> dict[str, float]:
+def train_loop(job: TrainingJob) -> TrainingResult:
     """Train, validate, and test once at the end; the same on every rank.
-
-    Returns:
-        The final metrics: of the last epoch, of the best one, and of the test.
 
     Raises:
         ArithmeticError: The loss is no longer finite.
@@ -29,5 +27,5 @@ def train_loop(job: TrainingJob) -> dict[str, float]:
         training.remember(epoch, metrics)
         if training.validates_after(epoch):
             training.keep(epoch, metrics)
-        training.tell(epoch, metrics)  # Ray Train or Tune, then MLflow
+        training.tell(epoch, metrics)  # Ray Train or Tune, and the driver, which tells MLflow
     return training.test_best()

@@ -2,6 +2,7 @@
 
 import itertools
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow.fs
-import ray.train
 import torch
 
 from dml_core.data.datasets import Splits
@@ -26,6 +26,7 @@ from pipelines.models import checkpoint
 from pipelines.models.build import build_learner
 from pipelines.models.checkpoint import TrainingState, load_weights
 from pipelines.models.run_folder import checkpoint_name, keep_checkpoint, local_copy, locate, newest_checkpoint
+from pipelines.phases import Clock
 from pipelines.tracking.records import EpochRecord
 from pipelines.training.evaluation import (
     baseline_metrics,
@@ -34,7 +35,7 @@ from pipelines.training.evaluation import (
     test_metrics,
     validation_metrics,
 )
-from pipelines.training.history import STEP_COLUMNS, Sender, final_metrics, now_in_ms, open_sender
+from pipelines.training.history import STEP_COLUMNS, TrainingResult, final_metrics, now_in_ms
 from pipelines.training.job import TrainingJob
 from pipelines.training.optimizer import build_optimizer, build_schedule
 
@@ -67,12 +68,14 @@ class Training:
         plan: The global batches of every epoch.
         files, folder: The file system and the path of the run's folder.
         report: Called with the metrics of each validated epoch.
-        sender: Sends the history to MLflow; None on other ranks, and where nothing is logged.
         state: How far the training is.
         history: A record of each finished epoch.
         steps: (n, T + 1) float64, of the steps taken in the epoch under way: the T terms, and the gradient's norm.
         noise: Draws synthetics; in the same state on every rank.
         generators: All that are seeded at each step: `noise`, and those that the library's miners draw from.
+        preemption: Tells that this worker's node will be taken away.
+        clock: Measures where the seconds go.
+        startup_seconds: From the start of the command to the end of the first step; none before that.
     """
 
     job: TrainingJob
@@ -91,8 +94,9 @@ class Training:
     report: Callable[[dict[str, float]], object]
     noise: torch.Generator
     generators: list[torch.Generator]
-    preemption: PreemptionWatch = field(default_factory=PreemptionWatch)
-    sender: Sender | None = None
+    preemption: PreemptionWatch
+    clock: Clock
+    startup_seconds: dict[str, float] = field(default_factory=dict)
     state: TrainingState = field(default_factory=TrainingState)
     history: list[EpochRecord] = field(default_factory=list)
     steps: torch.Tensor = field(default_factory=lambda: torch.zeros(0, len(STEP_COLUMNS), dtype=torch.float64))
@@ -102,20 +106,25 @@ class Training:
         """The config of the whole run."""
         return self.job.config
 
+    def end_first_step(self) -> None:
+        """Remember how long it took to get here."""
+        self.clock.lap("first step")
+        if self.job.started is not None:
+            self.startup_seconds = {"train/startup_seconds": time.time() - self.job.started}
+
     @property
     def is_main(self) -> bool:
         """Whether this rank keeps checkpoints and tells of the progress."""
         return rank() == 0
 
     def resume(self) -> None:
-        """Take over the run's newest whole checkpoint, if there is one; then start to send the history."""
+        """Take over the run's newest whole checkpoint, if there is one, and hand its history to the driver."""
         name = broadcast_object(newest_checkpoint(self.files, self.folder) if self.is_main else None)
         if name is not None:
             with local_copy(self.files, f"{self.folder}/{name}") as local:
                 loaded = checkpoint.load(local, self.learner, self.optimizer, self.schedule)
             self.state, self.history, self.steps = loaded
-        if self.is_main and self.job.tracking_uri and self.job.run_id:
-            self.sender = open_sender(self.job.tracking_uri, self.job.run_id, self.history)
+        self.progress.record(self.history)
         for tensor in self.learner.state_dict().values():
             broadcast(tensor, 0)
 
@@ -164,6 +173,7 @@ class Training:
         self.learner.eval()
         metrics = validation_metrics(self.learner, self.splits.validation, self.sources)
         self.learner.train()
+        self.clock.lap("validation")
         steps, total = (epoch + 1) * self.plan.steps, self.config.epochs * self.plan.steps
         self.progress.note("training", steps, total, {"recall": metrics["val/recall_at_1"]})
         return metrics
@@ -183,6 +193,7 @@ class Training:
         self.state = TrainingState(epoch + 1, *best)
         if self.is_main:
             self.store(self.state, metrics)
+        self.clock.lap("checkpoints")
 
     def store(self, state: TrainingState, metrics: dict[str, float]) -> None:
         """Write a checkpoint; it is in the run's folder when this returns."""
@@ -202,28 +213,24 @@ class Training:
             keep_checkpoint(self.files, self.folder, Path(scratch), state)
 
     def tell(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Report a validated epoch to Ray, and send every epoch's record to MLflow.
+        """Report a validated epoch to Ray, and hand every epoch's record to the driver.
 
         Ray gets metrics alone: it stores a checkpoint when it next looks at its workers, and loses it if one
         dies before.
         """
         if self.validates_after(epoch):
             self.report({"epoch": epoch + 1, **self.best_metrics(), **metrics})
-        if self.sender:
-            self.sender.log(self.history[-1])
+        self.progress.record(self.history[-1:])
 
     def best_metrics(self) -> dict[str, float]:
         """Return the best validated score so far; none where nothing is validated."""
         return {} if self.state.best_score is None else {"val/best_map_at_r": self.state.best_score}
 
-    def test_best(self) -> dict[str, float]:
-        """Test the best epoch's weights, once, beside the same network untrained and its raw features.
-
-        Returns:
-            The final metrics. `unsent` counts the records that MLflow did not take.
-        """
+    def test_best(self) -> TrainingResult:
+        """Test the best epoch's weights, once, beside the same network untrained and its raw features."""
         best = broadcast_object(checkpoint_name(self.state.best_epoch))  # when rank 0 has stored it
         metrics = self.history[-1]["metrics"] | {"best_epoch": float(self.state.best_epoch)} | self.best_metrics()
+        metrics |= self.startup_seconds
         metrics["data/left_out"] = float(len(self.job.unreadable))
         if self.job.test:
             with local_copy(self.files, f"{self.folder}/{best}") as local:
@@ -232,11 +239,9 @@ class Training:
             metrics |= test_metrics(self.learner, self.splits, self.sources)
             untrained = self._build(self.config).eval()
             metrics |= baseline_metrics(untrained, self.splits, self.sources)
-        unsent = 0
-        if self.sender:
-            self.sender.log({"time": now_in_ms(), "step": self.config.epochs, "metrics": final_metrics(metrics)})
-            unsent = self.sender.close()
-        return metrics | {"unsent": float(unsent)}
+            self.clock.lap("test")
+        end = EpochRecord(time=now_in_ms(), step=self.config.epochs, metrics=final_metrics(metrics))
+        return TrainingResult(metrics, [*self.history, end], [*self.clock.phases.values()])
 
     def _build(self, settings: Config, read_weights: bool = True) -> Learner:
         return build_on(settings, len(self.splits.train.class_names), self.device, read_weights)
@@ -244,7 +249,7 @@ class Training:
 
 def begin(job: TrainingJob) -> Training:
     """Load the sets, build the learner, the plan of global batches, the optimizer and its schedule."""
-    config = job.config
+    config, clock = job.config, Clock()
     torch.set_num_threads(1)  # the order of a sum depends on it; CPUs share slices and batches instead (sources.each)
     device, progress = device_of_worker(config), Reporter(job.worker.board if rank() == 0 else None)
     splits = load_splits(config, job.unreadable)
@@ -268,10 +273,19 @@ def begin(job: TrainingJob) -> Training:
         files=files,
         folder=folder,
         progress=progress,
-        report=job.worker.report or ray.train.report,
+        report=job.worker.report or report_to_ray_train,
+        preemption=PreemptionWatch(job.worker.is_of_ray_train),
+        clock=clock,
         noise=noise,
         generators=[noise, *global_generators(device)],
     )
+
+
+def report_to_ray_train(metrics: dict[str, float]) -> None:
+    """Report metrics from a worker of Ray Train."""
+    import ray.train  # a second of import, which a training in the driver's own process does without
+
+    ray.train.report(metrics)
 
 
 def build_on(config: Config, classes: int, device: torch.device, read_weights: bool = True) -> Learner:

@@ -41,5 +41,5 @@ def assert_as_undisturbed(uri: str, outcome: dict[str, Any], expected: TrainOutc
     for one, other in zip(*curves, strict=True):
         assert one[1] == pytest.approx(other[1], rel=1e-9, abs=0), one[0]
     for key, value in expected.metrics.items():
-        if "per_second" not in key and "data_wait" not in key:
+        if "_second" not in key and "data_wait" not in key:
             assert outcome["metrics"][key] == pytest.approx(value, rel=1e-9), key

@@ -25,7 +25,7 @@ LINES = (
     {"data", "models"},
     {"cluster", "compare"},
     {"config"},
-    {"tracking", "pages", "console", "environment", "files"},
+    {"tracking", "pages", "console", "environment", "files", "phases"},
 )
 LINE_OF = {wing: number for number, wings in enumerate(LINES) for wing in wings}
 WORKER_WINGS = {"data", "models", "training"}
@@ -154,7 +154,8 @@ def test_environment_variables_are_set_before_ray_is_imported() -> None:
         "        if name in ('ray', 'mlflow') and name not in seen:\n"
         "            seen[name] = dict(os.environ)\n"
         "sys.meta_path.insert(0, Watch())\n"
-        "import pipelines.cli.main, pipelines.runs.train\n"
+        "import pipelines.cli.main, pipelines.runs.train, pipelines.cluster.session\n"
+        "pipelines.tracking.server.import_mlflow()\n"
         "assert seen['ray']['RAY_ENABLE_AUTO_CONNECT'] == '0', 'Ray came first'\n"
         "assert seen['mlflow']['MLFLOW_HTTP_REQUEST_MAX_RETRIES'] == '2', 'MLflow came first'\n"
     )

@@ -68,7 +68,9 @@ def test_bad_input_stops_before_any_worker(tmp_path: Path, arguments: list[str],
     (tmp_path / "file").write_text("")
     found = dml("train", *arguments)
     assert found.exit_code == 2, found.output
-    assert message in found.stderr and found.stderr.count("\n") == 1 and found.stderr.startswith("bad input: ")
+    *stages, line = found.stderr.splitlines()
+    assert message in line and line.startswith("bad input: ")
+    assert {*stages} <= {"starting", "reading the data"}  # on a slow machine
     assert not list(tmp_path.glob("runs/*"))
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 from pydantic import BaseModel
@@ -32,6 +33,7 @@ from pipelines.data.sets import load_collection, load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.run_folder import RunFolder, locate
 from pipelines.runs import record
+from pipelines.tracking.process import SameProcess
 from pipelines.training.job import TrainingJob
 from pipelines.training.loop import train_loop
 
@@ -83,10 +85,10 @@ def training(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     config, reports = config.model_copy(update={"storage": str(folder), "name": "run"}), list[dict[str, Any]]()
     threads = torch.get_num_threads()
     try:
-        metrics = train_loop(TrainingJob(config, worker=Worker(report=lambda report: reports.append(dict(report)))))
+        metrics, *_ = train_loop(TrainingJob(config, worker=Worker(report=lambda report: reports.append(dict(report)))))
     finally:
         torch.set_num_threads(threads)
-    timed = ("train/images_per_second", "train/data_wait")
+    timed = ("train/images_per_second", "train/data_wait", "train/startup_seconds")
     for numbers in (metrics, *reports):
         for name in timed:
             numbers.pop(name, None)
@@ -96,8 +98,8 @@ def training(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
 def resolved(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     """Devices and precision on a cluster of a machine with GPUs and of one without."""
     nodes = [{"Alive": True, "Resources": {"CPU": 4, "GPU": 2}}, {"Alive": True, "Resources": {"CPU": 8}}]
-    patch.setattr(devices.ray, "cluster_resources", lambda: {"CPU": 12, "GPU": 2})
-    patch.setattr(devices.ray, "nodes", lambda: nodes)
+    patch.setattr(ray, "cluster_resources", lambda: {"CPU": 12, "GPU": 2})
+    patch.setattr(ray, "nodes", lambda: nodes)
     config = devices.resolve_devices(config)
     return config.use_gpu, config.precision, config.data.loader
 
@@ -116,9 +118,9 @@ def launched(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
             return SimpleNamespace(return_value=(*facts, run.name, run.storage_path))
 
     board = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: None))
+    patch.setattr(launch.ray, "remote", lambda **_: lambda _: board)
     patch.setattr(launch, "TorchTrainer", Trainer)
-    patch.setattr(launch, "Board", board)
-    patch.setattr(launch, "Bar", lambda *_: contextlib.nullcontext())
+    patch.setattr(launch, "Follower", lambda *_: contextlib.nullcontext())
     patch.setattr(launch, "call_interruptibly", lambda function: function())
     patch.setattr(launch.ray, "nodes", lambda: [1, 2])
     patch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 8})
@@ -146,7 +148,7 @@ def registered(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> objec
     """The name of the registered model."""
     patch.setattr(record, "log_model", lambda *given: given[3])
     checkpoint, splits = "epoch_00001", load_splits(config)
-    return record.register_model("uri", "id", config, RunFolder(config), checkpoint, splits)
+    return record.register_model(SameProcess(), "uri", "id", config, RunFolder(config), checkpoint, splits)
 
 
 def collection(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:

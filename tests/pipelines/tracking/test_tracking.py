@@ -6,6 +6,8 @@ import mlflow
 import pytest
 
 from pipelines.tracking.models import fetch_checkpoint
+from pipelines.tracking.process import SameProcess
+from pipelines.tracking.records import EpochRecord
 from pipelines.tracking.runs import end_run, start_run
 from pipelines.tracking.sender import MetricSender
 from pipelines.tracking.server import prepare_store
@@ -30,6 +32,13 @@ def logged(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in history)
 
 
+def open_sender(uri: str, run_id: str, *history: EpochRecord) -> MetricSender:
+    sender = MetricSender(SameProcess(), uri, run_id)
+    for earlier in history:
+        sender.log(earlier)
+    return sender
+
+
 @pytest.fixture
 def run_id(mlflow_server) -> str:
     prepare_store(mlflow_server.uri)
@@ -37,7 +46,7 @@ def run_id(mlflow_server) -> str:
 
 
 def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
-    tracker = MetricSender(mlflow_server.uri, run_id, [])
+    tracker = open_sender(mlflow_server.uri, run_id)
     for epoch in (1, 2):
         tracker.log(record(epoch))
     assert tracker.close() == 0
@@ -51,19 +60,19 @@ def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
 
 
 def test_more_steps_than_one_call_takes(mlflow_server, run_id: str) -> None:
-    tracker = MetricSender(mlflow_server.uri, run_id, [])
+    tracker = open_sender(mlflow_server.uri, run_id)
     tracker.log(record(1, steps=2500))
     assert tracker.close() == 0
     assert len(logged(mlflow_server.uri, run_id, "train/step_loss")) == 2500
 
 
 def test_a_resumed_run_logs_nothing_twice_and_loses_nothing(mlflow_server, run_id: str) -> None:
-    first = MetricSender(mlflow_server.uri, run_id, [])
+    first = open_sender(mlflow_server.uri, run_id)
     first.log(record(1))
     first.log(record(2))  # logged, but the crash comes before its checkpoint
     assert first.close() == 0
     history = [record(1)]
-    again = MetricSender(mlflow_server.uri, run_id, history)
+    again = open_sender(mlflow_server.uri, run_id, *history)
     for epoch in (2, 3):
         again.log(record(epoch))
     assert again.close() == 0
@@ -73,7 +82,7 @@ def test_a_resumed_run_logs_nothing_twice_and_loses_nothing(mlflow_server, run_i
 
 def test_killed_before_the_first_checkpoint_logs_nothing_twice(mlflow_server, run_id: str) -> None:
     for _ in range(2):
-        tracker = MetricSender(mlflow_server.uri, run_id, [])
+        tracker = open_sender(mlflow_server.uri, run_id)
         tracker.log(record(1))
         assert tracker.close() == 0
     client = mlflow.MlflowClient(mlflow_server.uri)
@@ -83,7 +92,7 @@ def test_killed_before_the_first_checkpoint_logs_nothing_twice(mlflow_server, ru
 def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str) -> None:
     """From a run that has patience; what another never sent is counted, and sent by the next of its name."""
     other = start_run(mlflow_server.uri, "set", "another", {}, {}, "digest", "folder")
-    tracker = MetricSender(mlflow_server.uri, run_id, [])
+    tracker = open_sender(mlflow_server.uri, run_id)
     tracker.log(record(1))
     while tracker.unsent:
         pass
@@ -91,14 +100,14 @@ def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str)
     tracker.log(record(2))
     tracker.log(record(3))
     assert tracker.unsent == 2
-    hasty = MetricSender(mlflow_server.uri, other, [])
+    hasty = open_sender(mlflow_server.uri, other)
     hasty.log(record(1))
     assert hasty.close(patience=0) == 1
     mlflow_server.start()
     assert tracker.close(patience=60) == 0
     assert logged(mlflow_server.uri, run_id, "train/loss") == [(e, 1.0 / e) for e in (1, 2, 3)]
     assert logged(mlflow_server.uri, other, "train/loss") == []
-    assert MetricSender(mlflow_server.uri, other, [record(1)]).close() == 0
+    assert open_sender(mlflow_server.uri, other, record(1)).close() == 0
     assert logged(mlflow_server.uri, other, "train/loss") == [(1, 1.0)]
 
 
