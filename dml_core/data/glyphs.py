@@ -11,6 +11,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,9 +75,7 @@ def load(cache: Path) -> Glyphs:
     Raises:
         OSError: The folder cannot be written.
     """
-    import matplotlib
-
-    path = Path(cache) / f"glyphs-v{FORMAT_VERSION}-matplotlib-{matplotlib.__version__}.npz"
+    path = Path(cache) / f"glyphs-v{FORMAT_VERSION}-matplotlib-{version('matplotlib')}.npz"
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Glyphs(arrays["images"], arrays["labels"], arrays["class_names"].tolist())

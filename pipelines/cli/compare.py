@@ -8,6 +8,7 @@ import typer
 from pipelines.cli.arguments import Json
 from pipelines.cli.endings import exit_on_error, print_result
 from pipelines.cli.tables import describe_comparison
+from pipelines.console import messages, stage
 
 
 def compare(
@@ -24,7 +25,7 @@ def compare(
 
     Example: dml compare glyphs --baseline method=[] --html gain.html
     """
-    with exit_on_error():
+    with exit_on_error(), stage(messages, "reading the runs"):
         from pipelines.compare.comparison import compare_experiments
         from pipelines.compare.statistics import METRICS
 

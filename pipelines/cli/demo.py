@@ -6,7 +6,7 @@ import typer
 
 from pipelines.cli.arguments import Json, KeyValues
 from pipelines.cli.endings import exit_on_error, print_result
-from pipelines.console import messages
+from pipelines.console import messages, stage
 
 
 def demo(
@@ -31,17 +31,17 @@ def demo(
     Example: dml demo models:/dml-glyphs/1 --index INDEX
     """
     with exit_on_error():
-        try:
-            from pipelines.serving import demo_page
-        except ModuleNotFoundError as error:
-            raise ValueError("dml demo: NiceGUI is not installed; pip install 'dml-ray[demo]'") from error
         from pipelines.config.recipe import parse_assignments
-        from pipelines.serving.demo import open_demo
 
-        with (
-            demo_page.listen(port) as socket,
-            open_demo(run, index, parse_assignments(assignments or []), messages) as demonstration,
-        ):
+        values = parse_assignments(assignments or [])
+        with stage(messages, "starting"):
+            try:
+                from pipelines.serving import demo_page
+            except ModuleNotFoundError as error:
+                raise ValueError("dml demo: NiceGUI is not installed; pip install 'dml-ray[demo]'") from error
+            from pipelines.serving.demo import open_demo
+
+        with demo_page.listen(port) as socket, open_demo(run, index, values, messages) as demonstration:
             about = demonstration.index.about
             url = f"http://127.0.0.1:{socket.getsockname()[1]}"
             folder = str(demonstration.index.folder)

@@ -6,7 +6,7 @@ import typer
 
 from pipelines.cli.arguments import Json, KeyValues, Run
 from pipelines.cli.endings import exit_on_error, print_result
-from pipelines.console import messages
+from pipelines.console import messages, stage
 
 
 def embed(
@@ -26,9 +26,11 @@ def embed(
     """
     with exit_on_error():
         from pipelines.config.recipe import parse_assignments
-        from pipelines.serving.embed import plan_embedding, write_embeddings
 
-        plan = plan_embedding(run, images, parse_assignments(assignments or []), messages)
+        values = parse_assignments(assignments or [])
+        with stage(messages, "starting"):
+            from pipelines.serving.embed import plan_embedding, write_embeddings
+        plan = plan_embedding(run, images, values, messages)
         facts = write_embeddings(plan, out, messages)
     print_result(
         as_json,

@@ -6,7 +6,7 @@ import typer
 
 from pipelines.cli.arguments import Json, Run
 from pipelines.cli.endings import exit_on_error, print_result
-from pipelines.console import messages
+from pipelines.console import messages, stage
 
 
 def export(
@@ -20,8 +20,8 @@ def export(
     Example: dml export models:/dml-glyphs/1 --to onnx --out model.onnx
     """
     with exit_on_error():
-        from pipelines.serving.export import export_model
-
+        with stage(messages, "starting"):
+            from pipelines.serving.export import export_model
         facts = export_model(run, to, out, messages)
     compared_on = [
         f"{facts[key]} {key.replace('_', ' ')}" for key in ("test_pictures", "random_pictures") if facts[key]

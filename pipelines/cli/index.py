@@ -8,7 +8,7 @@ import typer
 from pipelines.cli.arguments import Json, KeyValues
 from pipelines.cli.endings import exit_on_error, print_result
 from pipelines.cli.tables import describe_hits
-from pipelines.console import messages
+from pipelines.console import messages, stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,12 +37,14 @@ def index_build(
     Example: dml index build vectors.parquet --out INDEX --kind hnsw
     """
     with exit_on_error():
-        from dml_core.retrieval.index import IndexOptions
         from pipelines.config.recipe import parse_assignments
-        from pipelines.serving.index_build import IndexRequest, build_index
 
+        values = parse_assignments(assignments or [])
+        with stage(messages, "starting"):
+            from dml_core.retrieval.index import IndexOptions
+            from pipelines.serving.index_build import IndexRequest, build_index
         request = IndexRequest(kind, structure, shard_rows, IndexOptions(nlist, nprobe, links, ef_search))
-        facts = build_index(source, out, request, model, parse_assignments(assignments or []), messages)
+        facts = build_index(source, out, request, model, values, messages)
     print_result(
         as_json,
         facts,
@@ -63,7 +65,7 @@ def index_search(
 
     Example: dml index search INDEX --image query.jpg -k 5
     """
-    with exit_on_error():
+    with exit_on_error(), stage(messages, "searching"):
         from pipelines.serving.index import search_index
 
         facts = search_index(folder, image, k, plain)

@@ -6,7 +6,7 @@ import typer
 
 from pipelines.cli.arguments import Json
 from pipelines.cli.endings import exit_on_error, print_result
-from pipelines.console import messages
+from pipelines.console import messages, stage
 
 
 def report(
@@ -30,12 +30,13 @@ def report(
     """
     with exit_on_error():
         from pipelines.config.recipe import parse_assignments
-        from pipelines.reports.report import find_subject, output_path, write_report
 
         assignments = parse_assignments([name for name in names if "=" in name])
         subjects = [name for name in names if "=" not in name]
         if not subjects:
             raise ValueError("a run, a sweep, a comparison or an experiment is needed")
+        with stage(messages, "starting"):
+            from pipelines.reports.report import find_subject, output_path, write_report
         path = output_path(out)
         facts = write_report(find_subject(subjects, assignments, messages), path, log, messages)
     print_result(as_json, facts, f"{facts['report']}  ({facts['bytes'] / 1e6:.1f} MB, {facts['seconds']:.0f} s)")

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchvision.transforms.functional import to_pil_image
 
 from dml_core.data.datasets import LabelledImages, Retrieval, Splits
 from dml_core.learner import Learner
@@ -321,7 +321,7 @@ def _class_name(images: LabelledImages, row: int) -> str:
 def encode_picture(images: LabelledImages, row: int, side: int = PICTURE_SIDE) -> str:
     """Return a picture as a data URL of a small WebP. side: at most so many pixels wide and high."""
     file = io.BytesIO()
-    small = to_pil_image(images.picture(row, side))
+    small = Image.fromarray(images.picture(row, side).permute(1, 2, 0).numpy())
     small.thumbnail((side, side))
     small.save(file, "WEBP", quality=60)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,20 +1,14 @@
-"""A report as one HTML page without anything from elsewhere: what is known, into the templates of pages/."""
+"""A run as one HTML page without anything from elsewhere: what is known, into the template run.html."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipelines.compare.page import comparison_content
-from pipelines.compare.statistics import Comparison
-from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, short_number
-from pipelines.config import schema
+from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS
 from pipelines.config.schema import Config
 from pipelines.pages.render import render
 from pipelines.reports.inspection import Inspection
 from pipelines.reports.plots import draw_cloud, draw_curves, draw_spectrum, draw_spread
-from pipelines.sweeps.plots import FEWEST_SCORES, draw_figures, draw_slices, restyle_figure
-from pipelines.sweeps.records import Trial
-from pipelines.sweeps.spaces import Space
 from pipelines.tracking.records import EpochRecord
 
 RUN_SECTIONS = {
@@ -25,15 +19,6 @@ RUN_SECTIONS = {
     "map": "Map of the embedding",
     "variation": "Variation inside classes",
     "settings": "Config and environment",
-}
-
-SWEEP_SECTIONS = {"tested": "Winner against defaults", "settings": "Settings", "trials": "Trials", "sweep": "The sweep"}
-
-# Of the figures of all settings together.
-CAPTIONS = {
-    "parallel_coordinates": "Each trial as a line through its score and settings, the stronger the better",
-    "importance": "Importance of each setting for the score (fANOVA)",
-    "changes": "Settings that changed on the way, a line for each trial, the stronger the better it ended",
 }
 
 
@@ -90,51 +75,5 @@ def render_run(
         clouds=[(draw_cloud(cloud), cloud) for cloud in inspection.clouds],
         environment=environment.items(),
         config=config.flat().items(),
-        footer=footer,
-    )
-
-
-def render_sweep(
-    title: str,
-    trials: Sequence[Trial],
-    space: Space,
-    comparison: Comparison,
-    facts: Mapping[str, str],
-    footer: str,
-) -> str:
-    """Render the page of a sweep.
-
-    Args:
-        title: Its heading.
-        trials: All trials of the search.
-        space: What was searched.
-        comparison: The winner's tests against those of the defaults.
-        facts: What the sweep was, by name.
-        footer: Its last line; see pages.render.made_by.
-    """
-    figures = draw_figures(space, trials)
-    ranked = sorted(trials, key=lambda trial: (trial.score is None, -(trial.score or 0.0)))
-    keys = [*dict.fromkeys(key for trial in ranked for key in schema.flatten(trial.point))]
-    best = ranked[0]
-
-    def row(trial: Trial) -> tuple[str, ...]:
-        settings, score = schema.flatten(trial.point), "" if trial.score is None else f"{trial.score:.4f}"
-        values = (short_number(str(settings[key])) if key in settings else "" for key in keys)
-        ended = f"{trial.ended}: {trial.reason}" if trial.reason else trial.ended
-        return trial.name, score, str(trial.epochs), *values, ended
-
-    return render(
-        "sweep.html",
-        title=title,
-        lead=f"{len(trials)} trials; the best, {best.name}, has val/map_at_r {best.score:.4f} on validation classes",
-        sections=SWEEP_SECTIONS,
-        comparison=comparison_content(comparison),
-        figures=[(restyle_figure(figures[key], text), text) for key, text in CAPTIONS.items() if key in figures],
-        slices=[] if "changes" in figures else draw_slices(space, trials),
-        has_importance="importance" in figures or "changes" in figures,
-        fewest_scores=FEWEST_SCORES,
-        heads=("trial", "val/map_at_r", "epochs", *keys, "ended"),
-        rows=[row(trial) for trial in ranked],
-        facts=facts.items(),
         footer=footer,
     )

@@ -7,19 +7,18 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import pyarrow.fs
 from rich.console import Console
 
 from pipelines.compare.comparison import keep_comparison, read_comparison
-from pipelines.compare.page import render_comparison
 from pipelines.compare.statistics import METRICS, Comparison, compare_runs
 from pipelines.config import schema
 from pipelines.config.identity import REPORT_KEYS
 from pipelines.config.recipe import parse_stored_config
 from pipelines.config.schema import Config
-from pipelines.console import messages
+from pipelines.console import messages, stage
 from pipelines.files import write_atomically
 from pipelines.models import run_folder
 from pipelines.models.checkpoint import read_history, read_state
@@ -27,14 +26,15 @@ from pipelines.models.find import find_checkpoint
 from pipelines.models.run_folder import local_copy, newest_checkpoint
 from pipelines.pages.render import made_by
 from pipelines.reports.job import InspectJob
-from pipelines.reports.page import render_run, render_sweep
 from pipelines.runs.with_model import TrainedModel, open_model, require_splits, run_with_model
-from pipelines.sweeps.records import SweepOptions, SweepOutcome
-from pipelines.sweeps.spaces import Space, load_space
 from pipelines.tracking.address import default_uri
 from pipelines.tracking.records import EpochRecord
 from pipelines.tracking.runs import LoggedRun, find_run, log_text, read_runs
 from pipelines.tracking.server import prepare_store
+
+if TYPE_CHECKING:  # of sweeps; with them come Ray Tune and Optuna
+    from pipelines.sweeps.records import SweepOptions, SweepOutcome
+    from pipelines.sweeps.spaces import Space
 
 # Whose versions a run's page names.
 PACKAGES = ("dml-ray", "torch", "torchvision", "ray", "mlflow", "pytorch-metric-learning", "scikit-learn", "numpy")
@@ -57,10 +57,10 @@ class RunSubject(NamedTuple):
 class SweepSubject(NamedTuple):
     """A sweep that has finished. config, space: what its options make of the config that it started from."""
 
-    outcome: SweepOutcome
-    options: SweepOptions
+    outcome: "SweepOutcome"
+    options: "SweepOptions"
     config: Config
-    space: Space
+    space: "Space"
 
 
 class ComparisonSubject(NamedTuple):
@@ -152,6 +152,9 @@ def _read_sweep(place: str) -> SweepSubject | None:
         return None
     if (outcome := _read_json(files, path, "outcome.json")) is None:
         raise ValueError(f"{place}: the sweep has not finished; dml tune --resume {Path(path).name} goes on")
+    from pipelines.sweeps.records import SweepOptions, SweepOutcome
+    from pipelines.sweeps.spaces import load_space
+
     options = SweepOptions(**start["options"])
     config, space = load_space(options.space, parse_stored_config(start["config"]))
     return SweepSubject(SweepOutcome.from_json(outcome), options, config, space)
@@ -196,6 +199,8 @@ def write_report(subject: Subject, path: Path, log: bool = True, console: Consol
     elif isinstance(subject, SweepSubject):
         kind, run_id, page = "sweep", subject.outcome.run_id, _page_of_sweep(subject, footer)
     else:
+        from pipelines.compare.page import render_comparison
+
         kind, run_id = "comparison", subject.run_id
         page = render_comparison(subject.title, subject.comparison, footer)
     write_atomically(path, page)
@@ -218,11 +223,16 @@ def _page_of_run(run: RunSubject, footer: str, console: Console) -> str:
     metrics = logged.metrics if logged and "test/map_at_r" in logged.metrics else None
     job = InspectJob(model.config, model.unreadable, metrics=metrics, epoch=max(0, state.epoch - 1))
     inspection = run_with_model(model, job, "report", console)
-    config = model.trained_by
-    title = f"Run {logged.name if logged else config.name or run.name}"
-    source = "the run's own numbers" if metrics else "measured for this page, as MLflow does not know the run's numbers"
-    environment = _environment(run, config)
-    return render_run(title, config, inspection, _read_longest_history(model), state.epoch, source, environment, footer)
+    with stage(console, "drawing the page"):
+        from pipelines.reports.page import render_run
+
+        config = model.trained_by
+        title = f"Run {logged.name if logged else config.name or run.name}"
+        source = "the run's own numbers"
+        if not metrics:
+            source = "measured for this page, as MLflow does not know the run's numbers"
+        history, environment = _read_longest_history(model), _environment(run, config)
+        return render_run(title, config, inspection, history, state.epoch, source, environment, footer)
 
 
 def _read_longest_history(model: TrainedModel) -> list[EpochRecord]:
@@ -261,6 +271,8 @@ def _environment(run: RunSubject, config: Config) -> dict[str, str]:
 
 
 def _page_of_sweep(sweep: SweepSubject, footer: str) -> str:
+    from pipelines.reports.sweep_page import render_sweep
+
     outcome = sweep.outcome
     comparison = Comparison("default", outcome.warnings, outcome.tested)
     facts = {"run": outcome.run_id, "recipe of the winner": outcome.recipe, "model": outcome.model or "none"}

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pyarrow import parquet
 from rich.console import Console
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from dml_core.data import files
 from dml_core.data.datasets import LabelledImages, names_array
@@ -60,7 +60,7 @@ def make_thumbnail(picture: bytes) -> bytes:
 
 
 def _encode(picture: Tensor, image_format: str) -> bytes:
-    file, image = io.BytesIO(), to_pil_image(picture)
+    file, image = io.BytesIO(), Image.fromarray(picture.permute(1, 2, 0).numpy())
     image.thumbnail((SIDE, SIDE))
     image.save(file, image_format, quality=90)
     return file.getvalue()

@@ -24,6 +24,7 @@ from dml_core.data.datasets import LabelledImages
 from dml_core.gather import rank, world_size
 from dml_core.retrieval.neighbors import block_rows
 from pipelines.config.schema import Config, flatten
+from pipelines.console import stage
 from pipelines.data.sets import load_collection, load_splits
 from pipelines.models.checkpoint import model_fingerprint, read_config
 from pipelines.models.embedder import embed_views
@@ -89,7 +90,7 @@ def plan_embedding(
         values = _values_of_images(read_config(folder), images) | values
     model = open_model(folder, values, console, labelled=images is None)
     part: Part = "given" if images else own
-    with console.status("reading the data"):
+    with stage(console, "reading the data"):
         pictures = pictures_of(model.config, part, model.unreadable)
     metadata = FileMetadata(
         model={

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dml_core.learner import Learner
 from pipelines.config.identity import with_absolute_paths
-from pipelines.console import RunFailed
+from pipelines.console import RunFailed, stage
 from pipelines.data.sets import load_splits
 from pipelines.models.checkpoint import model_fingerprint, read_class_names
 from pipelines.models.embedder import Embedder, embed_views
@@ -97,10 +97,10 @@ def export_model(run: str, to: str, out: str, console: Console) -> ExportResult:
     model = Embedder(folder)
     with tempfile.TemporaryDirectory(prefix="dml-", dir=path.parent) as scratch:
         file = Path(scratch, path.name)
-        with console.status(f"exporting to {to}"):
+        with stage(console, f"exporting to {to}"):
             read = (_write_torch if to == "torch" else _write_onnx)(ExportedModel(model.learner), model.view.side, file)
         sample = _sample_pictures(model, console)
-        with console.status(f"comparing on {PICTURES} pictures"):
+        with stage(console, f"comparing on {PICTURES} pictures"):
             differences = compare_outputs(model.learner, read, sample.pictures)
         agreement = Agreement(
             test_pictures=sample.from_test_set,

@@ -14,8 +14,8 @@ from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, Line
 from pipelines.config.recipe import load_recipe
 from pipelines.models.checkpoint import read_config
 from pipelines.reports import report
-from pipelines.reports.page import render_sweep
 from pipelines.reports.plots import draw_curves
+from pipelines.reports.sweep_page import render_sweep
 from pipelines.runs.with_model import TrainedModel
 from pipelines.sweeps import spaces
 from pipelines.sweeps.records import Trial
