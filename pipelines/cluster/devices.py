@@ -1,8 +1,20 @@
-"""Make `use_gpu`, `precision` and the loader definite for what the cluster has."""
+"""Whether a run takes Ray, and `use_gpu`, `precision` and the loader made definite for what the cluster has."""
 
 import os
+import sys
 
 from pipelines.config.schema import Config
+
+
+def needs_ray(config: Config) -> bool:
+    """Whether a run takes more than this process: a cluster, several workers, tasks that decode, or another attempt."""
+    return has_cluster() or config.worker_range[1] > 1 or config.data.loader == "ray" or bool(config.max_failures)
+
+
+def has_cluster() -> bool:
+    """Whether there is a Ray to use: that of RAY_ADDRESS, or one that this process has started or joined."""
+    ray = sys.modules.get("ray")
+    return "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())
 
 
 def resolve_devices(config: Config, here: bool = False) -> Config:

@@ -1,8 +1,6 @@
 """Run a loop in this process, as the only worker: without Ray, and the seconds that processes take to start."""
 
-import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,20 +14,8 @@ from pipelines.cluster.failures import first_cause
 from pipelines.cluster.progress import Follower, LocalBoard
 from pipelines.cluster.threads import torch_threads
 from pipelines.cluster.worker import Job, Report, Worker, enter
-from pipelines.config.schema import Config
 from pipelines.console import RunFailed, messages
 from pipelines.tracking.records import EpochRecord
-
-
-def needs_ray(config: Config) -> bool:
-    """Whether a run takes more than this process: a cluster, several workers, tasks that decode, or another attempt."""
-    return has_cluster() or config.worker_range[1] > 1 or config.data.loader == "ray" or bool(config.max_failures)
-
-
-def has_cluster() -> bool:
-    """Whether there is a Ray to use: that of RAY_ADDRESS, or one that this process has started or joined."""
-    ray = sys.modules.get("ray")
-    return "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())
 
 
 def run_in_process(

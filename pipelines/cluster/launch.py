@@ -9,11 +9,11 @@ from typing import Any
 import ray
 import ray.train
 from ray.actor import ActorHandle
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from rich.console import Console
 
 from pipelines.cluster.failures import call_interruptibly, first_cause
-from pipelines.cluster.network import NodeNetworkConfig
+from pipelines.cluster.network import GroupConfig
 from pipelines.cluster.progress import Follower, LocalBoard, Message, News
 from pipelines.cluster.worker import Job, Worker, enter
 from pipelines.console import RunFailed
@@ -79,15 +79,15 @@ def run_on_workers(
     must_see = f"{storage}/{name}/run.json" if storage == config.storage else None
     workers: Any = fewest if fewest == most else (fewest, most)
     callback_list: Any = [*callbacks]
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         # Not as train_loop_config, which Ray shows on its page: the tracking server's address may hold a password.
         partial(enter, job, must_see),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=bool(config.use_gpu),
-            resources_per_worker={"CPU": 1.0} | ({"GPU": 1.0} if config.use_gpu else {}),
+            resources_per_worker={"CPU": 1.0} | ({"GPU": config.gpus_per_worker} if config.use_gpu else {}),
         ),
-        torch_config=NodeNetworkConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=config.timeout),
+        backend_config=GroupConfig("nccl" if config.use_gpu else "gloo", config.timeout),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
@@ -102,7 +102,7 @@ def run_on_workers(
             raise RunFailed(first_cause(error)) from error
 
 
-def _fit(trainer: TorchTrainer) -> Any:
+def _fit(trainer: DataParallelTrainer) -> Any:
     """Train, and return what the loop returned on rank 0. Ray's annotations are still those of its first version."""
     result: Any = trainer.fit()
     return result.return_value

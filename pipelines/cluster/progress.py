@@ -12,7 +12,8 @@ from pipelines.console import progress_bar
 from pipelines.tracking.records import EpochRecord
 
 INTERVAL = 0.5  # seconds between two messages, and between two looks
-INTERVAL_IN_LOG = 5.0  # seconds between two lines of a stage other than the training, in a log file
+# In a log file: seconds between two lines of a stage other than the training.
+INTERVAL_IN_LOG = 4.0
 
 
 class Message(TypedDict, total=False):
@@ -110,7 +111,8 @@ class Follower:
 
     def __enter__(self) -> "Follower":
         self.bar.start()
-        self.task = self.bar.add_task("starting", total=None, facts="")
+        self.task = self.bar.add_task("waiting for the workers", total=None, facts="")
+        self.last_printed = time.monotonic()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
         return self
@@ -122,18 +124,25 @@ class Follower:
 
     def _follow(self) -> None:
         while not self.stopped.wait(INTERVAL):
-            try:
-                news = self.board.read(self.records_known)
-            except (RuntimeError, ConnectionError, TimeoutError):
-                # The cluster is busy or going down (Ray's errors are RuntimeErrors); it is not the bar that tells.
-                logging.getLogger(__name__).debug("no progress to show", exc_info=True)
-                continue
-            self.records_known += len(news.records)
-            if self.keep:
-                for record in news.records:
-                    self.keep(record)
-            if news.message:
-                self._show(news.message)
+            self._look()
+        self._look()  # what was recorded since
+
+    def _look(self) -> None:
+        try:
+            news = self.board.read(self.records_known)
+        except (RuntimeError, ConnectionError, TimeoutError):
+            # The cluster is busy or going down; it is not the bar that tells.
+            logging.getLogger(__name__).debug("no progress to show", exc_info=True)
+            return
+        self.records_known += len(news.records)
+        if self.keep:
+            for record in news.records:
+                self.keep(record)
+        if news.message:
+            self._show(news.message)
+        elif not self.console.is_terminal and time.monotonic() - self.last_printed > INTERVAL_IN_LOG:
+            self.last_printed = time.monotonic()
+            self.console.print("waiting for the workers", highlight=False)
 
     def _show(self, message: Message) -> None:
         if message["stage"] != self.stage:

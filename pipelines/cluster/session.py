@@ -15,6 +15,15 @@ from ray.autoscaler.sdk import request_resources
 from pipelines.config.schema import Config
 from pipelines.console import messages
 
+# Of the processes of a Ray that this process starts.
+LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes a local node away
+    "RAY_prestart_worker_first_driver": "0",  # of processes that Ray Train's actors, with their variables, cannot use
+}
+# Ray Train's PlacementGroupCleaner asks the newest Ray on the machine whether the controller lives, takes another
+# Ray's "unknown" for its death, and ends the training. An address where nothing answers makes it wait instead.
+API_SERVER, NOBODY = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
+
 
 @contextlib.contextmanager
 def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bool = False) -> Iterator[None]:
@@ -59,13 +68,13 @@ def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bo
 
 def _wait_for_nodes(config: Config) -> None:
     """Wait until the cluster has what the fewest workers need, `wait_for_nodes` seconds at most."""
-    per_worker = {"CPU": 1} | ({"GPU": 1} if config.use_gpu else {})
+    per_worker = {"CPU": 1} | ({"GPU": config.gpus_per_worker} if config.use_gpu else {})
     fewest, most = config.worker_range
     deadline = time.monotonic() + config.wait_for_nodes
 
     def missing() -> bool:
         has = ray.cluster_resources()
-        return any(has.get(name, 0) < fewest for name in per_worker)
+        return any(has.get(name, 0) < fewest * amount for name, amount in per_worker.items())
 
     if config.wait_for_nodes and missing():
         wanted = f"workers={config.workers}, each {per_worker}"
@@ -78,13 +87,10 @@ def _wait_for_nodes(config: Config) -> None:
 
 def start_local(cpus: int, dashboard: bool = False) -> Path:
     """Start a Ray of this process's own, with so many CPUs in its books. Return its session's folder."""
-    # Ray Train's PlacementGroupCleaner asks the newest Ray on the machine whether the controller lives, takes another
-    # Ray's "unknown" for its death, and ends the training. An address where nothing answers makes it wait instead.
-    inherited = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes a local node away
+    before = {key: os.environ.get(key) for key in (*LOCAL_ENVIRONMENT, API_SERVER)}
+    os.environ.update(LOCAL_ENVIRONMENT)  # for the processes that init starts
     if not dashboard:
-        inherited["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
-    before = {key: os.environ.get(key) for key in inherited}
-    os.environ.update(inherited)  # for the processes that init starts
+        os.environ[API_SERVER] = NOBODY
     try:
         context: Any = ray.init(
             address="local",
@@ -95,7 +101,7 @@ def start_local(cpus: int, dashboard: bool = False) -> Path:
         )
     finally:
         for key, value in before.items():
-            os.environ.pop(key)
+            os.environ.pop(key, None)
             if value is not None:
                 os.environ[key] = value
     return Path(context.address_info["session_dir"])

@@ -3,15 +3,16 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow.fs
-import torch
-import torch.distributed as dist
 
 from pipelines.cluster.progress import Board
 from pipelines.cluster.ray_private import preemption_notice
 from pipelines.config.schema import Config
+
+if TYPE_CHECKING:
+    import torch
 
 Report = Callable[[dict[str, Any]], object]
 
@@ -100,8 +101,11 @@ class PreemptionWatch:
         return is_new
 
 
-def device_of_worker(config: Config) -> torch.device:
+def device_of_worker(config: Config) -> "torch.device":
     """Return the device that this worker computes on."""
+    import torch  # by workers alone: the driver imports this module for its jobs
+    import torch.distributed as dist
+
     if not config.use_gpu:
         return torch.device("cpu")
     if not dist.is_initialized():

@@ -2,23 +2,23 @@
 
 import contextlib
 import logging
+import os
 import time
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
 from dml_core.data.datasets import Splits
-from pipelines.cluster.devices import resolve_devices
+from pipelines.cluster.devices import needs_ray, resolve_devices
 from pipelines.cluster.failures import call_in_thread
-from pipelines.cluster.in_process import needs_ray, run_in_process
 from pipelines.config.identity import require_same, with_absolute_paths
 from pipelines.config.schema import Config
 from pipelines.console import messages, stage
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import cache_folder, load_splits
-from pipelines.models.build import build_learner
 from pipelines.models.run_folder import RunFolder, checkpoint_name
 from pipelines.phases import Clock, Phase
 from pipelines.runs.log import logged_to
@@ -27,11 +27,11 @@ from pipelines.runs.record import record_training, register_model
 from pipelines.tracking.address import default_uri
 from pipelines.tracking.models import import_for_log_model
 from pipelines.tracking.process import SameProcess
+from pipelines.tracking.records import EpochRecord
 from pipelines.tracking.runs import end_run, resume_run
 from pipelines.tracking.sender import MetricSender
 from pipelines.tracking.server import prepare_store
-from pipelines.training.history import TrainingResult
-from pipelines.training.job import TrainingJob
+from pipelines.training.job import TrainingJob, TrainingResult
 
 
 class Inputs(NamedTuple):
@@ -77,14 +77,13 @@ def run_training(
     earlier = folder.read("run.json")
     unreadable = tuple(earlier.get("unreadable", ())) if earlier else None
     log_folder = folder.logs or cache_folder() / "logs" / str(config.name)
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(logged_to(log_folder))
+    with logged_to(log_folder) as log, contextlib.ExitStack() as cluster:
         if here or not needs_ray(config):
             here = True
             inputs = check_inputs(config, unreadable, console)
             clock.lap("data")
         else:
-            inputs = _open_cluster_and_check(config, unreadable, console, folder, clock, stack)
+            inputs = _open_cluster_and_check(config, unreadable, console, folder, clock, cluster)
         store.result()
         config = resolve_devices(config, here)
         devices = "GPUs" if config.use_gpu else "CPUs"
@@ -103,8 +102,6 @@ def run_training(
             run_id = record_training(tracker, uri, config, inputs.splits, inputs.unreadable, member)
         folder.write("run.json", {"run_id": run_id, "config": config.to_dict(), "unreadable": inputs.unreadable})
         clock.lap("the run in MLflow")
-        if here and (member is None or member.test):
-            tracker.submit(import_for_log_model)  # while the training runs
         job = TrainingJob(config, inputs.unreadable, started=started, test=member is None or member.test)
         (metrics, _, phases), unsent = _train(job, tracker, uri, run_id, console, here, member)
         if not here:
@@ -114,9 +111,13 @@ def run_training(
         clock.last = time.time()
         best, model = checkpoint_name(int(metrics["best_epoch"])), None
         if job.test:
+            registration = call_in_thread(
+                partial(register_model, tracker, uri, run_id, config, folder, best, inputs.splits)
+            )
+            cluster.close()  # which takes Ray a second
             try:
                 with stage(console, "registering the model"):
-                    model = register_model(tracker, uri, run_id, config, folder, best, inputs.splits)
+                    model = registration.result()
             except Exception as error:
                 logging.getLogger(__name__).exception("the model is not registered")
                 unsent += 1
@@ -149,9 +150,9 @@ def _open_cluster_and_check(
     console: Console,
     folder: RunFolder,
     clock: Clock,
-    stack: contextlib.ExitStack,
+    cluster: contextlib.ExitStack,
 ) -> Inputs:
-    """Connect to or start Ray, which `stack` closes, and check the inputs beside it."""
+    """Connect to or start Ray, which `cluster` closes, and check the inputs beside it."""
     from pipelines.cluster.session import open_cluster
 
     def check() -> Inputs:
@@ -159,7 +160,8 @@ def _open_cluster_and_check(
             return check_inputs(config, unreadable, console)
 
     checked = call_in_thread(check)
-    stack.enter_context(open_cluster(config, folder.logs))
+    with stage(console, "connecting to Ray" if "RAY_ADDRESS" in os.environ else "starting Ray"):
+        cluster.enter_context(open_cluster(config, folder.logs))
     clock.lap("Ray")
     inputs = checked.result()
     clock.last = time.time()
@@ -181,6 +183,10 @@ def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Co
         unreadable = unreadable_pictures(config.data, console)
     with stage(console, "reading the data"):
         splits = load_splits(config, unreadable)
+        if not _may_fail_to_build(config):
+            return Inputs(splits, unreadable)
+        from pipelines.models.build import build_learner
+
         try:
             loss = build_learner(config, len(splits.train.class_names)).base_loss
         except OSError as error:
@@ -192,6 +198,12 @@ def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Co
     return Inputs(splits, unreadable)
 
 
+def _may_fail_to_build(config: Config) -> bool:
+    """Whether building the learner can say more than its config has: the imports for it take seconds."""
+    from_elsewhere = config.backbone.name != "small" or config.backbone.weights != "none"
+    return from_elsewhere or bool(config.loss.arguments) or config.batch.images < 2
+
+
 def _train(
     job: TrainingJob, tracker: Executor, uri: str, run_id: str, console: Console, here: bool, member: SweepMember | None
 ) -> tuple[TrainingResult, int]:
@@ -201,14 +213,24 @@ def _train(
         What the loop returns, and how many of its records MLflow did not take.
     """
     config, sender, status, patience = job.config, MetricSender(tracker, uri, run_id), "FAILED", 0.0
+
+    def keep(record: EpochRecord) -> None:
+        if job.test and not sender.known:
+            tracker.submit(import_for_log_model)  # while the training goes on, and its workers have started
+        sender.log(record)
+
     try:
         if here:
+            from pipelines.cluster.in_process import run_in_process
+
+            if job.test:
+                tracker.submit(import_for_log_model)  # while the training runs
             result = run_in_process(job, console, sender.log, member.report if member else dict)
         else:
             from pipelines.cluster.launch import run_on_workers
 
             callbacks = member.callbacks if member else ()
-            result = run_on_workers(job, config.storage, str(config.name), console, sender.log, callbacks)
+            result = run_on_workers(job, config.storage, str(config.name), console, keep, callbacks)
         status, patience = "FINISHED", 30.0
         for record in result.records:
             sender.log(record)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from pipelines.cluster.devices import resolve_devices
-from pipelines.cluster.in_process import needs_ray, run_in_process
+from pipelines.cluster.devices import needs_ray, resolve_devices
 from pipelines.cluster.transfer import SentFiles, scratch_storage, send_files
 from pipelines.config.identity import with_absolute_paths
 from pipelines.config.recipe import with_values
@@ -76,6 +75,8 @@ def run_with_model(model: TrainedModel, job: ModelJob, name: str, console: Conso
         RunFailed: Workers failed.
     """
     if not needs_ray(model.config):
+        from pipelines.cluster.in_process import run_in_process
+
         config = resolve_devices(model.config, here=True)
         return run_in_process(replace(job, config=config, model=SentFiles(folder=model.checkpoint)), console)
     from pipelines.cluster.launch import run_on_workers

@@ -1,10 +1,12 @@
-"""What the loops of training and evaluation are given. Imports no networks: the driver makes these."""
+"""What the loops of training and evaluation are given, and what training returns. Imports no networks."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pipelines.cluster.transfer import SentFiles
 from pipelines.cluster.worker import Job
+from pipelines.phases import Phase
+from pipelines.tracking.records import EpochRecord
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,20 @@ class TrainingJob(Job):
     loop: ClassVar[str] = "pipelines.training.loop:train_loop"
     started: float | None = None
     test: bool = True
+
+
+class TrainingResult(NamedTuple):
+    """What the training loop returns.
+
+    Attributes:
+        metrics: Of the last epoch, of the best one, and of the test.
+        records: Of every epoch and of the end. The driver has had most of them by then, and knows what is new.
+        phases: Where rank 0's seconds went.
+    """
+
+    metrics: dict[str, float]
+    records: list[EpochRecord]
+    phases: list[Phase]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ evaluation.py (validation and test) and history.py (what is remembered and told)
 """
 
 from pipelines.training.epoch import train_epoch
-from pipelines.training.history import TrainingResult
-from pipelines.training.job import TrainingJob
+from pipelines.training.job import TrainingJob, TrainingResult
 from pipelines.training.setup import begin
 
 

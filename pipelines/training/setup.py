@@ -35,8 +35,8 @@ from pipelines.training.evaluation import (
     test_metrics,
     validation_metrics,
 )
-from pipelines.training.history import STEP_COLUMNS, TrainingResult, final_metrics, now_in_ms
-from pipelines.training.job import TrainingJob
+from pipelines.training.history import STEP_COLUMNS, final_metrics, now_in_ms
+from pipelines.training.job import TrainingJob, TrainingResult
 from pipelines.training.optimizer import build_optimizer, build_schedule
 
 
@@ -252,6 +252,7 @@ def begin(job: TrainingJob) -> Training:
     config, clock = job.config, Clock()
     torch.set_num_threads(1)  # the order of a sum depends on it; CPUs share slices and batches instead (sources.each)
     device, progress = device_of_worker(config), Reporter(job.worker.board if rank() == 0 else None)
+    progress.note("preparing", 0, 1)
     splits = load_splits(config, job.unreadable)
     learner = build_on(config, len(splits.train.class_names), device)
     batch = config.batch

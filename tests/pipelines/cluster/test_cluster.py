@@ -13,6 +13,7 @@ from tests.chaos.machines import Training, machines, nothing_left
 from tests.pipelines.conftest import EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_lost_node_changes_nothing(
     exact: dict[int, TrainOutcome], tracked_folder: Path, tmp_path: Path, mlflow_server

@@ -11,7 +11,6 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.cluster import ray_private
 from pipelines.cluster.failures import first_cause
-from pipelines.cluster.network import NodeNetworkConfig
 from pipelines.cluster.ray_private import means_storage_not_shared, preemption_notice
 
 MOVED = f"Ray {ray.__version__} has moved it: mend pipelines/cluster/ray_private.py"
@@ -59,8 +58,3 @@ def test_loggers_of_uploads_are_those_of_ray() -> None:
         assert "getLogger(__name__)" in source, MOVED
     ray_private.silence_uploads()
     assert not logging.getLogger(ray_private.UPLOAD_LOGGERS[0]).isEnabledFor(logging.INFO)
-
-
-def test_the_backend_of_torch_can_be_extended() -> None:
-    backend = NodeNetworkConfig(backend="gloo").backend_cls
-    assert backend.__mro__[1].__name__ == "_TorchBackend" and "on_start" in vars(backend), MOVED

@@ -114,6 +114,8 @@ def test_a_folder_of_code_travels_whatever_its_name(folder: Path) -> None:
     assert {*map(str, travelling_files(folder).files)} == {"mine.yaml", "ours/runs/__init__.py", "ours/runs/train.py"}
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("submit")
 def test_a_job_trains_and_no_secret_travels(folder: Path, head: Head, mlflow_server) -> None:
     """The address of the tracking server has a password in it, too, which it does not look at."""
     uri = mlflow_server.uri.replace("http://", f"http://user:{PLANTED}@")
@@ -141,6 +143,8 @@ def test_a_job_trains_and_no_secret_travels(folder: Path, head: Head, mlflow_ser
     assert outcome["run_id"] in dml("submit", "logs", job["job_id"], "--address", head).stdout
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("submit")
 def test_a_job_that_fails_and_one_that_is_stopped(folder: Path, head: Head, mlflow_server) -> None:
     given = ["submit", "--address", head, "--env", f"MLFLOW_TRACKING_URI={mlflow_server.uri}"]
     failed = dml(*given, "--wait", "--", "train", "nothing.yaml", "storage=/tmp")

@@ -112,14 +112,14 @@ def launched(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
             self.settings = settings
 
         def fit(self) -> object:
-            scaling, network = self.settings["scaling_config"], self.settings["torch_config"]
+            scaling, network = self.settings["scaling_config"], self.settings["backend_config"]
             run = self.settings["run_config"]
             facts = scaling.num_workers, scaling.use_gpu, network.timeout_s, run.failure_config.max_failures
             return SimpleNamespace(return_value=(*facts, run.name, run.storage_path))
 
     board = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: None))
     patch.setattr(launch.ray, "remote", lambda **_: lambda _: board)
-    patch.setattr(launch, "TorchTrainer", Trainer)
+    patch.setattr(launch, "DataParallelTrainer", Trainer)
     patch.setattr(launch, "Follower", lambda *_: contextlib.nullcontext())
     patch.setattr(launch, "call_interruptibly", lambda function: function())
     patch.setattr(launch.ray, "nodes", lambda: [1, 2])
@@ -201,6 +201,7 @@ SGD = ("optimizer.name=sgd", "optimizer.lr=0.1")
 CASES = {
     "workers": acts(launched, "1:2"),
     "use_gpu": acts(resolved, "true"),
+    "gpus_per_worker": acts(waited, "0.5", "use_gpu=true", "wait_for_nodes=30"),
     "precision": trains("bf16"),
     "seed": trains("1"),
     "epochs": trains("2"),
