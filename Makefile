@@ -1,23 +1,28 @@
-# make train, make test: each sets up what it needs in .venv on a fresh machine (Python 3.11+) and does its job.
+# make train, make test, make test-slow: each sets up what it needs in .venv on a fresh machine (Python 3.11+) and does its job.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup train test lint docs constraints clean
+.PHONY: setup train test test-slow lint docs constraints clean
 
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,docs,offline,onnx,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[demo,docs,offline,onnx,test]'
 	@touch $@
 
 train: setup
 	$(BIN)/dml train $(ARGS)
 
+# Tests wait for each other's processes more than they compute: twice as many at a time as a small machine has cores.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 4 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+# Lost machines, killed sweeps and job servers: what takes a minute or more each, by its nature.
+test-slow: setup
+	CHAOS_KILLS=$${CHAOS_KILLS:-5} $(BIN)/python -m pytest -m slow -n 3 --dist loadgroup $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

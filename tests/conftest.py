@@ -1,13 +1,11 @@
-"""One local Ray and one MLflow server (sqlite behind HTTP) for the whole session, and web servers that fail."""
+"""An MLflow server (sqlite behind HTTP) for all processes of a session, a local Ray for each of those that need one,
+and web servers that fail."""
 
 import os
+import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,25 +15,64 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from tests import ranks, sharing
+from tests.server import Server
+
 ROOT = Path(__file__).parents[1]
 # A shell's `&` and nohup have their children ignore Ctrl-C, and theirs in turn: commands under test would, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# The same tests on every machine: without its GPUs, in this process and in all that it starts. Tests of what Ray does with
+# GPUs take `invented_gpus`.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.update(RAY_worker_niceness="0")  # else Ray's workers wait for everything else on this machine
+# Processes share the cores, so that threads of one would wait for each other.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+# What shares something that takes long to start: files of a group run one after the other, in one process.
+GROUPS = {
+    "ray": ["cluster/test_ray_private", "runs/test_train", "data/test_streaming", "data/test_remote", "cli/test_cli"],
+    "ranks": [module.replace(".", "/") for module in ranks.USERS],
+}
+# The rest by files, of which these take longest.
+LONG = ["tune", "report", "resume", "pages", "search", "demo", "quickstart", "python", "every_key", "export"]
 
 
-class ByRay(LoadScopeScheduling):
-    """What shares a Ray, an MLflow and the runs on them goes to one process of `make test`, the rest by files."""
+def group_of(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    ours = (name for name, files in GROUPS.items() if any(file.endswith(f"/{path}.py") for path in files))
+    return next(ours, file)
 
+
+class ByGroup(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        exact = ("cluster", "demo", "export", "inspection", "report", "resume", "search", "train")
-        if file.startswith("tests/pipelines/") and Path(file).stem.removeprefix("test_") in exact:
-            return "exact"
-        return "pipelines" if file.startswith("tests/pipelines/") else file
+        return group_of(nodeid)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByRay:
-    return ByRay(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByGroup | None:
+    return ByGroup(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first."""
+    long = [*GROUPS, *LONG]
+    places = {name: place for place, name in enumerate(long)}
+
+    def place(item: pytest.Item) -> int:
+        group = group_of(item.nodeid)
+        return places.get(group, places.get(Path(group).stem.removeprefix("test_"), len(long)))
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder that all processes of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "together"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -45,55 +82,39 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where rendered glyphs and features are kept."""
-    return tmp_path_factory.mktemp("cache")
+def cache(together: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where features and the glyphs, which are rendered once for all processes, are kept: DML_CACHE from here on."""
+    from dml_core.data import glyphs
+
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DML_CACHE"] = str(folder)
+    sharing.make_once(together, "glyphs", lambda: glyphs.load(together / "cache") is None)
+    shutil.copytree(together / "cache", folder, dirs_exist_ok=True)
+    return folder
 
 
-@pytest.fixture(scope="session")
-def local_ray(cache: Path) -> Iterator[None]:
-    os.environ["DML_CACHE"] = str(cache)
+@pytest.fixture(scope="module")
+def local_ray(cache: Path) -> None:
+    """A Ray of this process, which the next module finds if it needs one, too."""
     import ray
 
     from pipelines.cluster.session import start_local
 
-    start_local(4)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        start_local(4)
 
 
-class Server:
-    """An MLflow server that a test may stop and start again."""
+@pytest.fixture(scope="module")
+def without_ray(cache: Path) -> None:
+    """As when a user types a command: what can do without Ray does."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
-    def __init__(self, folder: Path, host: str = "127.0.0.1"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.uri, self.process = folder, f"http://127.0.0.1:{self.port}", None
-        self.host = host
 
-    def start(self) -> None:
-        where = ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
-        where += ["--artifacts-destination", str(self.folder / "artifacts")]
-        where += ["--host", self.host, "--port", str(self.port), "--workers", "1"]
-        lean = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with open(self.folder / "server.log", "ab") as log:
-            command = [sys.executable, "-m", "mlflow", "server", *where]
-            self.process = subprocess.Popen(command, env=lean, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(720):  # three minutes, for machines that do much else
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                return
-            except OSError:
-                time.sleep(0.25)
-        self.stop()
-        raise RuntimeError((self.folder / "server.log").read_text()[-2000:])
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
-            self.process = None
+@pytest.fixture
+def invented_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a Ray that starts now count up to four GPUs by names that CUDA knows none of, on any machine."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1,-2,-3,-4")
 
 
 class Web(SimpleHTTPRequestHandler):
@@ -132,8 +153,9 @@ def web() -> Iterator[Callable[[Path], tuple[str, type[Web]]]]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow"))
-    server.start()
+def mlflow_server(together: Path) -> Iterator[Server]:
+    folder, pid = together / "mlflow", os.getpid()
+    folder.mkdir(exist_ok=True)
+    server = sharing.join(together, "server", pid, lambda: Server(folder).start())
     yield server
-    server.stop()
+    sharing.leave(together, "server", pid, server.stop)

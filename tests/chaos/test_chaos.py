@@ -1,4 +1,4 @@
-"""Twenty losses in one training; faults one by one on three machines. Minutes: not part of `make test`.
+"""Twenty losses in one training, five in `make test-slow`; faults one by one on three machines.
 
 .venv/bin/python -m pytest tests/chaos -s      (CHAOS_KILLS and CHAOS_SEED set how many, and which)
 """
@@ -40,6 +40,7 @@ def undisturbed(arguments: list[str], folder: Path) -> TrainOutcome:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_losses_change_nothing(tmp_path: Path, mlflow_server) -> None:
     count, rng = int(os.environ.get("CHAOS_KILLS", "20")), random.Random(int(os.environ.get("CHAOS_SEED", "0")))
@@ -64,6 +65,7 @@ def test_twenty_losses_change_nothing(tmp_path: Path, mlflow_server) -> None:
     nothing_left(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["node", "replaced", "elastic", "notice", "hang", "torn"])
 def test_faults_on_three_machines(kind: str, tmp_path: Path, mlflow_server) -> None:

@@ -1,4 +1,4 @@
-"""Three hosts with networks and mounts of their own. Needs root (`ip netns`); not part of `make test`.
+"""Three hosts with networks and mounts of their own. Needs root (`ip netns`).
 
 .venv/bin/python -m pytest tests/chaos/test_hosts.py -s
 """
@@ -18,8 +18,8 @@ from tests.chaos.hosts import NET, Host, hosts
 from tests.chaos.losses import assert_as_undisturbed, newest
 from tests.chaos.machines import Training, quietly
 from tests.chaos.test_chaos import SHORT
-from tests.conftest import Server
 from tests.pipelines.conftest import QUIET
+from tests.server import Server
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def training_on(host: Host) -> bool:
     return any("RayTrainWorker" in "".join(quietly(process.cmdline)) for process in host.processes())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_folder_that_a_host_does_not_see_and_a_cable_that_is_pulled(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch

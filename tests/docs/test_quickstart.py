@@ -11,7 +11,7 @@ from pipelines.cli import main
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_line_of_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
+def test_every_line_of_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_ray: None) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "docs").symlink_to(ROOT / "docs")

@@ -1,4 +1,4 @@
-"""A real browser (Debian's chromium), told what to do over its DevTools protocol."""
+"""A real browser (Chromium or Chrome), told what to do over its DevTools protocol."""
 
 import asyncio
 import base64
@@ -16,6 +16,11 @@ from typing import Any
 import aiohttp
 import pytest
 
+# Chromium or Chrome, by their names in Linux distributions and where macOS has them.
+PROGRAMS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
+PROGRAMS += [f"/Applications/{name}.app/Contents/MacOS/{name}" for name in ("Google Chrome", "Chromium")]
+NO_BROWSER = "no Chromium or Chrome in PATH; to get one: apt install chromium, dnf install chromium, or "
+NO_BROWSER += "brew install --cask google-chrome"
 KEYS = {" ": 32, "Tab": 9, "Escape": 27, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
@@ -106,9 +111,9 @@ class Page:
 
 @contextmanager
 def page(width: int = 1500, height: int = 1000) -> Iterator[Page]:
-    program = shutil.which("chromium") or shutil.which("google-chrome")
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no browser: apt install chromium")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(NO_BROWSER)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         flags = ["--headless", "--no-sandbox", *QUIET, f"--user-data-dir={home}", f"--window-size={width},{height}"]
         process = subprocess.Popen(

@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from pipelines.config.sections import Data
 from pipelines.data.sets import load_collection
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
+from pipelines.tracking.process import SameProcess
+from tests.sharing import make_once
 
 QUIET = Console(file=io.StringIO())
 # Validation, with a checkpoint, after each of six epochs; the variation is estimated before the first and the fourth.
@@ -62,51 +64,77 @@ def working_in(folder: Path, uri: str) -> Iterator[Path]:
             os.environ["MLFLOW_TRACKING_URI"] = uri_before
 
 
+@pytest.fixture
+def tracked_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of this process speaks to MLflow from it, too, and not from another, which imports it for seconds."""
+    monkeypatch.setattr("pipelines.tracking.process.tracking_process", lambda: nullcontext(SameProcess()))
+
+
 @pytest.fixture(scope="module")
-def tracked_folder(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tracked_folder(cache: Path, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Of the module's own."""
     with working_in(tmp_path_factory.mktemp("work"), mlflow_server.uri) as folder:
         yield folder
 
 
 @pytest.fixture(scope="session")
-def exact(local_ray: None, mlflow_server, tmp_path_factory: pytest.TempPathFactory) -> dict[int, TrainOutcome]:
+def exact(cache: Path, mlflow_server, together: Path) -> dict[int, TrainOutcome]:
     """Number of workers -> outcome, in float64 and with all methods; one worker is this process itself."""
-    with working_in(tmp_path_factory.mktemp("exact"), mlflow_server.uri):
-        return {
-            n: run_training(load_recipe(EXACT[0], [*EXACT[1:], f"workers={n}", f"name=exact{n}"]), QUIET, here=n == 1)
-            for n in (1, 2)
-        }
+
+    def train() -> dict[int, TrainOutcome]:
+        (together / "exact").mkdir()
+        with working_in(together / "exact", mlflow_server.uri):
+            return {
+                n: run_training(
+                    load_recipe(EXACT[0], [*EXACT[1:], f"workers={n}", f"name=exact{n}"]), QUIET, here=n == 1
+                )
+                for n in (1, 2)
+            }
+
+    return make_once(together, "exact", train)
 
 
 @pytest.fixture(scope="session")
-def pictures(cache: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(cache: Path, together: Path) -> Path:
     """Characters in class folders, some beside them, and a file that is no picture."""
-    images, folder = load_collection(Data()).images, tmp_path_factory.mktemp("searched") / "pictures"
-    for number in range(ROWS):
-        name = f"{images.class_names[images.labels[number]]}/{number:03d}.png" if number % 50 else f"{number:03d}.png"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(images.picture(number, 32)).save(folder / name)
-    (folder / name).with_name("broken.png").write_bytes(b"no picture")
-    return folder
+
+    def draw() -> Path:
+        images, folder = load_collection(Data()).images, together / "searched" / "pictures"
+        for number in range(ROWS):
+            label = images.class_names[images.labels[number]]
+            name = f"{label}/{number:03d}.png" if number % 50 else f"{number:03d}.png"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(images.picture(number, 32)).save(folder / name)
+        (folder / name).with_name("broken.png").write_bytes(b"no picture")
+        return folder
+
+    return make_once(together, "pictures", draw)
 
 
 @pytest.fixture(scope="session")
-def vectors(exact, pictures: Path, mlflow_server) -> Path:
+def vectors(exact, pictures: Path, mlflow_server, together: Path) -> Path:
     """Embedded by two workers."""
-    out = pictures.parent / "out" / "vectors.parquet"
-    with working_in(pictures.parent, mlflow_server.uri):
-        asked = ["embed", exact[2].run_id, "--images", pictures, "--out", out]
-        found = answer(*asked, "workers=2", "data.on_bad_image=skip")
-    assert (found["rows"], found["dim"], found["structure"], found["left_out"]) == (ROWS, 128, True, 1)
-    assert found["file"] == str(out) and [*out.parent.iterdir()] == [out]
-    return out
+
+    def embed() -> Path:
+        out = pictures.parent / "out" / "vectors.parquet"
+        with working_in(pictures.parent, mlflow_server.uri):
+            asked = ["embed", exact[2].run_id, "--images", pictures, "--out", out]
+            found = answer(*asked, "workers=2", "data.on_bad_image=skip")
+        assert (found["rows"], found["dim"], found["structure"], found["left_out"]) == (ROWS, 128, True, 1)
+        assert found["file"] == str(out) and [*out.parent.iterdir()] == [out]
+        return out
+
+    return make_once(together, "vectors", embed)
 
 
 @pytest.fixture(scope="session")
-def index(vectors: Path, mlflow_server) -> Path:
+def index(vectors: Path, mlflow_server, together: Path) -> Path:
     """Of the approximate kind with cells, and structure-aware."""
-    out = vectors.parents[1] / "index"
-    with working_in(out.parent, mlflow_server.uri):
-        answer("index", "build", vectors, "--out", out, "--kind", "ivf", "--structure")
-    return out
+
+    def build() -> Path:
+        out = vectors.parents[1] / "index"
+        with working_in(out.parent, mlflow_server.uri):
+            answer("index", "build", vectors, "--out", out, "--kind", "ivf", "--structure")
+        return out
+
+    return make_once(together, "index", build)

@@ -20,7 +20,7 @@ TRAINING, LOOP = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md"
 
 
 @pytest.fixture(scope="module")
-def pictures(tracked_folder: Path) -> Path:
+def pictures(tracked_folder: Path, without_ray: None) -> Path:
     """A folder for each character, beside which the code runs."""
     images = load_collection(Data()).images
     for label in range(CLASSES):

@@ -62,7 +62,9 @@ def tree(root: Path, classes: int) -> Path:
         (["epochs=2", "wrong"], "wrong"),
     ],
 )
-def test_bad_input_stops_before_any_worker(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_stops_before_any_worker(
+    tmp_path: Path, arguments: list[str], message: str, tracked_here: None
+) -> None:
     tree(tmp_path / "one", 1)
     tree(tmp_path / "few", 10)
     (tmp_path / "file").write_text("")

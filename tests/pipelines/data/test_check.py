@@ -15,7 +15,7 @@ from pipelines.cli import main
 from pipelines.config.recipe import load_recipe
 from pipelines.runs.train import run_training
 
-pytestmark = pytest.mark.usefixtures("tracked_folder")
+pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
 QUIET = Console(file=io.StringIO())
 SMALL = ["data.name=folder", "data.image_size=32", "data.augment=crop", "epochs=1", "steps_per_epoch=2", "workers=1"]
 SMALL += ["batch.classes=3", "batch.images=4", "backbone.name=small", "backbone.weights=none"]

@@ -90,7 +90,7 @@ def test_runs_and_features_in_a_bucket(
 
 
 def test_a_bucket_that_goes_away_fails_the_run_which_then_goes_on(
-    local_ray: None, mlflow_server, root: Path, web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, mlflow_server, root: Path, web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)

@@ -12,7 +12,7 @@ from rich.console import Console
 from pipelines.config.recipe import load_recipe
 from pipelines.runs.train import run_training
 
-pytestmark = pytest.mark.usefixtures("tracked_folder")
+pytestmark = pytest.mark.usefixtures("tracked_folder", "local_ray")
 QUIET = Console(file=io.StringIO())
 
 

@@ -20,11 +20,10 @@ from pipelines.runs.with_model import TrainedModel
 from pipelines.sweeps import spaces
 from pipelines.sweeps.records import Trial
 from pipelines.sweeps.spaces import load_space
-from pipelines.tracking.runs import read_runs
 from tests.pipelines import browser
 from tests.pipelines.conftest import answer, refused
 
-pytestmark = pytest.mark.usefixtures("tracked_folder")
+pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,10 @@ def test_of_a_sweep(sweep: dict[str, Any], tracked_folder: Path) -> None:
 
 
 def test_of_a_comparison(sweep: dict[str, Any], tracked_folder: Path) -> None:
-    finals = [run.run_id for run in read_runs(mlflow.get_tracking_uri(), ["glyphs"]) if run.name == "default-s1"]
+    client = mlflow.MlflowClient()
+    query = f"run_name = 'default-s1' AND tags.`mlflow.parentRunId` = '{sweep['run_id']}'"
+    experiment = client.get_experiment_by_name("glyphs").experiment_id
+    finals = [run.info.run_id for run in client.search_runs([experiment], query)]
     compared = answer("compare", *finals)
     made = answer("report", compared["run_id"], "--out", "one.html")
     assert (made["kind"], made["run_id"], made["logged"]) == ("comparison", compared["run_id"], True)

@@ -34,7 +34,7 @@ from pipelines.training.loop import train_loop
 from tests import ranks
 from tests.pipelines.conftest import EXACT, QUIET
 
-pytestmark = pytest.mark.usefixtures("tracked_folder")
+pytestmark = pytest.mark.usefixtures("tracked_folder", "local_ray")
 SMALL = ["data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=2", "steps_per_epoch=6"]
 
 

@@ -25,7 +25,7 @@ from pipelines.serving.demo import open_demo
 from tests.pipelines import browser
 from tests.pipelines.conftest import QUIET, ROWS, answer, refused
 
-pytestmark = pytest.mark.usefixtures("tracked_folder")
+pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
 TOLD = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
 HEAD, STATUS = "document.querySelector('h2')?.innerText", "document.querySelector('[role=status]').innerText"
 HITS = """[...document.querySelectorAll('ol button')].map(b =>

@@ -36,7 +36,7 @@ from pipelines.serving.export import PACKAGES, SUFFIXES
 from pipelines.training.optimizer import build_optimizer, build_schedule
 from tests.pipelines.conftest import answer, dml
 
-pytestmark = pytest.mark.usefixtures("tracked_folder")
+pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
 DOCS = Path(__file__).parents[3] / "docs" / "export.md"
 
 

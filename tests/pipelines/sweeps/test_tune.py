@@ -129,6 +129,7 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypat
     assert message in " ".join(found.stderr.split())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(tracked_folder: Path) -> None:
     """Two folds a trial, over HTTP; one trial of each sweep diverges."""
@@ -265,8 +266,9 @@ def test_a_population_changes_settings_and_its_recipes_repeat_what_it_found(
     # From the start by these settings, what the trial had by going on from others' checkpoints.
     config = load_recipe("glyphs", POPULATION)
     again = run_training(with_values(config, went_on["point"] | {"name": "again"}), QUIET, here=True)
-    name = f"run_name = '{went_on['name']}'"
-    (trial,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id], name)
+    experiment, parent = client.get_experiment_by_name("glyphs").experiment_id, f"'{outcome['run_id']}'"
+    name = f"run_name = '{went_on['name']}' AND tags.`mlflow.parentRunId` = {parent}"
+    (trial,) = client.search_runs([experiment], name)
     for key in ("train/step_loss", "val/map_at_r"):
         one, other = (client.get_metric_history(run, key) for run in (again.run_id, trial.info.run_id))
         assert sorted((m.step, m.value) for m in one) == sorted((m.step, m.value) for m in other), key

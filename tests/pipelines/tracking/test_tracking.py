@@ -1,6 +1,7 @@
 """Against a real MLflow server over HTTP, with sqlite behind it."""
 
 import itertools
+from collections.abc import Iterator
 
 import mlflow
 import pytest
@@ -11,6 +12,7 @@ from pipelines.tracking.records import EpochRecord
 from pipelines.tracking.runs import end_run, start_run
 from pipelines.tracking.sender import MetricSender
 from pipelines.tracking.server import prepare_store
+from tests.server import Server
 
 CLOCK = itertools.count(1)  # two attempts at one epoch have two times, or the server itself would drop the second
 
@@ -37,6 +39,15 @@ def open_sender(uri: str, run_id: str, *history: EpochRecord) -> MetricSender:
     for earlier in history:
         sender.log(earlier)
     return sender
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that nobody else uses: it goes away on the way."""
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
