@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 # A shell's `&` and nohup have their children ignore Ctrl-C, and theirs in turn: commands under test would, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# The same tests on every machine: without its GPUs, in this process and in all that it starts. Tests of what Ray does with
-# GPUs take `invented_gpus`.
+# The same tests on every machine: without its GPUs, in this process and in all that it starts. Tests of what Ray does
+# with GPUs take `invented_gpus`.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.update(RAY_worker_niceness="0")  # else Ray's workers wait for everything else on this machine
 # Processes share the cores, so that threads of one would wait for each other.
