@@ -79,11 +79,14 @@ def place_by_tsne(z: np.ndarray) -> np.ndarray:
         (N, 2) in 0 ... 1.
     """
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     if len(z) < 4:
         return np.linspace(0, 1, len(z))[:, None].repeat(2, 1)
     tsne = TSNE(perplexity=min(30.0, (len(z) - 1) / 3), init="pca", random_state=0)
-    places = tsne.fit_transform(z)
+    # Its threads wait for each other a thousand times, spinning: on CPUs with other work, two took ten times as long.
+    with threadpool_limits(1):
+        places = tsne.fit_transform(z)
     return (places - places.min(0)) / np.maximum(np.ptp(places, 0), 1e-9)
 
 
