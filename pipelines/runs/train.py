@@ -1,6 +1,7 @@
 """Train one run, from the driver: checks, the run's folder, MLflow's run, workers, the outcome."""
 
 import contextlib
+import importlib
 import logging
 import os
 import time
@@ -82,6 +83,10 @@ def run_training(
             here = True
             inputs = check_inputs(config, unreadable, console)
             clock.lap("data")
+            with stage(console, "importing torch and the losses"):  # while MLflow's process is busy with its own
+                for module in (TrainingJob.loop.partition(":")[0], "dml_core.base_losses"):
+                    importlib.import_module(module)
+            clock.lap("imports")
         else:
             inputs = _open_cluster_and_check(config, unreadable, console, folder, clock, cluster)
         store.result()

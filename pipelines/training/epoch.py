@@ -18,8 +18,8 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
     """Take an epoch's steps.
 
     Returns:
-        train/* metrics: means of the loss's terms and of the gradient's norm, learning rate, images per second, and
-        the share of the time that was spent waiting for data.
+        train/* metrics: means of the loss's terms and of the gradient's norm, learning rate, images per second, the
+        share of the time that was spent waiting for data, and once the seconds from the command to the first step.
 
     Raises:
         ArithmeticError: The loss is no longer finite.
@@ -28,6 +28,7 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
     parameters = [p for p in training.learner.parameters() if p.requires_grad]
     slices = config.slices // world_size() if config.slices % world_size() == 0 else 1
     started, seconds_waited, measured = time.perf_counter(), 0.0, list[Tensor]()
+    startup: dict[str, float] = {}  # of the first epoch in this process
     for step, samples in enumerate(batches.samples, batches.first_step):
         asked = time.perf_counter()
         images, labels = next(batches.images), training.labels[samples]
@@ -35,7 +36,7 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
         terms, norm = train_step(training, epoch, step, images, labels, parameters, slices)
         measured.append(torch.stack([value.detach().double() for value in (*terms, norm)]))
         if not training.clock.phases:
-            training.end_first_step()
+            startup = training.end_first_step()
 
         steps_done = epoch * plan.steps + step + 1
         wants_checkpoint = steps_done % (config.checkpoint_every or math.inf) == 0
@@ -58,7 +59,8 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
     require_finite(training.steps, epoch)
     training.clock.lap("steps")
     images_per_step = config.batch.classes * config.batch.images
-    return means_of(training.steps) | {
+    return startup | {
+        **means_of(training.steps),
         "train/lr": min(group["lr"] for group in training.optimizer.param_groups),
         "train/images_per_second": len(measured) * images_per_step / seconds,
         "train/data_wait": seconds_waited / seconds,

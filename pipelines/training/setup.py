@@ -106,11 +106,12 @@ class Training:
         """The config of the whole run."""
         return self.job.config
 
-    def end_first_step(self) -> None:
-        """Remember how long it took to get here."""
+    def end_first_step(self) -> dict[str, float]:
+        """Return how long it took to get here, which the final metrics have, too."""
         self.clock.lap("first step")
         if self.job.started is not None:
             self.startup_seconds = {"train/startup_seconds": time.time() - self.job.started}
+        return self.startup_seconds
 
     @property
     def is_main(self) -> bool:
