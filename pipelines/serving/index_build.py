@@ -1,13 +1,16 @@
-"""Build an index: tasks of Ray on any node build a shard each, on one CPU, hence the same bits every time."""
+"""Build an index: tasks of Ray on any node build a shard each, on one CPU, hence the same bits every time.
+
+Where there is no cluster, and but one shard, this process builds it.
+"""
 
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
-import ray
 import torch
 from pyarrow import parquet
 from rich.console import Console
@@ -15,10 +18,11 @@ from rich.console import Console
 from dml_core.retrieval import index as faiss_index
 from dml_core.retrieval.index import KINDS, IndexOptions
 from dml_core.retrieval.structure import index_vectors
-from pipelines.cluster.session import open_cluster
+from pipelines.cluster.devices import has_cluster, needs_ray
+from pipelines.cluster.failures import call_interruptibly
 from pipelines.config import sections
 from pipelines.config.schema import Config
-from pipelines.console import RunFailed
+from pipelines.console import RunFailed, stage
 from pipelines.files import write_atomically
 from pipelines.models.checkpoint import copy_model, model_fingerprint, read_config
 from pipelines.models.find import find_checkpoint
@@ -85,13 +89,15 @@ class _Source(NamedTuple):
     Attributes:
         file: Of embeddings.
         model: The checkpoint folder of the model that embedded them.
-        config: What the cluster is opened for.
+        config: What a cluster is opened for.
+        rows: How many vectors there are.
         plan: Set where the file must be written first.
     """
 
     file: str
     model: Path
     config: Config
+    rows: int
     plan: EmbeddingPlan | None
 
 
@@ -132,16 +138,14 @@ def build_index(
             raise ValueError(f"--model {model} cannot act: {source} is a run itself")
         plan = plan_embedding(source, None, assignments, console, own)
         request.check(plan.rows, plan.model.config.namr is not None, source)
-        vectors = _Source(str(folder / "embeddings.parquet"), plan.model.checkpoint, plan.model.config, plan)
+        config = plan.model.config
+        vectors = _Source(str(folder / "embeddings.parquet"), plan.model.checkpoint, config, plan.rows, plan)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written to ({error})") from None
     try:
-        with open_cluster(vectors.config, None):
-            if vectors.plan:
-                write_embeddings(vectors.plan, vectors.file, console)
-            about = _write_index(vectors, folder, request, console)
+        about = _embed_and_build(vectors, folder, request, console)
         if vectors.plan:
             Path(vectors.file).unlink()
     except BaseException:
@@ -158,7 +162,7 @@ def _open_file(source: str, request: IndexRequest, model: str | None, assignment
     embeddings = Embeddings(file)
     request.check(embeddings.rows, embeddings.structure, source)
     checkpoint = _find_model(source, embeddings.model, model)
-    return _Source(file, checkpoint, read_config(checkpoint), None)
+    return _Source(file, checkpoint, read_config(checkpoint), embeddings.rows, None)
 
 
 def _find_model(source: str, origin: ModelOrigin, named: str | None) -> Path:
@@ -175,15 +179,28 @@ def _find_model(source: str, origin: ModelOrigin, named: str | None) -> Path:
     raise ValueError(f"{source}: the model that made it is not at {where}; --model RUN tells where it is")
 
 
+def _embed_and_build(source: _Source, folder: Path, request: IndexRequest, console: Console) -> About:
+    """Write the embeddings, if they are not there, and the index of them."""
+    cluster: AbstractContextManager[None] = nullcontext()
+    if (needs_ray(source.config) if source.plan else has_cluster()) or len(request.split(source.rows)) > 1:
+        from pipelines.cluster.session import open_cluster
+
+        cluster = open_cluster(source.config, None)
+    with cluster:
+        if source.plan:
+            write_embeddings(source.plan, source.file, console)
+        return _write_index(source, folder, request, console)
+
+
 def _write_index(source: _Source, folder: Path, request: IndexRequest, console: Console) -> About:
     embeddings = Embeddings(source.file)
     ranges = {f"shard-{n:05d}.faiss": rows for n, rows in enumerate(request.split(embeddings.rows))}
-    try:
-        tasks = [_build_shard.remote(source.file, rows, request, str(folder / name)) for name, rows in ranges.items()]
-        with console.status(f"building {len(tasks)} shards"):
-            hashes = ray.get(tasks)
-    except ray.exceptions.RayError as error:
-        raise RunFailed(str(error).strip().splitlines()[-1]) from error
+    shards = [(source.file, rows, request, str(folder / name)) for name, rows in ranges.items()]
+    with stage(console, f"building {len(shards)} shards"):
+        if has_cluster():
+            hashes = _build_in_cluster(shards)
+        else:
+            hashes = call_interruptibly(lambda: [_build_shard(*shard) for shard in shards])
     with parquet.ParquetWriter(folder / "items.parquet", ITEM_COLUMNS) as items:
         for first, table in embeddings.tables(["path", "label"]):
             ids = pa.array(range(first, first + len(table)), pa.int64())
@@ -207,7 +224,17 @@ def _write_index(source: _Source, folder: Path, request: IndexRequest, console: 
     return about
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+def _build_in_cluster(shards: list[tuple[str, range, IndexRequest, str]]) -> list[str]:
+    """Build shards as tasks of Ray. Return their sha256. Arguments as of _build_shard."""
+    import ray
+
+    build: Any = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_build_shard)
+    try:
+        return ray.get([build.remote(*shard) for shard in shards])
+    except ray.exceptions.RayError as error:
+        raise RunFailed(str(error).strip().splitlines()[-1]) from error
+
+
 def _build_shard(file: str, rows: range, request: IndexRequest, path: str) -> str:
     """Write the shard of some rows of a file of embeddings. Return its sha256."""
     import faiss

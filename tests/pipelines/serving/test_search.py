@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipelines.models.embedder import Embedder
 from pipelines.serving.index import open_index
 from tests.pipelines.conftest import ROWS, answer, dml, refused
 
-pytestmark = pytest.mark.usefixtures("tracked_folder")
+pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
 
 
 def columns(file: Path) -> dict[str, np.ndarray]:
@@ -100,20 +101,40 @@ def test_a_picture_finds_itself(index: Path, vectors: Path, pictures: Path) -> N
     assert " ms, searched in " in printed.stdout
 
 
-def test_a_search_imports_only_what_embeds_a_picture(index: Path, pictures: Path) -> None:
+def imports_of(*commands: list[str | Path]) -> set[str]:
+    """Run commands of dml in one new process. Return which of the heavy libraries it has imported."""
     program = (
-        "import sys\n"
+        "import json, sys\n"
         "from pipelines.cli.main import app\n"
-        "sys.argv = ['dml', *sys.argv[1:]]\n"
-        "try:\n    app()\n"
-        "except SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'ray', 'mlflow', 'torchvision', 'pytorch_metric_learning', 'timm', 'scipy', 'sklearn', 'pandas'}\n"
-        "heavy |= {'matplotlib', 'torch._dynamo', 'PIL', 'torch'}\n"
-        "print('imported', sorted(heavy & sys.modules.keys()))\n"
+        "commands, modules = json.loads(sys.argv[1]), sys.argv[2]\n"
+        "for command in commands:\n"
+        "    sys.argv = ['dml', *command]\n"
+        "    try:\n        app()\n"
+        "    except SystemExit as end:\n        assert not end.code\n"
+        "print(*sys.modules, sep='\\n', file=open(modules, 'w'))\n"
     )
-    command = [sys.executable, "-c", program, "index", "search", index, "--image", next(pictures.glob("*/*.png"))]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert outcome.stdout.splitlines()[-1] == "imported ['PIL', 'torch']", outcome.stdout + outcome.stderr
+    heavy = {"torch", "PIL", "ray", "mlflow", "torchvision", "pytorch_metric_learning", "timm", "scipy", "sklearn"}
+    heavy |= {"matplotlib", "torch._dynamo"}
+    with tempfile.NamedTemporaryFile("r") as modules:
+        lines = json.dumps([[str(word) for word in command] for command in commands])
+        subprocess.run([sys.executable, "-c", program, lines, modules.name], check=True, stdout=subprocess.DEVNULL)
+        return heavy & {*modules.read().split()}
+
+
+def test_a_search_imports_only_what_embeds_a_picture(index: Path, pictures: Path) -> None:
+    image = next(pictures.glob("*/*.png"))
+    assert imports_of(["index", "search", index, "--image", image]) == {"torch", "PIL"}
+
+
+def test_one_worker_needs_neither_ray_nor_what_trains(exact, pictures: Path, vectors: Path, tmp_path: Path) -> None:
+    run, embedded = exact[1].checkpoint, tmp_path / "here.parquet"
+    embed = ["embed", run, "--images", pictures, "--out", embedded, "data.on_bad_image=skip"]
+    build = ["index", "build", embedded, "--out", tmp_path / "index", "--kind", "ivf"]
+    assert imports_of(["evaluate", run], embed, build) <= {"torch", "PIL"}
+    assert all((values == columns(vectors)[name]).all() for name, values in columns(embedded).items())
+    answer("index", "build", embedded, "--out", tmp_path / "by_ray", "--kind", "ivf")
+    index, by_ray = open_index(tmp_path / "index"), open_index(tmp_path / "by_ray")
+    assert index.about == by_ray.about and index.items([7, 0]) == by_ray.items([7, 0])
 
 
 def test_index_of_a_run_embeds_its_own_set(exact, tmp_path: Path) -> None:
