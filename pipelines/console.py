@@ -52,4 +52,5 @@ def progress_bar(console: Console, clock: ProgressColumn | None = None) -> Progr
         clock or TimeRemainingColumn(),
         console=console,
         transient=True,
+        refresh_per_second=4,
     )

@@ -11,7 +11,7 @@ from rich.console import Console
 from pipelines.console import progress_bar
 from pipelines.tracking.records import EpochRecord
 
-INTERVAL = 0.5  # seconds between two messages, and between two looks
+INTERVAL = 1.0  # seconds between two messages, and between two looks
 # In a log file: seconds between two lines of a stage other than the training.
 INTERVAL_IN_LOG = 4.0
 
@@ -63,7 +63,7 @@ class LocalBoard:
 
 
 class Reporter:
-    """Rank 0's end: writes to the board twice a second at most and never waits for it."""
+    """Rank 0's end: writes to the board once a second at most and never waits for it."""
 
     def __init__(self, board: Board | None):
         self.board, self.last = board, 0.0

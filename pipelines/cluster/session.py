@@ -19,6 +19,8 @@ from pipelines.console import messages
 LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes a local node away
     "RAY_prestart_worker_first_driver": "0",  # of processes that Ray Train's actors, with their variables, cannot use
+    "RAY_worker_niceness": "0",  # by default 15, and all workers wait for one that gives way to some daemon
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of the statistics of a dashboard that nobody looks at
 }
 # Ray Train's PlacementGroupCleaner asks the newest Ray on the machine whether the controller lives, takes another
 # Ray's "unknown" for its death, and ends the training. An address where nothing answers makes it wait instead.

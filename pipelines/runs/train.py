@@ -158,13 +158,16 @@ def _open_cluster_and_check(
     cluster: contextlib.ExitStack,
 ) -> Inputs:
     """Connect to or start Ray, which `cluster` closes, and check the inputs beside it."""
-    from pipelines.cluster.session import open_cluster
 
     def check() -> Inputs:
         with clock.beside("data"):
             return check_inputs(config, unreadable, console)
 
     checked = call_in_thread(check)
+    from pipelines.cluster.session import open_cluster  # Ray's import takes half a second
+
+    if checked.done():
+        checked.result()  # what is refused by now need not wait for a Ray
     with stage(console, "connecting to Ray" if "RAY_ADDRESS" in os.environ else "starting Ray"):
         cluster.enter_context(open_cluster(config, folder.logs))
     clock.lap("Ray")
