@@ -16,9 +16,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 train: setup
 	$(BIN)/dml train $(ARGS)
 
-# Tests wait for each other's processes more than they compute: twice as many at a time as a small machine has cores.
+# Tests wait for processes that they start, so that there is work for more of them at a time than a small machine has cores.
 test: setup
-	$(BIN)/python -m pytest -m "not slow" -n 4 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # Lost machines, killed sweeps and job servers: what takes a minute or more each, by its nature.
 test-slow: setup

@@ -25,18 +25,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The same tests on every machine: without its GPUs, in this process and in all that it starts. Tests of what Ray does
 # with GPUs take `invented_gpus`.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.update(RAY_worker_niceness="0")  # else Ray's workers wait for everything else on this machine
+# Ray's workers do not give way to everything else on this machine, and Ray does not look at memory all the time.
+os.environ.update(RAY_worker_niceness="0", RAY_memory_monitor_refresh_ms="0", RAY_event_stats="0")
 # Processes share the cores, so that threads of one would wait for each other.
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 # What shares something that takes long to start: files of a group run one after the other, in one process.
 GROUPS = {
-    "ray": ["cluster/test_ray_private", "runs/test_train", "data/test_streaming", "data/test_remote", "cli/test_cli"],
+    "ray": ["data/test_remote", "runs/test_train"],
+    "more of ray": ["cluster/test_ray_private", "data/test_streaming", "cli/test_cli"],
     "ranks": [module.replace(".", "/") for module in ranks.USERS],
 }
 # The rest by files, of which these take longest.
-LONG = ["tune", "report", "resume", "pages", "search", "demo", "quickstart", "python", "every_key", "export"]
+LONG = ["tune", "report", "pages", "search", "demo", "quickstart", "python", "every_key", "export"]
 
 
 def group_of(nodeid: str) -> str:

@@ -1,5 +1,6 @@
 """Against the search that multiplies every pair twice."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,18 @@ def depths(size: int) -> list[int]:
     return [min(size, 1 + 40 * (block % 3)) for block in range(-(-size // block_rows(size)))]
 
 
+@functools.cache
+def search_alone(size: int, ties: bool) -> list[neighbors.Neighbors]:
+    """What one process finds; several tests ask."""
+    return among_each_other(points(size, ties), depths(size))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_equal_to_the_search_of_all_pairs(size: int, ties: bool) -> None:
     z, rows = points(size, ties), block_rows(size)
     blocks = [(i * GALLERY_BLOCK, block) for i, block in enumerate(z.split(GALLERY_BLOCK))]
-    for number, best in enumerate(among_each_other(z, depths(size))):
+    for number, best in enumerate(search_alone(size, ties)):
         rows_of_block = torch.arange(number * rows, min(size, (number + 1) * rows))
         expected = nearest(z[rows_of_block], blocks, depths(size)[number], rows_of_block)
         torch.testing.assert_close(best.similarity, expected.similarity, rtol=1e-12, atol=1e-12)
@@ -77,7 +84,7 @@ def test_processes_find_the_same_bits(world: int, tmp_path: Path) -> None:
     parts = [torch.load(tmp_path / f"{rank}") for rank in range(world)]
     for size in SIZES:
         for ties in (False, True):
-            for number, alone in enumerate(among_each_other(points(size, ties), depths(size))):
+            for number, alone in enumerate(search_alone(size, ties)):
                 similarity, position = parts[number % world][size, ties][number // world]
                 assert torch.equal(similarity, alone.similarity)
                 assert torch.equal(position, alone.position)

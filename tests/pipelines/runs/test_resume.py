@@ -65,6 +65,7 @@ def histories(client: mlflow.MlflowClient, run: Run) -> dict[str, list[tuple[int
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_stopped_and_continued_is_the_run_that_nobody_touched(
     tmp_path: Path, exact: dict[int, TrainOutcome], mlflow_server, monkeypatch: pytest.MonkeyPatch
