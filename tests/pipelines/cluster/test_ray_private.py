@@ -27,7 +27,8 @@ def look_for_notice() -> bool:
     return get_train_context().preemption_context.preemption_info is None and preemption_notice() is None
 
 
-def fail() -> None:
+def look_for_notice_and_fail() -> None:
+    assert look_for_notice(), MOVED
     raise LookupError("first line\nsecond line")
 
 
@@ -36,13 +37,11 @@ def trainer(loop, folder: Path) -> TorchTrainer:
     return TorchTrainer(loop, scaling_config=ray.train.ScalingConfig(num_workers=1), run_config=run)
 
 
-def test_a_worker_can_look_for_a_notice(local_ray: None, tmp_path: Path) -> None:
-    assert trainer(look_for_notice, tmp_path).fit().return_value, MOVED
-
-
-def test_the_first_cause_of_a_failure_is_what_the_loop_raised(local_ray: None, tmp_path: Path) -> None:
+def test_a_worker_can_look_for_a_notice_and_the_first_cause_of_a_failure_is_what_the_loop_raised(
+    local_ray: None, tmp_path: Path
+) -> None:
     with pytest.raises(ray.train.WorkerGroupError) as raised:
-        trainer(fail, tmp_path).fit()
+        trainer(look_for_notice_and_fail, tmp_path).fit()
     assert first_cause(raised.value) == "LookupError: first line"
 
 
