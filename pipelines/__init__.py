@@ -10,7 +10,7 @@ A wing imports only wings on lines below its own:
     data | models
     cluster | compare
     config
-    tracking, pages, files, console, phases, environment
+    tracking, pages, files, console, kept, phases, environment
 
 `environment` sets what must be set before Ray, Ray Tune, MLflow and torch are imported, hence is imported first.
 """

@@ -10,8 +10,8 @@ from pipelines.config.schema import Config
 
 # Keys that a training does not depend on: they may differ when a run is continued, and within a group of seeds.
 FREE_KEYS = (
-    *("workers", "use_gpu", "name", "storage", "max_failures", "timeout", "wait_for_nodes", "checkpoint_every"),
-    *("model_name", "metrics"),
+    *("workers", "use_gpu", "gpus_per_worker", "name", "storage", "max_failures", "timeout", "wait_for_nodes"),
+    *("checkpoint_every", "model_name", "metrics"),
     *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
 )
 # Of these and the keys of how pictures are found and computed with, those that may differ when a report looks at a

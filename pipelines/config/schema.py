@@ -32,6 +32,9 @@ class Config(Methods):
     hyperparameter: results do not depend on it."""
     use_gpu: bool | None = None
     """Whether each worker has a GPU. none: if the cluster has enough of them."""
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1
+    """Share of a GPU that Ray sets aside for a worker: with 0.25, four trials of a sweep share each GPU. It limits no
+    memory: so many trainings must fit beside each other. A share is for runs of one worker."""
     precision: Literal["float32", "bf16", "float64"] | None = None
     """Number format of the training; `bf16` is autocast. none: bf16 on GPUs, float32 on CPUs."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -106,6 +109,13 @@ class Config(Methods):
         size = self.batch.classes * self.batch.images
         if low > high:
             raise ValueError(f"workers={self.workers}: the first number must not be the larger")
+        if self.gpus_per_worker < 1 and high > 1:
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker:g} cannot act with workers={self.workers}: NCCL takes no two "
+                "workers of a run on one GPU"
+            )
+        if self.gpus_per_worker < 1 and self.use_gpu is False:
+            raise ValueError(f"gpus_per_worker={self.gpus_per_worker:g} cannot act with use_gpu=false")
         if size % self.slices:
             raise ValueError(f"batch.slices={self.slices} does not divide the global batch of {size}")
         for count in range(low, high + 1):

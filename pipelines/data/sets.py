@@ -11,6 +11,9 @@ from dml_core.data import benchmarks, datasets, glyphs, user_sets
 from dml_core.data.datasets import Collection, LabelledImages, Splits, names_array
 from pipelines.config.schema import Config
 from pipelines.config.sections import Data
+from pipelines.kept import once
+
+FOLD_KEYS = {"fold", "folds", "validation_fraction"}  # in which the folds of a trial differ; the whole set is the same
 
 
 def cache_folder() -> Path:
@@ -42,7 +45,7 @@ def load_collection(config: Data, unreadable: Sequence[str] = (), labelled: bool
     Raises:
         ValueError: It is missing, or something is wrong with it.
     """
-    whole = _load_whole(config, labelled)
+    whole = once(("set", config.model_dump_json(exclude=FOLD_KEYS), labelled), lambda: _load_whole(config, labelled))
     return whole.without(np.isin(whole.images.names, names_array([*unreadable]))) if unreadable else whole
 
 
@@ -76,18 +79,21 @@ def load_splits(config: Config, unreadable: Sequence[str] = ()) -> Splits:
     Raises:
         ValueError: The set is missing, or too small for the config's batch.
     """
-    data = config.data
+    splits = once(("splits", config.data.model_dump_json(), *unreadable), lambda: _split(config.data, unreadable))
+    classes = len(splits.train.class_names)
+    if config.batch.classes > classes:
+        raise ValueError(f"batch.classes={config.batch.classes}: the training set has only {classes} classes")
+    return splits
+
+
+def _split(data: Data, unreadable: Sequence[str]) -> Splits:
     whole = load_collection(data, unreadable)
     if whole.test is not None and data.test_fraction:
         raise ValueError("data.test_fraction cannot act: the set itself says which classes are tested on")
     if whole.validation is not None and (data.fold is not None or data.validation_fraction is not None):
         key = "validation_fraction" if data.fold is None else "fold"
         raise ValueError(f"data.{key} cannot act: the set itself says which classes are validated on")
-    splits = datasets.split(whole, *data.fractions, data.split_seed, data.fold_of, data.limit_classes)
-    classes = len(splits.train.class_names)
-    if config.batch.classes > classes:
-        raise ValueError(f"batch.classes={config.batch.classes}: the training set has only {classes} classes")
-    return splits
+    return datasets.split(whole, *data.fractions, data.split_seed, data.fold_of, data.limit_classes)
 
 
 def _with_test_classes(config: Data, whole: Collection) -> Collection:

@@ -17,6 +17,7 @@ from pipelines.cluster.threads import torch_threads
 from pipelines.config.schema import Config
 from pipelines.data.features import Features, cached_features
 from pipelines.data.sets import cache_folder
+from pipelines.kept import once
 
 if TYPE_CHECKING:
     from pipelines.data.streaming import StreamedViews
@@ -79,16 +80,23 @@ class Sources:
             if images is whole:
                 return path
 
+        config = self.config
+        backbone = config.backbone.model_dump_json(), config.seed, config.precision, config.storage
+        path = once(
+            ("features", whole.digest(), config.data.model_dump_json(), *backbone), lambda: self._find_features(whole)
+        )
+        self._feature_files.append((whole, path))
+        return path
+
+    def _find_features(self, whole: LabelledImages) -> Path:
         def note(done: int, total: int) -> None:
             self.progress.note("features", done, total)
 
         with torch_threads(self.cpus):
             views, folder = self._views(whole), cache_folder()
-            path = cached_features(
+            return cached_features(
                 self.config, self.learner, views, folder, self.device, self.writes, self.processes, note
             )
-        self._feature_files.append((whole, path))
-        return path
 
     def _views(self, images: LabelledImages) -> "Views | StreamedViews":
         views = views_of(self.config, images, self.augments)

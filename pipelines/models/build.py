@@ -1,5 +1,6 @@
 """From a config to a learner."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dml_core.learner import Learner, Weights
 from pipelines.cluster.threads import torch_threads
 from pipelines.config.methods import Sizes
 from pipelines.config.schema import Config
+from pipelines.kept import once
 from pipelines.models.checkpoint import load_weights, read_class_names
 
 
@@ -44,8 +46,20 @@ def build_embedder(config: Config, folder: Path) -> Learner:
     return learner.eval()
 
 
+def _build_backbone(config: Config, read_weights: bool) -> backbones.Backbone:
+    """Build a backbone, or copy one that was built before; the generator goes on as if it had been built."""
+    name, weights = config.backbone.name, config.backbone.weights
+
+    def build() -> tuple[backbones.Backbone, torch.Tensor]:
+        return backbones.build(name, weights, read_weights), torch.get_rng_state()
+
+    backbone, generator = once(("backbone", name, weights, read_weights, config.seed), build)
+    torch.set_rng_state(generator)
+    return copy.deepcopy(backbone)
+
+
 def _build(config: Config, classes: int, read_weights: bool, with_loss: bool) -> Learner:
-    backbone = backbones.build(config.backbone.name, config.backbone.weights, read_weights)
+    backbone = _build_backbone(config, read_weights)
     if config.backbone.frozen:
         backbone.freeze()
     dim = config.embedding_dim

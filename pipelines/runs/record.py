@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -109,6 +110,7 @@ def package_version() -> str:
         return "0"
 
 
+@cache
 def _git_commit() -> str:
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

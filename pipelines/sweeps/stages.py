@@ -51,16 +51,20 @@ def place_trials(sweep: Sweep, in_process: bool, console: Console) -> Placement:
     use_gpu, device = bool(config.use_gpu), "GPU" if config.use_gpu else "CPU"
     if config.data.loader == "ray":
         resources["CPU"] /= 2  # the other half decodes, see session.open_cluster
-    fit = max(1, int(resources[device] - (not in_process and not use_gpu)) // workers)
+    per_device = int(1 / config.gpus_per_worker + 1e-9) if use_gpu else 1  # Ray splits no worker over two GPUs
+    fit = max(1, int(resources[device] - (not in_process and not use_gpu)) * per_device // workers)
     wanted = sweep.options.concurrent
     concurrent = min(wanted or fit, fit)
+    of_each = f"{config.gpus_per_worker:g}" if per_device > 1 else str(workers)
     console.print(
-        f"{concurrent} trials at a time, each on {workers} of {resources[device]:g} {device}s"
+        f"{concurrent} trials at a time, each on {of_each} of {resources[device]:g} {device}s"
         + (f" (more than {fit} do not fit, the others wait)" if wanted and wanted > fit else ""),
         highlight=False,
     )
     # Of the trials of a population all are begun and some are paused: their shares alone say how many run.
-    share = {"CPU": math.floor(1e4 * resources["CPU"] / concurrent) / 1e4} | ({"GPU": 1.0} if use_gpu else {})
+    share = {"CPU": math.floor(1e4 * resources["CPU"] / concurrent) / 1e4} | (
+        {"GPU": config.gpus_per_worker} if use_gpu else {}
+    )
     # Workers of Ray Train have resources of their own.
     return Placement(sweep, in_process, concurrent, share if in_process else {"CPU": 0.01}, console)
 

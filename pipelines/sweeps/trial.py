@@ -16,6 +16,7 @@ from rich.console import Console
 from pipelines.config.recipe import with_values
 from pipelines.config.schema import Config
 from pipelines.console import RunFailed
+from pipelines.kept import keep_between_runs
 from pipelines.runs.outcome import SweepMember
 from pipelines.runs.train import run_training
 from pipelines.sweeps.population import copy_to_new_run, open_as_tune_checkpoint, settings_after
@@ -43,6 +44,7 @@ def run_trial(config: TrialConfig, sweep: Sweep, in_process: bool) -> None:
         sweep: The sweep that it belongs to.
         in_process: Train in this process, not on workers of Ray Train.
     """
+    keep_between_runs()
     folds, scores, checkpoint = sweep.options.folds, list[float](), tune.get_checkpoint()
     settings = config["point"] if checkpoint is None else settings_after(checkpoint, config["point"])
     base, name = with_values(sweep.config, settings), trial_name(tune.get_context().get_trial_id(), settings)
@@ -130,6 +132,7 @@ def run_final(config: FinalConfig, sweep: Sweep, in_process: bool) -> None:
         sweep: The sweep that it belongs to.
         in_process: Train in this process, not on workers of Ray Train.
     """
+    keep_between_runs()
     task = config["point"]
     location = {"name": f"{task['role']}-s{task['seed']}", "storage": sweep.folder}
     member = SweepMember(sweep.uri, sweep.run_id, {"final": task["role"]}, test=True)

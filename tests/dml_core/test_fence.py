@@ -25,7 +25,7 @@ LINES = (
     {"data", "models"},
     {"cluster", "compare"},
     {"config"},
-    {"tracking", "pages", "console", "environment", "files", "phases"},
+    {"tracking", "pages", "console", "environment", "files", "kept", "phases"},
 )
 LINE_OF = {wing: number for number, wings in enumerate(LINES) for wing in wings}
 WORKER_WINGS = {"data", "models", "training"}
