@@ -18,6 +18,7 @@ from pipelines.runs.train import run_training
 from tests.chaos.losses import assert_as_undisturbed, lose, newest
 from tests.chaos.machines import Training, machines, nothing_left
 from tests.pipelines.conftest import QUIET
+from tests.sharing import make_once
 
 # Long enough for twenty losses, and calm enough for sums of another order to stay sums of another order.
 LONG = ["glyphs", "data.limit_classes=12", "batch.classes=6", "batch.images=4", "epochs=24", "steps_per_epoch=30"]
@@ -68,11 +69,12 @@ def test_twenty_losses_change_nothing(tmp_path: Path, mlflow_server) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["node", "replaced", "elastic", "notice", "hang", "torn"])
-def test_faults_on_three_machines(kind: str, tmp_path: Path, mlflow_server) -> None:
+def test_faults_on_three_machines(kind: str, tmp_path: Path, together: Path, mlflow_server) -> None:
     """Three workers on three machines of one CPU each; of two where a machine is lost and not replaced."""
     # Steps are told apart from epochs by their checkpoints: with a notice there is one in the middle of an epoch.
     arguments = [a for a in SHORT if "checkpoint_every" not in a] if kind == "notice" else SHORT
-    expected = undisturbed(arguments, tmp_path / "calm")
+    calm = "calm by epochs" if kind == "notice" else "calm"
+    expected = make_once(together, calm, lambda: undisturbed(arguments, together / calm))
     run = tmp_path / "runs" / "faults"
     with machines(3, cpus=2 if kind == "node" else 1) as cluster:
         workers = "1:3" if kind == "elastic" else "3"
