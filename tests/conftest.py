@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 # A shell's `&` and nohup have their children ignore Ctrl-C, and theirs in turn: commands under test would, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# The same tests on every machine: without its GPUs, in this process and in all that it starts. Tests of what Ray does
-# with GPUs take `invented_gpus`.
+# The same tests on every machine: without its GPUs, in this process and in all that it starts. Where Ray shall count
+# invented GPUs it starts without this variable, in a process of its own.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Ray's workers do not give way to everything else on this machine, and Ray does not look at memory all the time.
 os.environ.update(RAY_worker_niceness="0", RAY_memory_monitor_refresh_ms="0", RAY_event_stats="0")
@@ -111,12 +111,6 @@ def without_ray(cache: Path) -> None:
     """As when a user types a command: what can do without Ray does."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
-
-
-@pytest.fixture
-def invented_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a Ray that starts now count up to four GPUs by names that CUDA knows none of, on any machine."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1,-2,-3,-4")
 
 
 class Web(SimpleHTTPRequestHandler):
