@@ -5,6 +5,7 @@ on by its name, and what is finished is not trained again, whatever Ray Tune rem
 """
 
 import io
+import os
 import statistics
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def run_trial(config: TrialConfig, sweep: Sweep, in_process: bool) -> None:
         sweep: The sweep that it belongs to.
         in_process: Train in this process, not on workers of Ray Train.
     """
-    keep_between_runs()
+    prepare_process()
     folds, scores, checkpoint = sweep.options.folds, list[float](), tune.get_checkpoint()
     settings = config["point"] if checkpoint is None else settings_after(checkpoint, config["point"])
     base, name = with_values(sweep.config, settings), trial_name(tune.get_context().get_trial_id(), settings)
@@ -132,7 +133,7 @@ def run_final(config: FinalConfig, sweep: Sweep, in_process: bool) -> None:
         sweep: The sweep that it belongs to.
         in_process: Train in this process, not on workers of Ray Train.
     """
-    keep_between_runs()
+    prepare_process()
     task = config["point"]
     location = {"name": f"{task['role']}-s{task['seed']}", "storage": sweep.folder}
     member = SweepMember(sweep.uri, sweep.run_id, {"final": task["role"]}, test=True)
@@ -145,6 +146,14 @@ def run_final(config: FinalConfig, sweep: Sweep, in_process: bool) -> None:
         "model": outcome.model or "",
     }
     tune.report({**report})
+
+
+def prepare_process() -> None:
+    """Have this process serve trial after trial."""
+    keep_between_runs()
+    # The next trial waits so many seconds for one that was ended early; after Ray Tune's own 2, on a busy machine, it
+    # would start a process anew instead, and import everything.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")
 
 
 def _run_location(sweep: Sweep, trial: str, fold: int) -> dict[str, str]:

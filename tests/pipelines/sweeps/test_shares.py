@@ -166,7 +166,7 @@ def test_trials_are_dealt_to_shares(share: str, gpus: int, line: str, monkeypatc
 
 
 SCRIPT = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 import ray
 from ray import tune
@@ -174,6 +174,16 @@ from pipelines.config.recipe import load_recipe
 from pipelines.console import messages
 from pipelines.sweeps.records import Sweep, SweepOptions
 from pipelines.sweeps.stages import place_trials, run_stage
+from pipelines.sweeps.trial import prepare_process
+from ray.tune.schedulers import AsyncHyperBandScheduler
+
+def end_slowly(config, sweep, in_process):
+    prepare_process()
+    try:
+        for epoch in (1, 2, 3):
+            tune.report({"score": 0.0, "epochs_done": epoch})
+    finally:
+        time.sleep(3)  # longer than Ray Tune waits by itself
 
 def look(config, sweep, in_process):
     folder = Path(sweep.folder)
@@ -189,12 +199,16 @@ if __name__ == "__main__":
     config = load_recipe("glyphs", ["workers=1", "gpus_per_worker=0.5", "use_gpu=true", "data.loader=torch"])
     sweep = Sweep("s", folder, "uri", "id", config, SweepOptions("sgar"))
     trials = run_stage(place_trials(sweep, True, messages), "look", look, tune.grid_search([0, 1, 2, 3]), 4)
-    print(json.dumps([trial.last_result["together"] for trial in trials]))
+    together = [trial.last_result["together"] for trial in trials]
+    one = place_trials(sweep._replace(options=SweepOptions("sgar", concurrent=1)), True, messages)
+    early = AsyncHyperBandScheduler("epochs_done", "score", "max", max_t=2, grace_period=1)
+    ended = run_stage(one, "end", end_slowly, tune.grid_search([0, 1, 2]), 3, scheduler=early)
+    print(json.dumps([together, [[t.last_result["pid"], t.last_result["epochs_done"]] for t in ended]]))
 """
 
 
-def test_ray_gives_four_trials_half_a_gpu_each(tmp_path: Path) -> None:
-    """GPUs that are in Ray's books alone."""
+def test_ray_gives_trials_half_a_gpu_each_and_has_them_follow_each_other_in_a_process(tmp_path: Path) -> None:
+    """GPUs that are in Ray's books alone; then trials that are ended early, and take seconds to end."""
     script = tmp_path / "look.py"
     script.write_text(SCRIPT)
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
@@ -205,6 +219,8 @@ def test_ray_gives_four_trials_half_a_gpu_each(tmp_path: Path) -> None:
     )
     assert looked.returncode == 0, looked.stderr[-3000:]
     assert "4 trials at a time, each on 0.5 of 2 GPUs" in looked.stderr
-    assert json.loads(looked.stdout.splitlines()[-1]) == [4, 4, 4, 4]
+    together, ended = json.loads(looked.stdout.splitlines()[-1])
+    assert together == [4, 4, 4, 4]
+    assert len({process for process, _ in ended}) == 1 and {epochs for _, epochs in ended} == {2}
     ids = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("?.json"))]
     assert sorted(int(one) for (one,) in ids) == [0, 0, 1, 1]
