@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from dml_core.data.datasets import LabelledImages, Retrieval
-from pipelines.cluster.transfer import send_files
+from pipelines.cluster.transfer import SentFiles
 from pipelines.compare.wording import RANKINGS
 from pipelines.config.recipe import load_recipe
 from pipelines.data.sets import load_collection, load_splits
 from pipelines.data.sources import views_of
 from pipelines.models.build import build_learner
-from pipelines.models.checkpoint import MODEL_FILES, load_weights, read_class_names, read_config, read_state
+from pipelines.models.checkpoint import load_weights, read_class_names, read_config, read_state
 from pipelines.reports import geometry, inspection
 from pipelines.reports.inspection import MAX_POINTS, POINT_SIDE, Inspection, inspect_loop
 from pipelines.reports.job import InspectJob
@@ -24,7 +24,7 @@ def result(exact) -> Inspection:
     """Of the same run by its checkpoint alone: measured anew, in this process."""
     folder = Path(exact[1].checkpoint)
     config, state = read_config(folder), read_state(folder)
-    return inspect_loop(InspectJob(config, model=send_files(folder, MODEL_FILES), epoch=state.epoch - 1))
+    return inspect_loop(InspectJob(config, model=SentFiles(folder=folder), epoch=state.epoch - 1))
 
 
 def test_what_is_measured_anew_is_what_the_run_measured(exact, result: Inspection) -> None:

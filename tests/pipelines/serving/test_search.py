@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from dml_core.retrieval.neighbors import nearest
 from dml_core.retrieval.structure import index_vectors, query_vectors
+from pipelines.cluster.session import open_cluster
 from pipelines.data.sets import load_splits
 from pipelines.models.checkpoint import read_config
 from pipelines.models.embedder import Embedder
@@ -132,7 +133,8 @@ def test_one_worker_needs_neither_ray_nor_what_trains(exact, pictures: Path, vec
     build = ["index", "build", embedded, "--out", tmp_path / "index", "--kind", "ivf"]
     assert imports_of(["evaluate", run], embed, build) <= {"torch", "PIL"}
     assert all((values == columns(vectors)[name]).all() for name, values in columns(embedded).items())
-    answer("index", "build", embedded, "--out", tmp_path / "by_ray", "--kind", "ivf")
+    with open_cluster(read_config(Path(run)), None):
+        answer("index", "build", embedded, "--out", tmp_path / "by_ray", "--kind", "ivf")
     index, by_ray = open_index(tmp_path / "index"), open_index(tmp_path / "by_ray")
     assert index.about == by_ray.about and index.items([7, 0]) == by_ray.items([7, 0])
 
