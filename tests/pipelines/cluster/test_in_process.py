@@ -94,7 +94,7 @@ def test_sigterm_stops_a_training_like_ctrl_c() -> None:
 
 def test_what_a_loop_raises_is_told_in_one_line_and_its_threads_are_given_back() -> None:
     threads = torch.get_num_threads()
-    with pytest.raises(RunFailed, match="^ArithmeticError: the loss is not finite$"):
+    with pytest.raises(RunFailed, match=r"^ArithmeticError: the loss is not finite$"):
         run_in_process(job("fail"), QUIET)
     assert torch.get_num_threads() == threads
 
