@@ -9,6 +9,7 @@ is that before the first step.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -102,7 +103,7 @@ def time_all(model: str, index: str, picture: str) -> dict[str, float]:
         done = run([*TRAINING, f"workers={workers}"])
         first_step = json.loads(done.answer)["metrics"]["train/startup_seconds"]
         before = [0.0, *(when for when in done.lines if when < first_step), first_step]
-        silence = max(after - earlier for earlier, after in zip(before[:-1], before[1:], strict=True))
+        silence = max(after - earlier for earlier, after in itertools.pairwise(before))
         seconds[f"workers={workers}: first line"] = done.lines[0]
         seconds[f"workers={workers}: longest silence"] = silence
         seconds[f"workers={workers}: first step"] = first_step

@@ -18,7 +18,7 @@ class RunFailed(Exception):
 def stage(console: Console, text: str) -> Iterator[None]:
     """Say what is being done for the time of the block.
 
-    On a terminal it is a line that vanishes. In a log file it is a line that stays, of what takes longer than a second.
+    On a terminal it is a line that vanishes. In a log file it is a line that stays, of what takes longer than half a second.
 
     Args:
         console: Where it is said.
@@ -28,7 +28,7 @@ def stage(console: Console, text: str) -> Iterator[None]:
         with console.status(text):
             yield
         return
-    timer = threading.Timer(1.0, lambda: console.print(text, highlight=False, markup=False))
+    timer = threading.Timer(0.5, lambda: console.print(text, highlight=False, markup=False))
     timer.daemon = True
     timer.start()
     try:
