@@ -18,7 +18,7 @@ class RunFailed(Exception):
 def stage(console: Console, text: str) -> Iterator[None]:
     """Say what is being done for the time of the block.
 
-    On a terminal it is a line that vanishes. In a log file it is a line that stays, of what takes longer than half a second.
+    On a terminal it is a line that vanishes; in a log file one that stays, of what takes half a second and more.
 
     Args:
         console: Where it is said.

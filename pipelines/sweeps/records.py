@@ -19,9 +19,15 @@ SETTINGS: Final = "settings"
 
 
 class TrialConfig(TypedDict):
-    """What Ray Tune hands a trial of the search: the point to train."""
+    """What Ray Tune hands a trial of the search.
+
+    Attributes:
+        point: What to train.
+        number: Of the point, where a search draws them, see search.NumberedOptuna.
+    """
 
     point: Point
+    number: NotRequired[int]
 
 
 class TrialReport(TypedDict):
@@ -188,14 +194,20 @@ class Sweep(NamedTuple):
     options: SweepOptions
 
 
-def trial_name(trial_id: str, point: Point) -> str:
+def trial_name(trial_id: str, config: TrialConfig, settings: Point) -> str:
     """Name a trial by its number and a digest of its settings.
 
     A killed sweep may give a number twice: the digest keeps two points apart.
+
+    Args:
+        trial_id: Of Ray Tune; it ends with the number where the points are a grid.
+        config: Of the trial; has the number where a search draws the points.
+        settings: Of the trial now, see population.settings_after.
     """
-    plain = json.loads(json.dumps(point))  # numbers as keys are texts once Ray Tune has kept them
+    number = f"{config['number']:05d}" if "number" in config else trial_id.rpartition("_")[2]
+    plain = json.loads(json.dumps(settings))  # numbers as keys are texts once Ray Tune has kept them
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:6]
-    return f"t{trial_id.rpartition('_')[2]}-{digest}"
+    return f"t{number}-{digest}"
 
 
 def fold_values(fold: int, folds: int) -> dict[str, int | None]:

@@ -4,7 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import ray
 from ray import tune
@@ -17,7 +17,7 @@ from rich.progress import Progress, TaskID, TimeElapsedColumn
 from pipelines.cluster.devices import resolve_devices
 from pipelines.cluster.failures import call_interruptibly
 from pipelines.console import RunFailed, progress_bar
-from pipelines.sweeps.records import EPOCHS, FAILED, SCORE, SETTINGS, Sweep, Trial, trial_name
+from pipelines.sweeps.records import EPOCHS, FAILED, SCORE, SETTINGS, Sweep, Trial, TrialConfig, trial_name
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the reasons of failures are printed by us
 
@@ -162,7 +162,7 @@ def read_trial(trial: RayTrial, total: int) -> Trial:
     """Return what a trial of the search came to. total: epochs of a trial that ends by itself, of all folds."""
     result: dict[str, Any] = trial.last_result or {}  # a TrialReport and Ray Tune's own; empty before the first report
     point, score, epochs = result.get(SETTINGS, trial.config["point"]), result.get(SCORE), result.get(EPOCHS, 0)
-    name = trial_name(trial.trial_id, point)
+    name = trial_name(trial.trial_id, cast(TrialConfig, trial.config), point)
     if trial.status == RayTrial.ERROR:
         return Trial(name, point, None, epochs, "failed", failure_reason(trial))
     if FAILED in result:

@@ -15,7 +15,6 @@ import pyarrow.fs
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
-from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
 from pipelines.cluster.devices import resolve_devices
@@ -48,6 +47,7 @@ from pipelines.sweeps.records import (
     Trial,
     fold_values,
 )
+from pipelines.sweeps.search import NumberedOptuna
 from pipelines.sweeps.spaces import Point, Space, config_point, draw_points, load_space
 from pipelines.sweeps.stages import Placement, failure_reason, place_trials, read_trial, run_stage
 from pipelines.sweeps.trial import run_final, run_trial
@@ -236,7 +236,7 @@ def _search(placement: Placement, space: Space) -> list[Trial]:
     if options.search == "optuna":
         own = config_point(sweep.config, space)
         first = [] if own is None else [{f"point/{key}": value for key, value in own.items()}]
-        search = OptunaSearch(metric=SCORE, mode="max", seed=sweep.config.seed, points_to_evaluate=first or None)
+        search = NumberedOptuna(metric=SCORE, mode="max", seed=sweep.config.seed, points_to_evaluate=first or None)
         points, count = space, options.samples
     else:
         drawn = draw_points(space, str(options.search), options.samples, sweep.config)

@@ -48,7 +48,7 @@ def run_trial(config: TrialConfig, sweep: Sweep, in_process: bool) -> None:
     prepare_process()
     folds, scores, checkpoint = sweep.options.folds, list[float](), tune.get_checkpoint()
     settings = config["point"] if checkpoint is None else settings_after(checkpoint, config["point"])
-    base, name = with_values(sweep.config, settings), trial_name(tune.get_context().get_trial_id(), settings)
+    base, name = with_values(sweep.config, settings), trial_name(tune.get_context().get_trial_id(), config, settings)
     for fold in range(folds):
         run = with_values(base, _run_location(sweep, name, fold) | (fold_values(fold, folds) if folds > 1 else {}))
         if checkpoint is not None:

@@ -1,19 +1,12 @@
 """Sweeps: spaces, real trials on a local Ray, one whose driver is killed, one with trials that diverge."""
 
-import contextlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import mlflow
-import psutil
 import pytest
 from ray import tune as ray_tune
 from rich.console import Console
@@ -30,6 +23,7 @@ from pipelines.sweeps.spaces import SPACES, config_point, load_space
 from pipelines.sweeps.sweep import resume_sweep, start_sweep
 from tests.pipelines import browser
 from tests.pipelines.conftest import QUIET
+from tests.pipelines.sweeps.killed import change_times, kill_sweep
 
 SMALL = ["data.limit_classes=8", "batch.classes=3", "batch.images=4", "epochs=2", "steps_per_epoch=2", "workers=1"]
 
@@ -137,20 +131,9 @@ def test_a_killed_sweep_goes_on_to_the_winner_of_an_undisturbed_one(tracked_fold
     asked = ["glyphs", "--space", write_space(tracked_folder, space), "--search", "random", "--schedule", "none"]
     asked += ["--samples", "4", "--folds", "2", "--final-seeds", "1", "--concurrent", "1", *SMALL]
     killed = tracked_folder / "runs" / "killed"
-    with open(tracked_folder / "log", "ab") as log:
-        command = [sys.executable, "-m", "pipelines.cli", "tune", *asked, "name=killed"]
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 240
-    while len([*killed.glob("t*/result.json")]) < 3:  # in the middle of the second trial
-        assert process.poll() is None and time.monotonic() < deadline, (tracked_folder / "log").read_text()[-2000:]
-        time.sleep(0.02)
-    everyone = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in everyone:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    process.wait()
-    done = {path: path.stat().st_mtime_ns for path in killed.glob("t*/result.json")}
+    arguments = [*asked, "name=killed"]
+    kill_sweep(arguments, tracked_folder, lambda: len(change_times(killed, "result.json")) >= 3)  # in the second trial
+    done = change_times(killed, "result.json")
     assert 3 <= len(done) < 6
 
     resumed = CliRunner().invoke(main.app, ["tune", "--resume", "killed", "--json"])
