@@ -26,7 +26,9 @@ from pipelines.runs.log import logged_to
 from pipelines.runs.outcome import SweepMember, TrainOutcome
 from pipelines.runs.record import record_training, register_model
 from pipelines.tracking.address import default_uri
+from pipelines.tracking.models import import_for_log_model
 from pipelines.tracking.process import SameProcess
+from pipelines.tracking.records import EpochRecord
 from pipelines.tracking.runs import end_run, resume_run
 from pipelines.tracking.sender import MetricSender
 from pipelines.tracking.server import prepare_store
@@ -219,16 +221,24 @@ def _train(
         What the loop returns, and how many of its records MLflow did not take.
     """
     config, sender, status, patience = job.config, MetricSender(tracker, uri, run_id), "FAILED", 0.0
+
+    def keep(record: EpochRecord) -> None:
+        if job.test and not sender.known:
+            tracker.submit(import_for_log_model)  # while the training goes on, and its workers have started
+        sender.log(record)
+
     try:
         if here:
             from pipelines.cluster.in_process import run_in_process
 
+            if job.test:
+                tracker.submit(import_for_log_model)  # while the training runs
             result = run_in_process(job, console, sender.log, member.report if member else dict)
         else:
             from pipelines.cluster.launch import run_on_workers
 
             callbacks = member.callbacks if member else ()
-            result = run_on_workers(job, config.storage, str(config.name), console, sender.log, callbacks)
+            result = run_on_workers(job, config.storage, str(config.name), console, keep, callbacks)
         status, patience = "FINISHED", 30.0
         for record in result.records:
             sender.log(record)

@@ -1,16 +1,24 @@
 """Checkpoints as models of MLflow: log, register, fetch."""
 
+import importlib
 from pathlib import Path
 
 from pipelines.tracking import server
 from pipelines.tracking.address import without_password
 from pipelines.tracking.server import import_mlflow
 
+LOADER = "pipelines.embedder"  # the module by which MLflow loads our models
+
 
 def set_alias(uri: str, model: str, alias: str) -> None:
     """Point an alias at a registered model, NAME/VERSION."""
     name, _, version = model.rpartition("/")
     server.connect(uri).set_registered_model_alias(name, alias, version)
+
+
+def import_for_log_model() -> None:
+    """Import what log_model will: MLflow loads the model to try its example."""
+    importlib.import_module(LOADER)
 
 
 def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example: bytes, dim: int, version: str) -> str:
@@ -32,7 +40,7 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
     """
     import numpy as np
     import pandas as pd
-    from mlflow.models import Model, ModelSignature
+    from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     mlflow = import_mlflow()
@@ -41,13 +49,9 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
     signature = ModelSignature(Schema([ColSpec("binary", "image")]), Schema([output]))
     mlflow.start_run(run_id=run_id)
     try:
-        # As mlflow.pyfunc.log_model does, but for its trial of the example, which imports torch to load the model.
-        info = Model.log(
-            artifact_path=None,
-            flavor=mlflow.pyfunc,
-            validate_serving_input=False,
+        info = mlflow.pyfunc.log_model(
             name="model",
-            loader_module="pipelines.embedder",
+            loader_module=LOADER,
             data_path=str(checkpoint),
             signature=signature,
             input_example=pd.DataFrame({"image": [example]}),
