@@ -22,7 +22,7 @@ test: setup
 
 # Lost machines, killed sweeps and job servers: what takes a minute or more each, by its nature.
 test-slow: setup
-	CHAOS_KILLS=$${CHAOS_KILLS:-5} $(BIN)/python -m pytest -m slow -n 3 --dist loadgroup $(ARGS)
+	CHAOS_KILLS=$${CHAOS_KILLS:-5} $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

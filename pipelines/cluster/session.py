@@ -13,7 +13,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from pipelines.config.schema import Config
-from pipelines.console import messages
+from pipelines.console import RunFailed, messages
 
 # Of the processes of a Ray that this process starts.
 LOCAL_ENVIRONMENT = {
@@ -58,6 +58,8 @@ def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bo
             session = start_local(cpus, dashboard)
     except ConnectionError as error:
         raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # Ray raises no kind of its own where the machine is too busy to start one in time
+        raise RunFailed(f"Ray did not start: {str(error).splitlines()[0]}") from error
     try:
         _wait_for_nodes(config)
         yield
