@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+QUIET_SECONDS = 0.5  # what takes less needs no words in a log file
+
 messages = Console(stderr=True, force_jupyter=False)  # plain lines in a notebook, too: no widgets
 
 
@@ -28,7 +30,7 @@ def stage(console: Console, text: str) -> Iterator[None]:
         with console.status(text):
             yield
         return
-    timer = threading.Timer(0.5, lambda: console.print(text, highlight=False, markup=False))
+    timer = threading.Timer(QUIET_SECONDS, lambda: console.print(text, highlight=False, markup=False))
     timer.daemon = True
     timer.start()
     try:

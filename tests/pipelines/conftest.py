@@ -14,6 +14,7 @@ from rich.console import Console
 from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
+from pipelines import console
 from pipelines.cli import main
 from pipelines.config.recipe import load_recipe
 from pipelines.config.sections import Data
@@ -24,6 +25,7 @@ from pipelines.tracking.process import SameProcess
 from tests.sharing import make_once
 
 QUIET = Console(file=io.StringIO())
+console.QUIET_SECONDS = 60.0  # refusals are told in one line, however slow the machine is
 # Validation, with a checkpoint, after each of six epochs; the variation is estimated before the first and the fourth.
 EXACT = ["glyphs", "data.limit_classes=12", "batch.classes=4", "batch.images=4", "epochs=6", "steps_per_epoch=8"]
 EXACT += ["precision=float64", "method=[iaa,sgar,namr]", "iaa.start_epoch=0", "iaa.update_every=3"]

@@ -3,12 +3,15 @@
 import io
 import time
 
+import pytest
 from rich.console import Console
 
+from pipelines import console as console_module
 from pipelines.console import stage
 
 
-def test_a_log_file_gets_a_line_of_what_takes_long_and_none_of_what_does_not() -> None:
+def test_a_log_file_gets_a_line_of_what_takes_long_and_none_of_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console_module, "QUIET_SECONDS", 0.5)
     text = io.StringIO()
     console = Console(file=text)
     with stage(console, "quick"):

@@ -70,9 +70,7 @@ def test_bad_input_stops_before_any_worker(
     (tmp_path / "file").write_text("")
     found = dml("train", *arguments)
     assert found.exit_code == 2, found.output
-    *stages, line = found.stderr.splitlines()
-    assert message in line and line.startswith("bad input: ")
-    assert {*stages} <= {"starting", "reading the data"}  # on a slow machine
+    assert message in found.stderr and found.stderr.count("\n") == 1 and found.stderr.startswith("bad input: ")
     assert not list(tmp_path.glob("runs/*"))
 
 
