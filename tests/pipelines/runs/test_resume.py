@@ -61,7 +61,7 @@ def histories(client: mlflow.MlflowClient, run: Run) -> dict[str, list[tuple[int
     return {
         key: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, key))
         for key in run.data.metrics
-        if "per_second" not in key and "data_wait" not in key
+        if "_second" not in key and "data_wait" not in key
     }
 
 
