@@ -6,6 +6,7 @@ which delays the workers by seconds. And gloo listens where the machine's own na
 node is right on all of them.
 """
 
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 import psutil
 import ray
 from ray.train.backend import Backend, BackendConfig
+
+LEAVING_TIMEOUT_S = 30
 
 
 @dataclass
@@ -52,8 +55,12 @@ class GroupBackend(Backend):
         worker_group.execute(set_place)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """End the group."""
-        worker_group.execute(leave_group)
+        """End the group; a worker that hangs is ended by Ray Train soon after."""
+        leaving = worker_group.execute_async(leave_group)
+        try:
+            ray.get(leaving, timeout=LEAVING_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            logging.getLogger(__name__).warning("a worker did not leave the group", exc_info=True)
 
 
 def free_address() -> tuple[str, int]:
