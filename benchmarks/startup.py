@@ -115,8 +115,7 @@ def time_all(model: str, index: str, picture: str) -> dict[str, float]:
 
 def prepare(folder: Path) -> tuple[str, str, str]:
     """Train a small model and index pictures by it. Return the run, the index and a picture."""
-    from PIL import Image
-
+    from dml_core.data.pictures import to_image
     from pipelines.config.sections import Data
     from pipelines.data.sets import load_collection
 
@@ -125,7 +124,7 @@ def prepare(folder: Path) -> tuple[str, str, str]:
     for number in range(100):
         path = folder / "pictures" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(images.picture(number, 32).permute(1, 2, 0).numpy()).save(path)
+        to_image(images.picture(number, 32)).save(path)
     run(["embed", model, "--images", str(path.parent), "--out", "vectors.parquet"])
     run(["index", "build", "vectors.parquet", "--out", "index"])
     return model, "index", str(path)

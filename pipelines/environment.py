@@ -10,7 +10,8 @@ import time
 STARTED = time.time()  # of a command, which imports this first
 
 DEFAULTS = {
-    # Ray. Reports wait for the controller's next look at its workers: two seconds by default. A look costs 3 ms of CPU.
+    # Ray. Reports wait for the controller's next look at its workers: two seconds by default, and each look
+    # costs CPU that is the workers'.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # How long to wait for room for all workers before counting anew what there is room for: 60 by default.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",

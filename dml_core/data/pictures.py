@@ -65,6 +65,13 @@ def decode(content: bytes, size: int, name: str) -> "Tensor":
         raise BadPicture([(name, (str(error) or type(error).__name__).splitlines()[0])]) from None
 
 
+def to_image(picture: "Tensor") -> "PIL.Image.Image":
+    """Return a picture, uint8 (3, H, W), as an image of Pillow's."""
+    from PIL import Image
+
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
 def _rgb(image: "PIL.Image.Image") -> np.ndarray:
     """Convert a Pillow image to (H, W, 3) uint8."""
     from PIL import Image

@@ -1,6 +1,7 @@
 """Explain in one line why workers failed; call a function so that Ctrl-C reaches us."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -62,13 +63,14 @@ def first_cause(error: BaseException) -> str:
         return "storage: a node does not see the run's folder, which all nodes must share"
     lines = str(error).strip().splitlines() or [""]
     # What another process raised comes as its traceback, whose last line is the message.
-    foreign = is_of_ray(error) or "DataLoader worker" in lines[0]
+    foreign = _is_of_ray(error) or "DataLoader worker" in lines[0]
     return lines[-1] if foreign else f"{type(error).__name__}: {lines[0]}"
 
 
-def is_of_ray(error: BaseException) -> bool:
-    """Whether an error is one of Ray's, without importing Ray for it."""
-    return "RayError" in (kind.__name__ for kind in type(error).__mro__)
+def _is_of_ray(error: BaseException) -> bool:
+    """Whether an error is one of Ray's; where Ray is not imported there are none."""
+    ray = sys.modules.get("ray")
+    return ray is not None and isinstance(error, ray.exceptions.RayError)
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -41,7 +41,7 @@ def run_in_process(
     """
     board, threads = LocalBoard(), torch.get_num_threads()
     job = replace(job, worker=Worker(cpus=threads, board=board, report=report))
-    with torch_threads(threads), Follower(board, console, keep), _terminated_like_interrupted():
+    with torch_threads(threads), Follower(board, console, "starting", keep), _terminated_like_interrupted():
         try:
             return enter(job, None)
         except Exception as error:

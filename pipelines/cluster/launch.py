@@ -80,7 +80,7 @@ def run_on_workers(
     workers: Any = fewest if fewest == most else (fewest, most)
     callback_list: Any = [*callbacks]
     trainer = DataParallelTrainer(
-        # Not as train_loop_config, which Ray shows on its page: the tracking server's address may hold a password.
+        # Not as train_loop_config, which Ray would print on its page.
         partial(enter, job, must_see),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
@@ -95,7 +95,7 @@ def run_on_workers(
             callbacks=callback_list,
         ),
     )
-    with Follower(board, console, keep):
+    with Follower(board, console, "waiting for the workers", keep):
         try:
             return call_interruptibly(partial(_fit, trainer))
         except Exception as error:

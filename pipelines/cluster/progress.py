@@ -46,7 +46,7 @@ class Board(Protocol):
 
 
 class LocalBoard:
-    """A board in this process."""
+    """A board in the memory of the process that makes it: of the driver, or of an actor on its node."""
 
     def __init__(self) -> None:
         self.message: Message = {}
@@ -99,11 +99,14 @@ class Follower:
     Attributes:
         board: What is followed.
         console: Where progress is shown.
+        waiting: What is shown until the board says something.
         keep: Called with each record, in order; None: nobody wants them.
     """
 
-    def __init__(self, board: Board, console: Console, keep: Callable[[EpochRecord], object] | None = None):
-        self.board, self.console, self.keep = board, console, keep
+    def __init__(
+        self, board: Board, console: Console, waiting: str, keep: Callable[[EpochRecord], object] | None = None
+    ):
+        self.board, self.console, self.waiting, self.keep = board, console, waiting, keep
         self.stopped = threading.Event()
         self.bar = progress_bar(console)
         self.records_known = 0
@@ -111,7 +114,7 @@ class Follower:
 
     def __enter__(self) -> "Follower":
         self.bar.start()
-        self.task = self.bar.add_task("waiting for the workers", total=None, facts="")
+        self.task = self.bar.add_task(self.waiting, total=None, facts="")
         self.last_printed = time.monotonic()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
@@ -142,7 +145,7 @@ class Follower:
             self._show(news.message)
         elif not self.console.is_terminal and time.monotonic() - self.last_printed > INTERVAL_IN_LOG:
             self.last_printed = time.monotonic()
-            self.console.print("waiting for the workers", highlight=False)
+            self.console.print(self.waiting, highlight=False)
 
     def _show(self, message: Message) -> None:
         if message["stage"] != self.stage:

@@ -58,8 +58,6 @@ def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bo
             session = start_local(cpus, dashboard)
     except ConnectionError as error:
         raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
-    except Exception as error:  # Ray raises no kind of its own where the machine is too busy to start one in time
-        raise RunFailed(f"Ray did not start: {str(error).splitlines()[0]}") from error
     try:
         _wait_for_nodes(config)
         yield
@@ -90,7 +88,11 @@ def _wait_for_nodes(config: Config) -> None:
 
 
 def start_local(cpus: int, dashboard: bool = False) -> Path:
-    """Start a Ray of this process's own, with so many CPUs in its books. Return its session's folder."""
+    """Start a Ray of this process's own, with so many CPUs in its books. Return its session's folder.
+
+    Raises:
+        RunFailed: It did not start in time.
+    """
     before = {key: os.environ.get(key) for key in (*LOCAL_ENVIRONMENT, API_SERVER)}
     os.environ.update(LOCAL_ENVIRONMENT)  # for the processes that init starts
     if not dashboard:
@@ -103,6 +105,8 @@ def start_local(cpus: int, dashboard: bool = False) -> Path:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    except Exception as error:  # Ray raises no type of its own where the machine is too busy to start one in time
+        raise RunFailed(f"Ray did not start: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     finally:
         for key, value in before.items():
             os.environ.pop(key, None)

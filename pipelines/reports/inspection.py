@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from dml_core.data.datasets import LabelledImages, Retrieval, Splits
+from dml_core.data.pictures import to_image
 from dml_core.learner import Learner
 from dml_core.retrieval.neighbors import GALLERY_BLOCK, nearest
 from dml_core.retrieval.scores import average_precision_at_r, recall_at_k
@@ -321,7 +321,7 @@ def _class_name(images: LabelledImages, row: int) -> str:
 def encode_picture(images: LabelledImages, row: int, side: int = PICTURE_SIDE) -> str:
     """Return a picture as a data URL of a small WebP. side: at most so many pixels wide and high."""
     file = io.BytesIO()
-    small = Image.fromarray(images.picture(row, side).permute(1, 2, 0).numpy())
+    small = to_image(images.picture(row, side))
     small.thumbnail((side, side))
     small.save(file, "WEBP", quality=60)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -12,9 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from PIL import Image
-
 from dml_core.data.datasets import Splits
+from dml_core.data.pictures import to_image
 from pipelines.config.identity import FREE_KEYS
 from pipelines.config.recipe import to_yaml
 from pipelines.config.schema import Config
@@ -95,7 +94,7 @@ def register_model(
     """
     example = io.BytesIO()
     picture = splits.tests["test"].query.picture(0, config.data.image_size)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(example, "PNG")
+    to_image(picture).save(example, "PNG")
     name = config.model_name or f"dml-{config.data.name}"
     with local_copy(folder.filesystem, f"{folder.path}/{checkpoint}") as local:
         model = uri, run_id, local, name, example.getvalue(), config.embedding_dim, package_version()

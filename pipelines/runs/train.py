@@ -67,10 +67,10 @@ def run_training(
         RunFailed: Workers failed on the way.
         KeyboardInterrupt: The run was stopped; likewise SystemExit, with which Ray Tune ends a trial.
     """
-    clock = Clock(started)
-    started, tracker = clock.last, tracker or SameProcess()
-    if time.time() - started > 0.1:  # a command, whose imports count
+    clock, tracker = Clock(started), tracker or SameProcess()
+    if started is not None:
         clock.lap("imports")
+    started = started or clock.last
     config = with_absolute_paths(config)
     folder = RunFolder(config)
     uri = member.uri if member else default_uri(Path.cwd())

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pyarrow import parquet
 from rich.console import Console
 from torch import Tensor
 
 from dml_core.data import files
 from dml_core.data.datasets import LabelledImages, names_array
-from dml_core.data.pictures import BadPicture, decode
+from dml_core.data.pictures import BadPicture, decode, to_image
 from pipelines.config.schema import flatten
 from pipelines.models.checkpoint import model_fingerprint, read_config
 from pipelines.models.find import find_checkpoint
@@ -60,7 +59,7 @@ def make_thumbnail(picture: bytes) -> bytes:
 
 
 def _encode(picture: Tensor, image_format: str) -> bytes:
-    file, image = io.BytesIO(), Image.fromarray(picture.permute(1, 2, 0).numpy())
+    file, image = io.BytesIO(), to_image(picture)
     image.thumbnail((SIDE, SIDE))
     image.save(file, image_format, quality=90)
     return file.getvalue()

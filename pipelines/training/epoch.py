@@ -35,7 +35,7 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
         seconds_waited += time.perf_counter() - asked
         terms, norm = train_step(training, epoch, step, images, labels, parameters, slices)
         measured.append(torch.stack([value.detach().double() for value in (*terms, norm)]))
-        if not training.clock.phases:
+        if "first step" not in training.clock.phases:
             startup = training.end_first_step()
 
         steps_done = epoch * plan.steps + step + 1
