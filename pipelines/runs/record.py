@@ -31,6 +31,7 @@ def record_run(
     tags: Mapping[str, str],
     splits: Splits,
     texts: Mapping[str, str] = MappingProxyType({}),
+    key: str = "",
 ) -> str:
     """Start a run in MLflow, with its data set as an input and its config as an artifact.
 
@@ -42,6 +43,7 @@ def record_run(
         tags: Besides those that every run has: method, base loss, backbone, data, seed, git commit.
         splits: Of the run's data set.
         texts: Artifacts besides the config, by file name.
+        key: By which a start that was cut off is found again, see start_run.
 
     Returns:
         The run's id.
@@ -60,7 +62,7 @@ def record_run(
     whole = splits.train.whole or splits.train
     files = {"config.yaml": to_yaml(config), **texts}
     started = tracker.submit(
-        start_run, uri, config.data.name, config.name, params, all_tags, whole.digest(), source, files
+        start_run, uri, config.data.name, config.name, params, all_tags, whole.digest(), source, files, key
     )
     return started.result()
 
@@ -72,8 +74,12 @@ def record_training(
     splits: Splits,
     unreadable: Sequence[str],
     member: SweepMember | None,
+    key: str,
 ) -> str:
-    """Start a training's run in MLflow; runs that differ by their seed alone share the tag `group`. Return its id."""
+    """Start a training's run in MLflow; runs that differ by their seed alone share the tag `group`. Return its id.
+
+    A start that was cut off is completed: the key is that of before.
+    """
     params, tags = config.flat(), {"workers": str(config.workers)}
     if member:
         tags |= member.tags | {"mlflow.parentRunId": member.parent}
@@ -81,7 +87,7 @@ def record_training(
         group = {key: value for key, value in params.items() if key not in (*FREE_KEYS, "seed")}
         tags["group"] = hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12]
     texts = {"left_out.txt": "\n".join(unreadable)} if unreadable else {}
-    return record_run(tracker, uri, config, params, tags, splits, texts)
+    return record_run(tracker, uri, config, params, tags, splits, texts, key)
 
 
 def register_model(

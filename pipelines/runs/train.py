@@ -5,10 +5,11 @@ import importlib
 import logging
 import os
 import time
+import uuid
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -79,14 +80,9 @@ def run_training(
     unreadable = tuple(earlier.get("unreadable", ())) if earlier else None
     log_folder = folder.logs or cache_folder() / "logs" / str(config.name)
     with logged_to(log_folder) as log, contextlib.ExitStack() as cluster:
-        if here or not needs_ray(config):
-            here = True
-            inputs = check_inputs(config, unreadable, console)
-            clock.lap("data")
-            with stage(console, "importing torch and the losses"):  # while MLflow's process is busy with its own
-                for module in (TrainingJob.loop.partition(":")[0], "dml_core.base_losses"):
-                    importlib.import_module(module)
-            clock.lap("imports")
+        here = here or not needs_ray(config)
+        if here:
+            inputs = _check_and_import(config, unreadable, console, clock)
         else:
             inputs = _open_cluster_and_check(config, unreadable, console, folder, clock, cluster)
         store.result()
@@ -98,14 +94,7 @@ def run_training(
             if result := folder.read("result.json"):
                 console.print(f"{config.name} is finished; this is its outcome. Another name starts a new run.")
                 return TrainOutcome.from_json(result)
-            console.print(f"continuing {config.name}")
-            run_id = earlier["run_id"]
-            tracker.submit(resume_run, uri, run_id, {"workers": str(config.workers)}).result()
-        else:
-            line = f"{folder.path}  (if interrupted, name={config.name} continues it)"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-            run_id = record_training(tracker, uri, config, inputs.splits, inputs.unreadable, member)
-        folder.write("run.json", {"run_id": run_id, "config": config.to_dict(), "unreadable": inputs.unreadable})
+        run_id = _open_run(config, folder, earlier or {}, inputs, tracker, uri, member, console)
         clock.lap("the run in MLflow")
         job = TrainingJob(config, inputs.unreadable, started=started, test=member is None or member.test)
         (metrics, _, phases), unsent = _train(job, tracker, uri, run_id, console, here, member)
@@ -147,6 +136,45 @@ def run_training(
     else:
         folder.write("result.json", outcome._asdict())
     return outcome
+
+
+def _check_and_import(config: Config, unreadable: tuple[str, ...] | None, console: Console, clock: Clock) -> Inputs:
+    """Check the inputs, and import what a training in this process needs while MLflow's process is busy."""
+    inputs = check_inputs(config, unreadable, console)
+    clock.lap("data")
+    with stage(console, "importing torch and the losses"):
+        for module in (TrainingJob.loop.partition(":")[0], "dml_core.base_losses"):
+            importlib.import_module(module)
+    clock.lap("imports")
+    return inputs
+
+
+def _open_run(
+    config: Config,
+    folder: RunFolder,
+    earlier: dict[str, Any],
+    inputs: Inputs,
+    tracker: Executor,
+    uri: str,
+    member: SweepMember | None,
+    console: Console,
+) -> str:
+    """Continue the run in MLflow that the folder knows, or start one, and write both down. Return its id.
+
+    The folder has a key before MLflow has a run: one that is killed in between is found by it, and not started twice.
+    """
+    known = {"start_key": uuid.uuid4().hex, **earlier, "config": config.to_dict(), "unreadable": inputs.unreadable}
+    if run_id := known.get("run_id"):
+        console.print(f"continuing {config.name}")
+        tracker.submit(resume_run, uri, run_id, {"workers": str(config.workers)}).result()
+    else:
+        line = f"{folder.path}  (if interrupted, name={config.name} continues it)"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        folder.write("run.json", known)
+        key = known["start_key"]
+        run_id = record_training(tracker, uri, config, inputs.splits, inputs.unreadable, member, key)
+    folder.write("run.json", known | {"run_id": run_id})
+    return run_id
 
 
 def _open_cluster_and_check(

@@ -36,8 +36,9 @@ def start_run(
     digest: str,
     source: str,
     texts: Mapping[str, str] = MappingProxyType({}),
+    key: str = "",
 ) -> str:
-    """Start a run of an experiment.
+    """Start a run of an experiment, or complete the start of one that was cut off.
 
     Args:
         uri: MLflow's store.
@@ -48,6 +49,7 @@ def start_run(
         digest: Of the data set.
         source: Where the data set is.
         texts: Artifacts, by file name.
+        key: Unique to the run, and kept by the caller from before the first call: a run that has it is taken.
 
     Returns:
         The run's id.
@@ -55,7 +57,15 @@ def start_run(
     from mlflow.entities import Dataset, DatasetInput, Param
 
     client = server.connect(uri)
-    run = client.create_run(experiment_id(client, uri, experiment), run_name=name, tags=tags)
+    within = experiment_id(client, uri, experiment)
+    if key:
+        tags = {**tags, "start_key": key}
+    begun = client.search_runs([within], f"tags.start_key = '{key}'") if key else []
+    if begun:
+        run = begun[0]
+        client.update_run(run.info.run_id, status="RUNNING")
+    else:
+        run = client.create_run(within, run_name=name, tags=tags)
     logged = [Param(key, str(value)[:6000]) for key, value in params.items()]
     for start in range(0, len(logged), PARAMS_PER_CALL):
         client.log_batch(run.info.run_id, params=logged[start : start + PARAMS_PER_CALL])

@@ -29,11 +29,8 @@ def assert_each_trained_once(outcome: dict[str, Any], epochs: int) -> None:
     client = mlflow.MlflowClient()
     experiment = client.get_run(outcome["run_id"]).info.experiment_id
     runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{outcome['run_id']}'")
-    trained = [run for run in runs if run.data.metrics]
-    by_name = {run.info.run_name: run for run in trained}
-    assert len(by_name) == len(trained) and not any(run.info.status == "RUNNING" for run in runs)
-    # A run that was killed before its folder knew of it has no step.
-    assert all(run.info.status == "KILLED" for run in runs if not run.data.metrics)
+    by_name = {run.info.run_name: run for run in runs}
+    assert len(by_name) == len(runs) and not any(run.info.status == "RUNNING" for run in runs)
     assert len({trial["name"] for trial in outcome["trials"]}) == len(outcome["trials"])
     for trial in outcome["trials"]:
         run = by_name[trial["name"]]

@@ -70,6 +70,20 @@ def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
     assert logged(mlflow_server.uri, run_id, "train/step_loss") == [(i, float(i)) for i in range(6)]
 
 
+def test_a_start_that_was_cut_off_is_completed(mlflow_server, run_id: str) -> None:
+    arguments = mlflow_server.uri, "set", "cut off", {"a.b": 1}, {"seed": "0"}, "digest", "folder", {"a.txt": "text"}
+    client = mlflow.MlflowClient(mlflow_server.uri)
+    experiment = client.get_run(run_id).info.experiment_id
+    begun = client.create_run(experiment, run_name="cut off", tags={"start_key": "its key"}).info.run_id
+    client.set_terminated(begun, "KILLED")
+    for _ in range(2):
+        assert start_run(*arguments, key="its key") == begun
+    run = client.get_run(begun)
+    assert run.info.status == "RUNNING" and run.data.params == {"a.b": "1"} and len(run.inputs.dataset_inputs) == 1
+    assert [file.path for file in client.list_artifacts(begun)] == ["a.txt"]
+    assert start_run(*arguments, key="another") not in (begun, run_id)
+
+
 def test_more_steps_than_one_call_takes(mlflow_server, run_id: str) -> None:
     tracker = open_sender(mlflow_server.uri, run_id)
     tracker.log(record(1, steps=2500))
