@@ -54,9 +54,9 @@ def main() -> None:
         splits = split(collection)
         told("split")
         plan = BatchPlan(splits.train.labels, 32, 4, 0)
-        slices = plan.slices(0, 0, 4)
+        rows = plan.rows(0, slice(0, 32))
         told("plan of an epoch")
-        first = next(iter(slices))
+        first = next(iter(rows))
         assert len(first) == 32 and np.unique(splits.train.labels[[sample for sample, _ in first]]).size == 8
 
 

@@ -1,11 +1,15 @@
 """The only place, with variation.py's one reduce, where rank and world size exist.
 
+A global batch is cut into S equal slices, which are dealt to W <= S ranks: consecutive ones to each, and counts that
+differ by one at most. Rows of slices are gathered, and what each slice gives is summed along a tree that knows the
+slices alone: no result depends on W. docs/global_batch.md has the picture.
+
 Every function is the identity when there is one process, so that the same code runs alone and in a group.
 Works with gloo (CPU) and NCCL (GPU).
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,22 +28,33 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def slices_of(rank: int, world: int, slices: int) -> range:
+    """Return which slices of a global batch a rank of so many holds."""
+    return range(rank * slices // world, (rank + 1) * slices // world)
+
+
 class _Gather(torch.autograd.Function):
     """All-gather along dim 0. Backward is its adjoint: the sum over ranks of the gradient of this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        rows = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
+    def forward(ctx: Any, x: Tensor, slices: int) -> Tensor:
+        ctx.slices, world = slices, world_size()
+        shares = [slices_of(rank, world, slices) for rank in range(world)]
+        rows = [len(share) * len(x) // len(shares[rank()]) for share in shares]
+        # Not every backend takes parts of different sizes: one slice, at most, is sent in vain.
+        padding = x.new_zeros(max(rows) - len(x), *x.shape[1:])
+        x = torch.cat([x, padding]) if len(padding) else x.contiguous()
+        parts = [torch.empty_like(x) for _ in rows]
+        dist.all_gather(parts, x)
+        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return own_rows(all_sum(gradient.clone(memory_format=torch.contiguous_format)))
+        return own_rows(all_sum(gradient.clone(memory_format=torch.contiguous_format)), ctx.slices), None
 
 
-def gather(x: Tensor) -> Tensor:
+def gather(x: Tensor, slices: int | None = None) -> Tensor:
     """Return the rows of all ranks in rank order, differentiable.
 
     Where every rank computes the same loss L of the gathered rows, each gets world * dL/dx. The mean over ranks that
@@ -48,12 +63,13 @@ def gather(x: Tensor) -> Tensor:
     that need none.
 
     Args:
-        x: (b, ...) rows of this rank; the same shape on every rank.
+        x: (b, ...) rows of this rank's slices.
+        slices: S, of the global batch; None: one for each rank.
 
     Returns:
-        (world * b, ...) rows.
+        (B, ...) rows.
     """
-    return x if world_size() == 1 else _Gather.apply(x)
+    return x if world_size() == 1 else _Gather.apply(x, slices or world_size())
 
 
 def collect(x: Tensor, destination: int) -> list[Tensor]:
@@ -73,35 +89,95 @@ def collect(x: Tensor, destination: int) -> list[Tensor]:
     return parts or [x]
 
 
-def own_rows(x: Tensor) -> Tensor:
-    """Return the rows of a gathered x that come from this rank."""
-    return x.chunk(world_size())[rank()]
+def own_rows(x: Tensor, slices: int | None = None) -> Tensor:
+    """Return the rows of a gathered x that come from this rank. slices: as of `gather`."""
+    slices = slices or world_size()
+    own, size = slices_of(rank(), world_size(), slices), len(x) // slices
+    return x[own.start * size : own.stop * size]
 
 
-def tree_sum(parts: Sequence[Tensor]) -> Tensor:
-    """Sum over the parts of all ranks, in the order of a binary tree: ((1 + 2) + (3 + 4)) + ((5 + 6) + (7 + 8)).
+class Merge(NamedTuple):
+    """Two nodes of the tree that become one. A node is named by its first slice, and lies on the rank that holds it.
 
-    Where both numbers are powers of two, the same parts give the same bits however many ranks they lie on: each pair is
-    added on one rank or, by a + b = b + a, alike on two.
+    Attributes:
+        left, right: The nodes; the left one becomes the sum.
+        to, source: The ranks that they lie on.
+    """
+
+    left: int
+    right: int
+    to: int
+    source: int
+
+
+def tree(slices: int, world: int) -> Iterator[list[Merge]]:
+    """Yield the levels of the binary tree over slices: ((0 + 1) + (2 + 3)) + ((4 + 5) + 6) for seven of them.
+
+    On level l the node k covers the slices k 2^l .. min((k + 1) 2^l, S) - 1. Which nodes are added, and in which order,
+    depends on the slices alone; the ranks only say what is sent.
+    """
+    holder = [rank for rank in range(world) for _ in slices_of(rank, world, slices)]
+    width = 1
+    while width < slices:
+        lefts = range(0, slices - width, 2 * width)
+        yield [Merge(left, left + width, holder[left], holder[left + width]) for left in lefts]
+        width *= 2
+
+
+def tree_sum(parts: Sequence[Tensor], slices: int | None = None) -> Tensor:
+    """Sum what all slices give along the tree: the same bits however many ranks the slices lie on.
 
     Args:
-        parts: The parts of this rank, of one shape; as many on every rank.
+        parts: One for each slice of this rank, of one shape.
+        slices: S, of all ranks; None: as many on every rank.
 
     Returns:
         The sum, on every rank.
     """
+    world = world_size()
+    slices = slices or len(parts) * world
+    if world > 1 and is_power_of_two(world) and is_power_of_two(slices):
+        return _doubled_sum(parts)
+    nodes = dict(zip(slices_of(rank(), world, slices), parts, strict=True))
+    for level in tree(slices, world):
+        received, messages = dict[int, Tensor](), list[dist.P2POp]()
+        for _, right, to, source in level:
+            if to == source:
+                continue
+            if source == rank():
+                messages.append(dist.P2POp(dist.isend, nodes.pop(right).contiguous(), to))
+            elif to == rank():
+                received[right] = torch.empty_like(parts[0])
+                messages.append(dist.P2POp(dist.irecv, received[right], source))
+        exchange(messages)
+        nodes |= received
+        for left, right, to, _ in level:
+            if to == rank():
+                nodes[left] = nodes[left] + nodes.pop(right)
+    return broadcast(nodes.get(0, torch.empty_like(parts[0])), 0)
+
+
+def _doubled_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Sum along the tree where all subtrees are alike: by a + b = b + a, each pair of ranks may add for itself."""
     while len(parts) > 1:
-        parts = [sum(parts[i : i + 2][1:], parts[i]) for i in range(0, len(parts), 2)]
-    total, world = parts[0], world_size()
-    if world & (world - 1):
-        return all_sum(total.clone())
-    for level in range(world.bit_length() - 1):
+        parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
+    total = parts[0].contiguous()
+    for level in range(world_size().bit_length() - 1):
         other, partner = torch.empty_like(total), rank() ^ (1 << level)
-        exchange = [dist.P2POp(dist.isend, total, partner), dist.P2POp(dist.irecv, other, partner)]
-        for request in dist.batch_isend_irecv(exchange):
-            request.wait()
+        exchange([dist.P2POp(dist.isend, total, partner), dist.P2POp(dist.irecv, other, partner)])
         total = total + other
     return total
+
+
+def is_power_of_two(number: int) -> bool:
+    """Whether an integer >= 1 is 1, 2, 4, ..."""
+    return number & (number - 1) == 0
+
+
+def exchange(messages: list[dist.P2POp]) -> None:
+    """Send and receive, and wait for both."""
+    for request in dist.batch_isend_irecv(messages) if messages else ():
+        request.wait()
 
 
 def all_sum(x: Tensor) -> Tensor:

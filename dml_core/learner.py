@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dml_core.backbones import Backbone
-from dml_core.gather import broadcast, gather, own_rows, tree_sum
+from dml_core.gather import broadcast, gather, own_rows, rank, slices_of, tree_sum, world_size
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
@@ -127,38 +127,40 @@ class Learner(nn.Module):
             return Terms(loss, base, rank, anchor, gate, clusters)
 
     def backward(
-        self, x: Tensor, labels: Tensor, epoch: int, generator: torch.Generator, parts: int = 1, each: Each = map
+        self, x: Tensor, labels: Tensor, epoch: int, generator: torch.Generator, slices: int = 1, each: Each = map
     ) -> Terms:
         """Add to every .grad the gradient that one process with the whole global batch would add.
 
-        What lies behind the backbone is given the global batch on every rank; rank 0's gradient of it is used.
+        The backbone takes the slices one by one, and their gradients are summed along a tree: neither what a slice
+        gives nor the sum depends on how many ranks share the slices. What lies behind the backbone is given the global
+        batch on every rank; rank 0's gradient of it is used.
 
         Args:
-            x: Images or features of this rank's rows.
+            x: Images or features of this rank's slices.
             labels: (b,) their classes.
             epoch: The epoch of the training, from 0.
             generator: As in `forward`.
-            parts: How many equal slices the backbone takes one by one. Their gradients are summed as a tree: what a
-                slice gives, and hence the sum, does not depend on how many ranks share the slices.
+            slices: S, equal parts of the global batch; no fewer than ranks.
             each: A function like map, which may use several threads.
 
         Returns:
             The terms of the global batch.
         """
         backbone, others = self.trained
-        slices = list(each(self.features, x.chunk(parts)))
-        detached = torch.cat([at_least_float32(part.detach()) for part in slices])
-        features = gather(detached).requires_grad_(bool(backbone))
-        terms = self(features, gather(labels), epoch, generator)
+        own = len(slices_of(rank(), world_size(), slices))
+        outputs = list(each(self.features, x.chunk(own)))
+        detached = torch.cat([at_least_float32(part.detach()) for part in outputs])
+        features = gather(detached, slices).requires_grad_(bool(backbone))
+        terms = self(features, gather(labels, slices), epoch, generator)
         inputs = [features, *others] if backbone else others
         gradients = [*torch.autograd.grad(terms.loss, inputs, materialize_grads=True)]
         if backbone:
-            slice_gradients = own_rows(gradients.pop(0)).chunk(parts)
+            output_gradients = own_rows(gradients.pop(0), slices).chunk(own)
 
             def through_backbone(part: Tensor, gradient: Tensor) -> Tensor:
                 return flat(torch.autograd.grad(part, backbone, gradient.to(part.dtype), materialize_grads=True))
 
-            add_gradient(backbone, tree_sum(list(each(through_backbone, slices, slice_gradients))))
+            add_gradient(backbone, tree_sum(list(each(through_backbone, outputs, output_gradients)), slices))
         add_gradient(others, broadcast(flat(gradients), 0))
         return terms
 

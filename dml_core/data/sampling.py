@@ -62,20 +62,18 @@ class BatchPlan:
                 plan[step, position], deck[label] = deck[label][: self.images], deck[label][self.images :]
         return plan.reshape(self.steps, -1)
 
-    def slices(self, epoch: int, rank: int, world: int) -> "Slices":
-        """Return the rows of one rank in each batch of an epoch.
+    def rows(self, epoch: int, columns: slice = slice(None)) -> "EpochRows":
+        """Return the rows of an epoch's batches. columns: those of one rank, which follow each other; all by default.
 
         The view seed depends on the place in the epoch, not on the sample, so that a sample which comes twice in an
-        epoch is augmented in two ways. Ranks take consecutive rows: gathering in rank order restores the global batch.
+        epoch is augmented in two ways.
         """
         plan = self.epoch(epoch)
-        size = plan.shape[1] // world
-        columns = slice(rank * size, (rank + 1) * size)
         places = np.arange(plan.size).reshape(plan.shape)
-        return Slices(plan[:, columns], places[:, columns], derive_seed(self.seed, VIEW, epoch))
+        return EpochRows(plan[:, columns], places[:, columns], derive_seed(self.seed, VIEW, epoch))
 
 
-class Slices:
+class EpochRows:
     """The rows of one rank, as Rows of one step after the other.
 
     Args:
@@ -87,9 +85,9 @@ class Slices:
     def __init__(self, samples: np.ndarray, places: np.ndarray, seed: int):
         self.samples, self.places, self.seed = samples, places, seed
 
-    def after(self, step: int) -> "Slices":
+    def after(self, step: int) -> "EpochRows":
         """Return the rows that remain after so many steps."""
-        return Slices(self.samples[step:], self.places[step:], self.seed)
+        return EpochRows(self.samples[step:], self.places[step:], self.seed)
 
     def __iter__(self) -> Iterator[Rows]:
         for samples, places in zip(self.samples, self.places, strict=True):

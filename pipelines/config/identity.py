@@ -32,6 +32,22 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"name": name, "storage": storage, "data": data})
 
 
+def with_slices(config: Config, earlier: Mapping[str, Any] | None) -> Config:
+    """Return a config with a definite batch.slices: its own, that of the run that it continues, or the default.
+
+    Args:
+        config: Of the run.
+        earlier: The nested config that the run was begun with; None: it begins now.
+
+    Raises:
+        ValueError: There are more workers than slices.
+    """
+    slices = config.batch.slices or (parse_stored_config(dict(earlier)) if earlier else config).slices
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"slices": slices})})
+    config.require_slices()
+    return config
+
+
 def require_same(config: Config, earlier: Mapping[str, Any], path: str) -> None:
     """Refuse to continue a run with a config that its results would depend on.
 
@@ -43,7 +59,8 @@ def require_same(config: Config, earlier: Mapping[str, Any], path: str) -> None:
     Raises:
         ValueError: Keys other than FREE_KEYS differ.
     """
-    old, new = parse_stored_config(dict(earlier)).flat(), parse_stored_config(config.to_dict()).flat()
+    begun = with_slices(parse_stored_config(dict(earlier)), None)  # earlier versions did not store a default
+    old, new = begun.flat(), parse_stored_config(with_slices(config, earlier).to_dict()).flat()
     different = [k for k in sorted({*old, *new}) if k not in FREE_KEYS and old.get(k) != new.get(k)]
     if different:
         changes = ", ".join(f"{k}={new.get(k)} (was {old.get(k)})" for k in different[:4])

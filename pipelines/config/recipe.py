@@ -40,7 +40,9 @@ def load_recipe(recipe: str, assignments: Sequence[str] | Mapping[str, Any] = ()
     """
     tree = _read(_recipe_file(recipe))
     overrides = parse_assignments(assignments)
-    return parse_config(_merge(_drop_overridden_settings(tree, overrides), overrides))
+    config = parse_config(_merge(_drop_overridden_settings(tree, overrides), overrides))
+    config.require_slices()
+    return config
 
 
 def data_section(name: str, assignments: list[str]) -> Data:

@@ -118,12 +118,6 @@ class Config(Methods):
             raise ValueError(f"gpus_per_worker={self.gpus_per_worker:g} cannot act with use_gpu=false")
         if size % self.slices:
             raise ValueError(f"batch.slices={self.slices} does not divide the global batch of {size}")
-        for count in range(low, high + 1):
-            if size % count:
-                raise ValueError(
-                    f"workers={self.workers}: {count} workers do not divide the global batch of {size} "
-                    f"(batch.classes={self.batch.classes} x batch.images={self.batch.images})"
-                )
         every, steps = self.checkpoint_every, self.steps_per_epoch
         if every and steps and (every % steps == 0 or every >= self.epochs * steps):
             raise ValueError(
@@ -180,8 +174,25 @@ class Config(Methods):
 
     @property
     def slices(self) -> int:
-        """Equal parts that the gradients of a global batch are computed in."""
-        return self.batch.slices or math.gcd(4, self.batch.classes * self.batch.images)
+        """Equal parts that the gradients of a global batch are computed in, of which each worker has whole ones.
+
+        By default 4, or the larger of 2 and 1 that divides the batch; for more workers the next power of two, or where
+        that does not divide the batch its least divisor that is enough.
+        """
+        batch, most = self.batch.classes * self.batch.images, self.worker_range[1]
+        if self.batch.slices or most <= math.gcd(4, batch):
+            return self.batch.slices or math.gcd(4, batch)
+        enough = [number for number in range(most, batch + 1) if batch % number == 0]
+        power = 2 ** (most - 1).bit_length()
+        return power if power in enough else min(enough, default=batch)
+
+    def require_slices(self) -> None:
+        """Raise ValueError where a worker would have no slice. Whoever trains nothing need not ask."""
+        if self.worker_range[1] > self.slices:
+            raise ValueError(
+                f"workers={self.workers}: more workers than slices: gradients are computed in "
+                f"batch.slices={self.slices} parts of the global batch of {self.batch.classes * self.batch.images}"
+            )
 
     @property
     def worker_range(self) -> tuple[int, int]:

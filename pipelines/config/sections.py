@@ -167,8 +167,10 @@ class Batch(Section):
     images: Positive = 4
     """K, the images of each class in a global batch."""
     slices: Positive | None = None
-    """Number of equal parts in which gradients are computed. Numbers of workers that divide it give the same bits, if
-    both are powers of two. none: 4, or the larger of 2 and 1 that divides the batch."""
+    """S, the number of equal parts (slices) that the gradients of a global batch are computed in and summed over, in an
+    order that does not depend on `workers`: any number of workers up to it gives the same bits. The bits depend on it,
+    so that it belongs to a run. none: 4, or the larger of 2 and 1 that divides the batch; with more workers, the next
+    power of two."""
 
 
 class Backbone(Section):

@@ -16,7 +16,7 @@ from rich.console import Console
 from dml_core.data.datasets import Splits
 from pipelines.cluster.devices import needs_ray, resolve_devices
 from pipelines.cluster.failures import call_in_thread
-from pipelines.config.identity import require_same, with_absolute_paths
+from pipelines.config.identity import require_same, with_absolute_paths, with_slices
 from pipelines.config.schema import Config
 from pipelines.console import messages, stage
 from pipelines.data.check import unreadable_pictures
@@ -77,6 +77,7 @@ def run_training(
     uri = member.uri if member else default_uri(Path.cwd())
     store = tracker.submit(prepare_store, uri)
     earlier = folder.read("run.json")
+    config = with_slices(config, earlier and earlier["config"])
     unreadable = tuple(earlier.get("unreadable", ())) if earlier else None
     log_folder = folder.logs or cache_folder() / "logs" / str(config.name)
     with logged_to(log_folder) as log, contextlib.ExitStack() as cluster:
@@ -88,7 +89,8 @@ def run_training(
         store.result()
         config = resolve_devices(config, here)
         devices = "GPUs" if config.use_gpu else "CPUs"
-        console.print(f"workers={config.workers} on {devices}, precision={config.precision}", highlight=False)
+        slices = f"batch.slices={config.slices}"
+        console.print(f"workers={config.workers} on {devices}, {slices}, precision={config.precision}", highlight=False)
         if earlier:
             require_same(config, earlier["config"], folder.path)
             if result := folder.read("result.json"):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dml_core.data.sampling import STEP, derive_seed
-from dml_core.gather import world_size
 from dml_core.learner import Terms
 from pipelines.training.history import STEP_COLUMNS
 from pipelines.training.setup import Batches, Training
@@ -26,14 +25,14 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
     """
     config, plan, main = training.config, training.plan, training.is_main
     parameters = [p for p in training.learner.parameters() if p.requires_grad]
-    slices = config.slices // world_size() if config.slices % world_size() == 0 else 1
+    batch_size = config.batch.classes * config.batch.images
     started, seconds_waited, measured = time.perf_counter(), 0.0, list[Tensor]()
     startup: dict[str, float] = {}  # of the first epoch in this process
     for step, samples in enumerate(batches.samples, batches.first_step):
         asked = time.perf_counter()
         images, labels = next(batches.images), training.labels[samples]
         seconds_waited += time.perf_counter() - asked
-        terms, norm = train_step(training, epoch, step, images, labels, parameters, slices)
+        terms, norm = train_step(training, epoch, step, images, labels, parameters)
         measured.append(torch.stack([value.detach().double() for value in (*terms, norm)]))
         if "first step" not in training.clock.phases:
             startup = training.end_first_step()
@@ -51,18 +50,17 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
                 {
                     "epoch": f"{epoch + 1}/{config.epochs}",
                     "loss": terms.loss.item(),
-                    "images_per_second": len(measured) * len(images) * world_size() / seconds,
+                    "images_per_second": len(measured) * batch_size / seconds,
                 },
             )
     seconds = time.perf_counter() - started
     training.steps = torch.cat([training.steps, torch.stack(measured).cpu()])
     require_finite(training.steps, epoch)
     training.clock.lap("steps")
-    images_per_step = config.batch.classes * config.batch.images
     return startup | {
         **means_of(training.steps),
         "train/lr": min(group["lr"] for group in training.optimizer.param_groups),
-        "train/images_per_second": len(measured) * images_per_step / seconds,
+        "train/images_per_second": len(measured) * batch_size / seconds,
         "train/data_wait": seconds_waited / seconds,
     }
 
@@ -74,7 +72,6 @@ def train_step(
     images: Tensor,
     labels: Tensor,
     parameters: list[torch.nn.Parameter],
-    slices: int,
 ) -> tuple[Terms, Tensor]:
     """Take one step of the optimizer on a global batch, of which this rank has `images` and `labels`.
 
@@ -87,7 +84,7 @@ def train_step(
         generator.manual_seed(seed)
     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     training.optimizer.zero_grad()
-    terms = training.learner.backward(images, labels, epoch, training.noise, slices, training.sources.each)
+    terms = training.learner.backward(images, labels, epoch, training.noise, config.slices, training.sources.each)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.optimizer.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, norm)
