@@ -201,3 +201,10 @@ def broadcast(x: Tensor, source: int) -> Tensor:
     if world_size() > 1:
         dist.broadcast(x, source)
     return x
+
+
+def all_max(x: Tensor) -> Tensor:
+    """Take the largest x of all ranks, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x

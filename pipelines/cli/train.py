@@ -12,8 +12,17 @@ from pipelines.environment import STARTED
 
 Profile = Annotated[bool, typer.Option("--profile", help="Print where the seconds went, phase by phase.")]
 
+SwitchGradients = Annotated[
+    bool, typer.Option("--switch-gradients", help="Go on with a run that was begun with other `gradients`.")
+]
 
-def train(arguments: Assignments = None, as_json: Json = False, profile: Profile = False) -> None:
+
+def train(
+    arguments: Assignments = None,
+    as_json: Json = False,
+    profile: Profile = False,
+    switch_gradients: SwitchGradients = False,
+) -> None:
     """Train, validate on held-out classes, test once at the end, and log it all to MLflow.
 
     Example: dml train glyphs workers=2 epochs=5 loss.name=multi_similarity name=first
@@ -31,6 +40,8 @@ def train(arguments: Assignments = None, as_json: Json = False, profile: Profile
             with stage(messages, "starting"):
                 from pipelines.runs.train import run_training
 
-            outcome = run_training(config, messages, tracker=tracker, started=STARTED)
+            outcome = run_training(
+                config, messages, tracker=tracker, started=STARTED, switch_gradients=switch_gradients
+            )
     table = [describe_phases(outcome)] if profile else []
     print_result(as_json, outcome._asdict(), *describe_training(outcome), *table)

@@ -1,6 +1,6 @@
 """What makes two runs the same: the keys that results depend on, absolute paths, and the check of a continued run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,24 @@ def with_slices(config: Config, earlier: Mapping[str, Any] | None) -> Config:
     return config
 
 
-def require_same(config: Config, earlier: Mapping[str, Any], path: str) -> None:
+def require_same(config: Config, earlier: Mapping[str, Any], path: str, may_differ: Collection[str] = ()) -> None:
     """Refuse to continue a run with a config that its results would depend on.
 
     Args:
         config: Of the run that is to go on.
         earlier: The nested config that the run was begun with.
         path: The run's folder, for the message.
+        may_differ: Keys besides FREE_KEYS that may be others now, because somebody asked for it.
 
     Raises:
         ValueError: Keys other than FREE_KEYS differ.
     """
     begun = with_slices(parse_stored_config(dict(earlier)), None)  # earlier versions did not store a default
     old, new = begun.flat(), parse_stored_config(with_slices(config, earlier).to_dict()).flat()
-    different = [k for k in sorted({*old, *new}) if k not in FREE_KEYS and old.get(k) != new.get(k)]
+    different = [k for k in sorted({*old, *new}) if k not in (*FREE_KEYS, *may_differ) and old.get(k) != new.get(k)]
     if different:
         changes = ", ".join(f"{k}={new.get(k)} (was {old.get(k)})" for k in different[:4])
-        raise ValueError(f"name={config.name} was begun with another config in {path}: {changes}; choose another name")
+        remedy = "; choose another name"
+        if different == ["gradients"]:
+            remedy += ", or go on with --switch-gradients: checkpoints are the same, results are not"
+        raise ValueError(f"name={config.name} was begun with another config in {path}: {changes}{remedy}")

@@ -37,6 +37,10 @@ class Config(Methods):
     memory: so many trainings must fit beside each other. A share is for runs of one worker."""
     precision: Literal["float32", "bf16", "float64"] | None = None
     """Number format of the training; `bf16` is autocast. none: bf16 on GPUs, float32 on CPUs."""
+    gradients: Literal["exact", "ddp"] = "exact"
+    """How workers add up their gradients. `exact`: in slices along a tree, to the same bits for any number of workers.
+    `ddp`: by PyTorch's DistributedDataParallel, during the backward pass and each worker's rows at once; results of
+    different numbers of workers then differ by rounding at first, and as much as seeds do in the end."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, batches, augmentations and synthetics. The split of classes has a seed of its own,
     `data.split_seed`."""

@@ -64,10 +64,13 @@ class Sources:
         self.threads = ThreadPoolExecutor(self.cpus) if self.cpus > 1 and device.type == "cpu" else None
         self._feature_files: list[tuple[LabelledImages, Path]] = []  # of whole sets
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which networks compute in the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def each(self, function: Callable[..., Result], *arguments: Iterable[Any]) -> Iterator[Result]:
         """Map a function in the run's precision, on as many CPUs as this worker has."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-        return (self.threads.map if self.threads else map)(autocast(function), *arguments)
+        return (self.threads.map if self.threads else map)(self.autocast()(function), *arguments)
 
     def of(self, images: LabelledImages) -> "Views | StreamedViews | Features":
         """Return what gives batches of a set: its views, or the features of a frozen backbone, computed when needed."""

@@ -50,6 +50,7 @@ def run_training(
     member: SweepMember | None = None,
     tracker: Executor | None = None,
     started: float | None = None,
+    switch_gradients: bool = False,
 ) -> TrainOutcome:
     """Train, test and log a run; or continue, or repeat the outcome of, the run of the same name.
 
@@ -62,6 +63,7 @@ def run_training(
         member: What a run that belongs to a sweep is given.
         tracker: Calls what speaks to MLflow, see tracking.process; None: this process.
         started: When the command began, in seconds since 1970; None: now.
+        switch_gradients: Whether a run that goes on may do so with other `gradients` than it was begun with.
 
     Raises:
         ValueError: Bad input, before any worker starts.
@@ -92,7 +94,7 @@ def run_training(
         slices = f"batch.slices={config.slices}"
         console.print(f"workers={config.workers} on {devices}, {slices}, precision={config.precision}", highlight=False)
         if earlier:
-            require_same(config, earlier["config"], folder.path)
+            require_same(config, earlier["config"], folder.path, ["gradients"] if switch_gradients else [])
             if result := folder.read("result.json"):
                 console.print(f"{config.name} is finished; this is its outcome. Another name starts a new run.")
                 return TrainOutcome.from_json(result)
@@ -168,7 +170,10 @@ def _open_run(
     known = {"start_key": uuid.uuid4().hex, **earlier, "config": config.to_dict(), "unreadable": inputs.unreadable}
     if run_id := known.get("run_id"):
         console.print(f"continuing {config.name}")
-        tracker.submit(resume_run, uri, run_id, {"workers": str(config.workers)}).result()
+        tags = {"workers": str(config.workers)}
+        if known["config"].get("gradients", "exact") != earlier["config"].get("gradients", "exact"):
+            tags["gradients"] = f"{config.gradients} since this run was continued"
+        tracker.submit(resume_run, uri, run_id, tags).result()
     else:
         line = f"{folder.path}  (if interrupted, name={config.name} continues it)"
         console.print(line, highlight=False, markup=False, soft_wrap=True)

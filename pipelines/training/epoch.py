@@ -84,7 +84,7 @@ def train_step(
         generator.manual_seed(seed)
     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     training.optimizer.zero_grad()
-    terms = training.learner.backward(images, labels, epoch, training.noise, config.slices, training.sources.each)
+    terms = training.backward(images, labels, epoch)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.optimizer.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, norm)

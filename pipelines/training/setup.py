@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.fs
@@ -16,9 +16,11 @@ import torch
 from dml_core.data.datasets import Splits
 from dml_core.data.sampling import BatchPlan
 from dml_core.gather import broadcast, broadcast_object, rank, slices_of, world_size
-from dml_core.learner import Learner
+from dml_core.learner import Learner, Terms
+from dml_core.replica import Replica
 from pipelines.cluster.progress import Reporter
-from pipelines.cluster.worker import PreemptionWatch, device_of_worker
+from pipelines.cluster.threads import torch_threads
+from pipelines.cluster.worker import PreemptionWatch, Worker, device_of_worker
 from pipelines.config.schema import Config
 from pipelines.data.sets import load_splits
 from pipelines.data.sources import Sources
@@ -64,6 +66,7 @@ class Training:
         splits: Training classes, validation classes, and tests.
         labels: (N,) of the training set.
         learner: On this worker's device, in training mode.
+        replica: The learner as DistributedDataParallel has it; None where gradients are exact.
         sources: Where batches of a set come from.
         plan: The global batches of every epoch.
         files, folder: The file system and the path of the run's folder.
@@ -84,6 +87,7 @@ class Training:
     splits: Splits
     labels: torch.Tensor
     learner: Learner
+    replica: torch.nn.Module | None
     sources: Sources
     plan: BatchPlan
     optimizer: torch.optim.Optimizer
@@ -159,6 +163,18 @@ class Training:
         self.settings, tensors = settings, self.learner.state_dict(keep_vars=True)
         self.learner = self._build(settings, read_weights=False)
         self.learner.load_state_dict(tensors, assign=True)
+        if self.replica is not None:  # which knows parameters, and these are still the same
+            getattr(self.replica, "module", self.replica).learner = self.learner
+
+    def backward(self, images: torch.Tensor, labels: torch.Tensor, epoch: int) -> Terms:
+        """Add to every .grad the gradient of a global batch, of which this rank has `images` and `labels`."""
+        slices = self.config.slices
+        if self.replica is None:
+            return self.learner.backward(images, labels, epoch, self.noise, slices, self.sources.each)
+        with torch_threads(self.sources.cpus):
+            terms = self.replica(images, labels, epoch, self.noise, slices)
+            terms.loss.backward()
+        return terms
 
     def estimate_variation(self, epoch: int) -> None:
         """Estimate how each class varies over the whole training set, where IAA wants it before this epoch."""
@@ -268,6 +284,7 @@ def begin(job: TrainingJob) -> Training:
     optimizer = build_optimizer(config, learner)
     files, folder = locate(config)
     noise = torch.Generator(device)
+    sources = Sources(config, learner, device, job.worker.cpus, progress)
     return Training(
         job=job,
         settings=config.at(0),
@@ -275,7 +292,8 @@ def begin(job: TrainingJob) -> Training:
         splits=splits,
         labels=torch.from_numpy(splits.train.labels),
         learner=learner,
-        sources=Sources(config, learner, device, job.worker.cpus, progress),
+        replica=replicate(learner, sources.autocast(), job.worker) if config.gradients == "ddp" else None,
+        sources=sources,
         plan=plan,
         optimizer=optimizer,
         schedule=build_schedule(config, optimizer, plan.steps),
@@ -288,6 +306,23 @@ def begin(job: TrainingJob) -> Training:
         noise=noise,
         generators=[noise, *global_generators(device)],
     )
+
+
+def replicate(learner: Learner, autocast: torch.autocast, worker: Worker) -> torch.nn.Module:
+    """Wrap a learner in DistributedDataParallel; a group of one needs none."""
+    replica = Replica(learner, autocast)
+    if world_size() == 1:
+        return replica
+    options: dict[str, Any] = {
+        "find_unused_parameters": False,
+        "broadcast_buffers": False,
+        "gradient_as_bucket_view": True,
+    }
+    if not worker.is_of_ray_train:
+        return torch.nn.parallel.DistributedDataParallel(replica, **options)
+    from ray.train.torch import prepare_model  # a second of import
+
+    return prepare_model(replica, parallel_strategy_kwargs=options)
 
 
 def report_to_ray_train(metrics: dict[str, float]) -> None:

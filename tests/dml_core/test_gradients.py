@@ -14,6 +14,8 @@ from dml_core.learner import Learner, Terms, Weights
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
+from pipelines.cluster.worker import Worker
+from pipelines.training import setup as training_setup
 from tests import ranks
 
 LOSSES = ("triplet", "contrastive", "multi_similarity", "margin", "proxy_anchor", "proxy_nca", "ArcFaceLoss")
@@ -67,6 +69,27 @@ def rows_of_rank(rows: torch.Tensor) -> torch.Tensor:
     return own_rows(rows, SLICES)
 
 
+def replicate(learner: Learner) -> nn.Module:
+    """Wrap a learner in DistributedDataParallel, as setup.replicate does for a group without Ray."""
+    return training_setup.replicate(learner, torch.autocast("cpu", enabled=False), Worker(report=dict))
+
+
+def gradients_by_ddp(loss: str, methods: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Of one step in float64, as `gradients` has them."""
+    learner = tiny_learner(loss, methods).double()
+    images = torch.randint(0, 256, (1, BATCH, 3, 4, 4), dtype=torch.uint8)[0]
+    labels = torch.arange(BATCH) // 4 % CLASSES
+    if learner.iaa is not None:
+        estimate(learner)
+    replica = replicate(learner)
+    for _ in range(2):  # the second time, DDP would complain of a parameter that had no gradient in the first
+        torch.manual_seed(0)
+        learner.zero_grad()
+        noise = torch.Generator().manual_seed(0)
+        replica(rows_of_rank(images), rows_of_rank(labels), 0, noise, SLICES).loss.backward()
+    return {name: p.grad.clone() for name, p in learner.named_parameters()}
+
+
 def gradients(loss: str, methods: tuple[str, ...], dtype: torch.dtype, accumulate: int) -> dict[str, torch.Tensor]:
     """Of one step over `accumulate` global batches, each sliced by rank."""
     learner = tiny_learner(loss, methods).to(dtype)
@@ -82,9 +105,10 @@ def gradients(loss: str, methods: tuple[str, ...], dtype: torch.dtype, accumulat
     return {name: p.grad.double() for name, p in learner.named_parameters()}
 
 
-def loss_curve(methods: tuple[str, ...]) -> list[tuple[float, ...]]:
+def loss_curve(methods: tuple[str, ...], ddp: bool = False) -> list[tuple[float, ...]]:
     """All terms of each step of two epochs in float64, the variation estimated before each."""
     learner = tiny_learner("multi_similarity", methods).double()
+    replica = replicate(learner) if ddp else None
     images, labels = training_set()
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
     curve = []
@@ -94,7 +118,12 @@ def loss_curve(methods: tuple[str, ...]) -> list[tuple[float, ...]]:
         for step, rows in enumerate(torch.randperm(48, generator=torch.Generator().manual_seed(epoch)).split(BATCH)):
             generator = torch.Generator().manual_seed(100 * epoch + step)
             optimizer.zero_grad()
-            terms = learner.backward(images[rows_of_rank(rows)], labels[rows_of_rank(rows)], epoch, generator, SLICES)
+            given = images[rows_of_rank(rows)], labels[rows_of_rank(rows)], epoch, generator, SLICES
+            if replica is None:
+                terms = learner.backward(*given)
+            else:
+                terms = replica(*given)
+                terms.loss.backward()
             optimizer.step()
             curve.append(tuple(term.item() for term in terms))
     return curve
@@ -126,6 +155,9 @@ def everything() -> dict[object, object]:
     cases = CASES if world_size() in (1, *EVERY_GRADIENT) else []
     results: dict[object, object] = {case: gradients(*case) for case in cases}
     results |= {("curve", methods): loss_curve(methods) for methods in METHODS}
+    if world_size() in (1, *EVERY_GRADIENT):
+        results |= {("ddp", *case): gradients_by_ddp(*case) for case in itertools.product(LOSSES, METHODS)}
+        results[("ddp", "curve")] = loss_curve(METHODS[-1], ddp=True)
     return results | {"trained": trained()}
 
 
@@ -159,6 +191,27 @@ def test_gradient_equals_that_of_one_process(results_by_world: dict[int, list[di
         for name, gradient in result[case].items():
             # A gradient that is zero but for rounding (a bias that a loss ignores) has no relative error of its own.
             assert (gradient - alone[name]).norm() <= tolerance * max(alone[name].norm(), 1e-2 * scale), name
+
+
+@pytest.mark.parametrize("world", (1, *EVERY_GRADIENT))
+@pytest.mark.parametrize("methods", METHODS, ids="+".join)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_by_ddp_equals_the_exact_one(
+    results_by_world: dict[int, list[dict]], world: int, loss: str, methods: tuple[str, ...]
+) -> None:
+    exact = results_by_world[1][0][(loss, methods, torch.float64, 1)]
+    scale = max(gradient.norm() for gradient in exact.values())
+    for result in results_by_world[world]:
+        for name, gradient in result[("ddp", loss, methods)].items():
+            assert (gradient - exact[name]).norm() <= 1e-6 * max(exact[name].norm(), 1e-2 * scale), name
+
+
+@pytest.mark.parametrize("world", (1, *EVERY_GRADIENT))
+def test_two_epochs_by_ddp_equal_the_exact_ones(results_by_world: dict[int, list[dict]], world: int) -> None:
+    exact = torch.tensor(results_by_world[1][0][("curve", METHODS[-1])], dtype=torch.float64)
+    for result in results_by_world[world]:
+        curve = torch.tensor(result[("ddp", "curve")], dtype=torch.float64)
+        torch.testing.assert_close(curve, exact, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -238,6 +238,7 @@ CASES = {
     "batch.classes": trains("3"),
     "batch.images": trains("3"),
     "batch.slices": trains("1"),
+    "gradients": trains("ddp"),
     "backbone.name": trains("resnet18"),
     "backbone.weights": trains("{place}/weights.safetensors"),
     "backbone.frozen": trains("true"),

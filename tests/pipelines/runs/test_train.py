@@ -80,6 +80,29 @@ def test_four_workers_change_no_loss_and_no_metric(exact: dict[int, TrainOutcome
     assert_like_one_worker(exact, losses, json.loads((tmp_path / "metrics.json").read_text()))
 
 
+def test_ddp_on_ray_is_exact_but_for_rounding(exact: dict[int, TrainOutcome]) -> None:
+    """By way of ray.train.torch.prepare_model, in float64, with all methods."""
+    outcome = run_training(load_recipe(EXACT[0], [*EXACT[1:], "workers=2", "gradients=ddp", "name=ddp"]), QUIET)
+    assert_like_one_worker(exact, step_losses(outcome), outcome.metrics)
+
+
+def test_a_run_goes_on_with_other_gradients_only_if_asked(tracked_folder: Path) -> None:
+    asked = ["workers=1", "precision=float64", "name=switched"]
+    outcome = train(*asked, "gradients=ddp")
+    folder = Path(outcome.checkpoint).parent
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "epoch_00002")
+    with pytest.raises(ValueError, match=r"gradients=exact \(was ddp\).*--switch-gradients"):
+        train(*asked)
+    config = load_recipe("glyphs", [*SMALL, *asked])
+    again = run_training(config, QUIET, here=True, switch_gradients=True)
+    np.testing.assert_allclose(step_losses(again), step_losses(outcome), rtol=1e-9, atol=0)
+    run = mlflow.get_run(again.run_id)
+    assert again.run_id == outcome.run_id and run.data.params["gradients"] == "ddp"
+    assert run.data.tags["gradients"] == "exact since this run was continued"
+    assert read_config(Path(again.checkpoint)).gradients == "exact"
+
+
 def test_a_run_goes_on_from_the_middle_of_an_epoch(tracked_folder: Path) -> None:
     """From step 5 of the second epoch, for which IAA has estimated already; none of its steps is drawn anew."""
     asked = ["method=[iaa,namr]", "iaa.start_epoch=0", "iaa.update_every=1", "evaluate_every=2", "checkpoint_every=5"]
