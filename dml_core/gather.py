@@ -1,4 +1,4 @@
-"""The only place, with variation.py's one reduce, where rank and world size exist.
+"""The only place where rank and world size exist.
 
 A global batch is cut into S equal slices, which are dealt to W <= S ranks: consecutive ones to each, and counts that
 differ by one at most. Rows of slices are gathered, and what each slice gives is summed along a tree that knows the
@@ -138,22 +138,17 @@ def tree_sum(parts: Sequence[Tensor], slices: int | None = None) -> Tensor:
     slices = slices or len(parts) * world
     if world > 1 and is_power_of_two(world) and is_power_of_two(slices):
         return _doubled_sum(parts)
-    nodes = dict(zip(slices_of(rank(), world, slices), parts, strict=True))
+    nodes, own = dict(zip(slices_of(rank(), world, slices), parts, strict=True)), rank()
     for level in tree(slices, world):
-        received, messages = dict[int, Tensor](), list[dist.P2POp]()
-        for _, right, to, source in level:
-            if to == source:
-                continue
-            if source == rank():
-                messages.append(dist.P2POp(dist.isend, nodes.pop(right).contiguous(), to))
-            elif to == rank():
-                received[right] = torch.empty_like(parts[0])
-                messages.append(dist.P2POp(dist.irecv, received[right], source))
-        exchange(messages)
-        nodes |= received
-        for left, right, to, _ in level:
-            if to == rank():
-                nodes[left] = nodes[left] + nodes.pop(right)
+        sent = next((merge for merge in level if merge.source == own != merge.to), None)
+        received = next((merge for merge in level if merge.to == own != merge.source), None)
+        outgoing = (nodes.pop(sent.right), sent.to) if sent else None
+        incoming = exchange(outgoing, (parts[0], received.source) if received else None)
+        if received and incoming is not None:
+            nodes[received.right] = incoming
+        for merge in level:
+            if merge.to == own:
+                nodes[merge.left] = nodes[merge.left] + nodes.pop(merge.right)
     return broadcast(nodes.get(0, torch.empty_like(parts[0])), 0)
 
 
@@ -161,10 +156,11 @@ def _doubled_sum(parts: Sequence[Tensor]) -> Tensor:
     """Sum along the tree where all subtrees are alike: by a + b = b + a, each pair of ranks may add for itself."""
     while len(parts) > 1:
         parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
-    total = parts[0].contiguous()
+    (total,) = parts
     for level in range(world_size().bit_length() - 1):
-        other, partner = torch.empty_like(total), rank() ^ (1 << level)
-        exchange([dist.P2POp(dist.isend, total, partner), dist.P2POp(dist.irecv, other, partner)])
+        partner = rank() ^ (1 << level)
+        other = exchange((total, partner), (total, partner))
+        assert other is not None
         total = total + other
     return total
 
@@ -174,10 +170,29 @@ def is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def exchange(messages: list[dist.P2POp]) -> None:
-    """Send and receive, and wait for both."""
-    for request in dist.batch_isend_irecv(messages) if messages else ():
+def exchange(sent: tuple[Tensor, int] | None, received: tuple[Tensor, int] | None) -> Tensor | None:
+    """Send a tensor to a rank, receive one from a rank, or both.
+
+    Args:
+        sent: The tensor and the rank that it goes to.
+        received: A tensor like the one that comes, and the rank that it comes from.
+
+    Returns:
+        What has come; None where nothing was to come.
+    """
+    if not (sent or received):
+        return None
+    by_host = dist.get_backend() == "gloo"  # which sends nothing from the memory of a GPU
+    messages, incoming = list[dist.P2POp](), None
+    if sent:
+        x = sent[0].contiguous()
+        messages.append(dist.P2POp(dist.isend, x.cpu() if by_host else x, sent[1]))
+    if received:
+        incoming = torch.empty_like(received[0], device="cpu" if by_host else None)
+        messages.append(dist.P2POp(dist.irecv, incoming, received[1]))
+    for request in dist.batch_isend_irecv(messages):
         request.wait()
+    return incoming.to(received[0].device) if received and incoming is not None else None
 
 
 def all_sum(x: Tensor) -> Tensor:

@@ -3,23 +3,21 @@
 One module with one state dict. Read this file, then pipelines/training/loop.py, and you have seen the whole.
 """
 
-from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dml_core.backbones import Backbone
 from dml_core.gather import broadcast, gather, own_rows, rank, slices_of, tree_sum, world_size
+from dml_core.passes import Each, Passes, flat
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
 
 if TYPE_CHECKING:  # its library waits for a training
     from dml_core.base_losses import BaseLoss
-
-Each = Callable[..., Iterable[Any]]
 
 
 class Terms(NamedTuple):
@@ -64,6 +62,9 @@ class Learner(nn.Module):
         iaa: The augmentation of classes, if in use.
         sgar: The ranking of synthetics by intensity, if in use.
         namr: The ranking of distances to clusters, if in use.
+
+    Attributes:
+        passes: How images pass through the backbone; see passes.RecordedPasses for a GPU.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Learner(nn.Module):
         super().__init__()
         self.backbone, self.head, self.base_loss, self.weights = backbone, head, base_loss, weights
         self.iaa, self.sgar, self.namr = iaa, sgar, namr
+        self.passes = Passes(backbone)
 
     @cached_property
     def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -89,7 +91,9 @@ class Learner(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Map uint8 images (b, 3, S, S) to features (b, F); features pass through."""
-        return x if x.ndim == 2 else self.backbone(x)
+        if x.ndim == 2:
+            return x
+        return self.passes.fast(x) if torch.is_grad_enabled() else self.passes.infer(x)
 
     def embed(self, x: Tensor) -> Tensor:
         """Map images or features to raw embeddings (b, D), float32 or better."""
@@ -148,26 +152,17 @@ class Learner(nn.Module):
         """
         backbone, others = self.trained
         own = len(slices_of(rank(), world_size(), slices))
-        outputs = list(each(self.features, x.chunk(own)))
-        detached = torch.cat([at_least_float32(part.detach()) for part in outputs])
-        features = gather(detached, slices).requires_grad_(bool(backbone))
+        outputs = self.passes.forward(x.chunk(own), each) if x.ndim > 2 else [x]
+        features = gather(torch.cat([at_least_float32(output) for output in outputs]), slices)
+        features.requires_grad_(bool(backbone))
         terms = self(features, gather(labels, slices), epoch, generator)
         inputs = [features, *others] if backbone else others
         gradients = [*torch.autograd.grad(terms.loss, inputs, materialize_grads=True)]
         if backbone:
-            output_gradients = own_rows(gradients.pop(0), slices).chunk(own)
-
-            def through_backbone(part: Tensor, gradient: Tensor) -> Tensor:
-                return flat(torch.autograd.grad(part, backbone, gradient.to(part.dtype), materialize_grads=True))
-
-            add_gradient(backbone, tree_sum(list(each(through_backbone, outputs, output_gradients)), slices))
+            slice_gradients = own_rows(gradients.pop(0), slices).chunk(own)
+            add_gradient(backbone, tree_sum(self.passes.backward(slice_gradients, backbone, each), slices))
         add_gradient(others, broadcast(flat(gradients), 0))
         return terms
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Join tensors of any shapes in one of one dimension."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def add_gradient(parameters: list[nn.Parameter], gradient: Tensor) -> None:

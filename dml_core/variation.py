@@ -7,8 +7,10 @@ number a_k of earlier embeddings: w = max(n_k / (n_k + a_k), 1 - m), or 0 where 
 Correction: V_k <- (1-alpha_k) V_k + alpha_k [(1-gamma) V_nb(k) + gamma V_glob].
 
 But:
-- Each worker sums over its own shard, and one all-reduce of (C, 1 + 2D) numbers makes the sums exact. The published
-  code holds N x C x D numbers, or loops over the classes with all embeddings in one place.
+- Each worker sums over its own shard, and all-reduces add up the sums. The published code holds N x C x D numbers,
+  or loops over the classes with all embeddings in one place.
+- Numbers are summed as integers at fixed places (Demmel and Nguyen, "Parallel Reproducible Summation", IEEE Trans.
+  Computers 2015), so that the estimate has the same bits in whatever order, batches and shards the set comes.
 - A class with one sample has a mean as well (the published code leaves it at zero, so that its neighbors are wrong).
 - Distances are scaled to [0, 1] over the real candidates of a row. The published code has its masking constant in the
   row, which makes every scaled distance about 0.
@@ -18,17 +20,19 @@ But:
 - The full covariance is an option of ours; a distance between two is the Frobenius norm.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dml_core.gather import all_sum
+from dml_core.gather import all_max, all_sum
 
-CHUNK = 2**17  # numbers: a chunk of embeddings in float64 stays in the cache
+CHUNK = 2**15  # numbers: a chunk of embeddings in float64 stays in the cache
 BLOCK = 2**21  # numbers: a block of the class-to-class distances
 VARIANCE_CHUNK = 2**22  # numbers: the variances of a block's neighbors, or the outer products of a chunk
+ROWS_OF_PRODUCTS = 2**9  # of a chunk: float64 holds the sums of their integers' products
 BRUTE_FORCE_LIMIT = 2**14  # candidates: above, Faiss searches
 EXACT_SEARCH_LIMIT = 2**16  # candidates: above, Faiss searches an inverted file, which may miss some
 SAMPLE_SIZE = 2**11  # candidates
@@ -84,66 +88,189 @@ class ClassVariation(nn.Module):
 
     def begin(self) -> None:
         """Start an update: set the sums to zero."""
-        parts = [self.count, self.mean, self.variance]
         self.center = self.mean.double().mean(0)  # the same on all ranks
-        self.sums = torch.zeros(sum(part.numel() for part in parts), dtype=torch.float64, device=self.mean.device)
-        views = self.sums.split([part.numel() for part in parts])
-        self.n, self.first, self.second = (view.view_as(part) for view, part in zip(views, parts))
+        self.n = torch.zeros_like(self.count, dtype=torch.float64)
+        self.first = ExactSum(self.mean.shape, self.mean.device)
+        self.second = (ExactOuterSum if self.full else ExactSum)(self.variance.shape, self.mean.device)
 
     @torch.no_grad()
     def add(self, z: Tensor, labels: Tensor) -> None:
         """Add 1, x and x^2 of x = z - center to the sums of the classes. z: (b, D); labels: (b,)."""
+        if len(labels) == 0:
+            return
         self.n.index_add_(0, labels, self.n.new_ones(()).expand(len(labels)))
         if self.full:
             labels, order = labels.sort(stable=True)
             z = z[order]
-        rows = max(1, VARIANCE_CHUNK // z.shape[1] ** 2 if self.full else CHUNK // z.shape[1])
-        for x, y in zip(z.split(rows), labels.split(rows)):
+        rows = min(ROWS_OF_PRODUCTS, VARIANCE_CHUNK // z.shape[1] ** 2) if self.full else CHUNK // z.shape[1]
+        for x, y in zip(z.split(max(1, rows)), labels.split(max(1, rows))):
             x = x - self.center
-            self.first.index_add_(0, y, x)
+            exponent = exponent_above(x)
+            self.first.add(y, x, exponent)
             if self.full:
-                self.second.index_add_(0, *outer_products(x, y))
+                self.second.add(y, x, exponent)
             else:
-                self.second.index_add_(0, y, x.square_())
+                self.second.add(y, x.square_(), 2 * exponent)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """End an update: add up the sums of all ranks, and update the statistics by them."""
-        all_sum(self.sums)
-        n, old = self.n[:, None], self.count.double()[:, None]
-        shift = self.first.div_(n.clamp_min(1))
-        step = self.center + shift - self.mean
+        """End an update: add up the sums of all ranks, and update the statistics by them.
+
+        Raises:
+            ValueError: A class has more samples than the sums hold.
+        """
+        all_sum(self.n)
+        if self.n.max() > self.second.MOST:
+            raise ValueError(f"a class has {int(self.n.max())} samples; its sums hold {self.second.MOST} at most")
+        self.first.add_up_ranks()
+        self.second.add_up_ranks()
+        block = max(1, CHUNK // self.variance[0].numel())
+        for start in range(0, len(self.n), block):
+            self._update(slice(start, start + block))
+        self.count.add_(self.n)
+        self.size.copy_(torch.where(self.n > 0, self.n, self.size))
+        del self.center, self.n, self.first, self.second
+
+    def _update(self, rows: slice) -> None:
+        """Update mean and variance of some classes: of few at a time, as it takes several times their memory."""
+        n, old = self.n[rows, None], self.count[rows, None].double()
+        shift = self.first.total(rows).div_(n.clamp_min(1))
+        step = self.center + shift - self.mean[rows]
         weight = (n / (n + old).clamp_min(1)).clamp_min(1 - self.momentum) * (n > 0)
         w = weight[..., None] if self.full else weight
-        within = self.second.div_(n.clamp_min(1)[..., None] if self.full else n.clamp_min(1))
+        within = self.second.total(rows).div_(n.clamp_min(1)[..., None] if self.full else n.clamp_min(1))
         if self.full:
             within.sub_(shift[:, :, None] * shift[:, None])
             between = step[:, :, None] * step[:, None]
         else:
             within.sub_(shift.square_()).clamp_min_(0)
             between = step.square()
-        self.variance.copy_(torch.lerp(self.variance.double(), within, w).add_(between.mul_(w * (1 - w))))
-        self.mean.add_(step.mul_(weight))
-        self.count.add_(self.n)
-        self.size.copy_(torch.where(self.n > 0, self.n, self.size))
-        del self.center, self.sums, self.n, self.first, self.second
+        self.variance[rows] = torch.lerp(self.variance[rows].double(), within, w).add_(between.mul_(w * (1 - w)))
+        self.mean[rows].add_(step.mul_(weight))
 
 
-def outer_products(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum x x^T by class.
+class ExactSum:
+    """Sums of numbers by class with the same bits in any order, and however the numbers are dealt to ranks.
+
+    A number v becomes integers at places that do not depend on it, v = sum_i h_i 2^(WIDTH (top - i)), |h_i| <= 2^25,
+    and those at each place are summed by themselves: a float64 holds the sum of 2^28. `top` is where the largest number
+    so far begins, so that no number has anything above it, and three places reach 2^51 times lower. As `top` rises, the
+    lowest place is dropped, from what has been summed as from what is yet to come: the order does not matter.
+
+    Infinities and NaN make the sum NaN.
 
     Args:
-        x: (b, D), sorted by label.
-        labels: (b,) ascending.
-
-    Returns:
-        The classes that are present, (P,), and their sums, (P, D, D).
+        shape: (C, D) of the sums.
+        device: Where they lie.
     """
-    classes, inverse, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
-    position = torch.arange(len(x), device=x.device) - (sizes.cumsum(0) - sizes)[inverse]
-    padded = x.new_zeros(len(classes), int(sizes.max()), x.shape[1])
-    padded[inverse, position] = x
-    return classes, padded.mT @ padded
+
+    WIDTH: ClassVar = 26  # bits between two places
+    PLACES: ClassVar = 3
+    FACTORS: ClassVar = 1  # how many integers are multiplied to what is summed
+    MOST: ClassVar = 2**28  # samples of a class
+    DTYPE: ClassVar = torch.float64
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        self.sums = torch.zeros(self.PLACES, *shape, dtype=self.DTYPE, device=device)
+        self.top = -1022 // self.WIDTH + 1  # for zeros; a power of two that float64 has, as is its inverse
+
+    def add(self, labels: Tensor, v: Tensor, exponent: int) -> None:
+        """Add rows v (b, D), |v| < 2^exponent, to the sums of their classes `labels` (b,)."""
+        self.raise_top(exponent // self.WIDTH)
+        for total, h in zip(self.sums, integers(v, self.top, self.WIDTH)):
+            total.index_add_(0, labels, h)
+
+    def raise_top(self, top: int) -> None:
+        """Move the sums so that they begin at `top`, if that is higher."""
+        top = min(top, 1022 // self.WIDTH)
+        if top <= self.top:
+            return
+        steps = self.FACTORS * (top - self.top)
+        for place in reversed(range(self.PLACES)):
+            self.sums[place] = self.sums[place - steps] if place >= steps else 0
+        self.top = top
+
+    def add_up_ranks(self) -> None:
+        """Make the sums those of all ranks."""
+        self.raise_top(int(all_max(torch.tensor(self.top, device=self.sums.device))))
+        all_sum(self.sums)
+
+    def total(self, rows: slice) -> Tensor:
+        """Return the sums of some classes as float64."""
+        total = self.sums[-1, rows].to(torch.float64, copy=True)
+        for place in reversed(range(self.PLACES - 1)):
+            total.mul_(math.ldexp(1, -self.WIDTH)).add_(self.sums[place, rows])
+        for _ in range(self.FACTORS):
+            total.mul_(math.ldexp(1, self.WIDTH * self.top))
+        return total
+
+
+class ExactOuterSum(ExactSum):
+    """As ExactSum, sums of outer products x x^T by class.
+
+    x = (h + m 2^-22 + l 2^-44) 2^(22 top). Products of the integers are summed by place, where a sample adds no more
+    than 3 2^42: by float64 matrix products within a chunk, which is small enough for them to be exact, and by int64
+    beyond. The error of a sample is at most 2^-42 of the largest square.
+
+    Where x is not finite, its sums are arbitrary; those of x itself show it.
+
+    Args:
+        shape: (C, D, D) of the sums.
+        device: Where they lie.
+    """
+
+    WIDTH: ClassVar = 22
+    PLACES: ClassVar = 4
+    FACTORS: ClassVar = 2
+    MOST: ClassVar = 2**19
+    DTYPE: ClassVar = torch.int64
+
+    def add(self, labels: Tensor, v: Tensor, exponent: int) -> None:
+        """Add rows v (b, D), |v| < 2^exponent, b <= ROWS_OF_PRODUCTS, sorted by their classes `labels` (b,)."""
+        self.raise_top(exponent // self.WIDTH)
+        classes, inverse, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
+        position = torch.arange(len(v), device=v.device) - (sizes.cumsum(0) - sizes)[inverse]
+        padded = v.new_zeros(3, len(classes), int(sizes.max()), v.shape[1])
+        for part, integer in zip(padded, integers(v, self.top, self.WIDTH)):
+            part[inverse, position] = integer
+        for total, product in zip(self.sums, products(*padded), strict=True):
+            total.index_add_(0, classes, product.long())
+
+
+def products(h: Tensor, m: Tensor, low: Tensor) -> Iterator[Tensor]:
+    """Yield the sums over samples, by place, of (h + m + low) (h + m + low)^T, but for low low^T.
+
+    Args:
+        h, m, low: (P, n, D) integers of the samples of P classes at three places.
+
+    Yields:
+        (P, D, D) four times.
+    """
+    yield h.mT @ h
+    yield (product := h.mT @ m) + product.mT
+    yield (product := h.mT @ low) + product.mT + m.mT @ m
+    yield (product := m.mT @ low) + product.mT
+
+
+def exponent_above(x: Tensor) -> int:
+    """Return the least e such that all numbers of x are below 2^e, but for those that are not finite."""
+    largest = float(x.abs().amax())
+    if not math.isfinite(largest):
+        largest = float(x.nan_to_num(0, 0, 0).abs().amax())
+    return math.frexp(largest)[1] if largest else -(2**11)
+
+
+def integers(v: Tensor, top: int, width: int) -> Iterator[Tensor]:
+    """Yield the integers h_0, h_1, ... of v = sum_i h_i 2^(width (top - i)), each the nearest to what is left of v.
+
+    Without end, and each overwrites the one before. A v of no more than half of 2^(width (top + 1)) has a zero there,
+    so that its integers at a place are the same from any top.
+    """
+    rest = v * math.ldexp(1, -width * top)
+    whole = torch.empty_like(rest)
+    while True:
+        yield torch.round(rest, out=whole)
+        rest.sub_(whole).mul_(math.ldexp(1, width))
 
 
 def neighbor_weight(count: Tensor, beta: float = 0.1, tau: float = 40) -> Tensor:

@@ -17,7 +17,7 @@ INTERVAL_IN_LOG = 4.0
 
 
 class Message(TypedDict, total=False):
-    """The stage of the work, `done` of `total` units of it, and facts to show beside the bar."""
+    """The stage of the work, `done` of `total` units of it, facts to show beside the bar, and a line to print once."""
 
     stage: str
     done: int
@@ -26,6 +26,7 @@ class Message(TypedDict, total=False):
     loss: float
     recall: float
     images_per_second: float
+    notice: str
 
 
 class News(NamedTuple):
@@ -87,6 +88,11 @@ class Reporter:
             self.last = time.monotonic()
             self.board.write({**self.facts, "stage": stage, "done": done, "total": total})
 
+    def say(self, line: str) -> None:
+        """Tell the user something in a line, which goes with the next message."""
+        self.facts["notice"] = line
+        self.last = 0.0
+
     def record(self, records: Sequence[EpochRecord]) -> None:
         """Hand records of epochs to the driver, which knows what of them is new."""
         if self.board is not None:
@@ -111,6 +117,7 @@ class Follower:
         self.bar = progress_bar(console)
         self.records_known = 0
         self.stage, self.last_line, self.last_printed = "", "", 0.0
+        self.notice = ""
 
     def __enter__(self) -> "Follower":
         self.bar.start()
@@ -153,6 +160,9 @@ class Follower:
             self.bar.reset(self.task, description=self.stage)
         facts = describe_facts(message)
         self.bar.update(self.task, completed=message["done"], total=message["total"], facts=facts)
+        if message.get("notice", "") != self.notice:
+            self.notice = message["notice"]
+            self.console.print(self.notice, style="yellow", highlight=False, markup=False)
         if self.console.is_terminal:
             return
         # In a log file: a line an epoch, and of what comes before and after the epochs a line every few seconds.

@@ -185,6 +185,9 @@ class Backbone(Section):
     frozen: bool = False
     """Whether to leave the backbone as it is: features are computed once and kept on disk, and the head is trained on
     them."""
+    compile: bool = False
+    """Whether torch.compile compiles the network before the first step: it takes a minute or more, and a C++ compiler,
+    and makes the steps of large networks faster, most of all on GPUs. Results differ from others by rounding."""
 
 
 # Losses that a config may name without a look into the library, which takes seconds to import. A test holds that there

@@ -64,9 +64,10 @@ class Sources:
         self.threads = ThreadPoolExecutor(self.cpus) if self.cpus > 1 and device.type == "cpu" else None
         self._feature_files: list[tuple[LabelledImages, Path]] = []  # of whole sets
 
-    def autocast(self) -> torch.autocast:
-        """Return the context in which networks compute in the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+    def autocast(self, cache_enabled: bool = True) -> torch.autocast:
+        """Return the context in which networks compute in the run's precision. cache_enabled: round weights once."""
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache_enabled)
 
     def each(self, function: Callable[..., Result], *arguments: Iterable[Any]) -> Iterator[Result]:
         """Map a function in the run's precision, on as many CPUs as this worker has."""

@@ -20,6 +20,7 @@ from pipelines.data.sets import load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_embedder
 from pipelines.training.job import ModelJob
+from pipelines.training.passes import prepare_passes
 
 Outputs = Callable[[Tensor], dict[str, Tensor]]
 
@@ -205,7 +206,9 @@ def load_sources(job: ModelJob) -> Sources:
         learner = build_embedder(config, folder)
     learner.to(device, torch.float64 if config.precision == "float64" else torch.float32)
     progress = Reporter(job.worker.board if rank() == 0 else None)
-    return Sources(config, learner, device, job.worker.cpus, progress, augments=False)
+    sources = Sources(config, learner, device, job.worker.cpus, progress, augments=False)
+    prepare_passes(learner, sources)
+    return sources
 
 
 def evaluate_loop(job: ModelJob) -> dict[str, float]:

@@ -40,6 +40,7 @@ from pipelines.training.evaluation import (
 from pipelines.training.history import STEP_COLUMNS, final_metrics, now_in_ms
 from pipelines.training.job import TrainingJob, TrainingResult
 from pipelines.training.optimizer import build_optimizer, build_schedule
+from pipelines.training.passes import prepare_passes
 
 
 class Batches(NamedTuple):
@@ -160,9 +161,10 @@ class Training:
         settings = self.config.at(epoch)
         if settings == self.settings:
             return
-        self.settings, tensors = settings, self.learner.state_dict(keep_vars=True)
+        self.settings, tensors, passes = settings, self.learner.state_dict(keep_vars=True), self.learner.passes
         self.learner = self._build(settings, read_weights=False)
         self.learner.load_state_dict(tensors, assign=True)
+        self.learner.passes = passes  # through a network of the same parameters
         if self.replica is not None:  # which knows parameters, and these are still the same
             getattr(self.replica, "module", self.replica).learner = self.learner
 
@@ -285,6 +287,7 @@ def begin(job: TrainingJob) -> Training:
     files, folder = locate(config)
     noise = torch.Generator(device)
     sources = Sources(config, learner, device, job.worker.cpus, progress)
+    prepare_passes(learner, sources)
     return Training(
         job=job,
         settings=config.at(0),

@@ -11,6 +11,7 @@ from torch import nn
 from dml_core import backbones, base_losses, heads
 from dml_core.gather import own_rows, rank, world_size
 from dml_core.learner import Learner, Terms, Weights
+from dml_core.passes import Passes
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
@@ -133,6 +134,7 @@ def trained() -> dict[str, torch.Tensor]:
     """Weights after 20 steps of AdamW in float32, and "losses", on the small network with all methods."""
     learner = tiny_learner("multi_similarity", METHODS[-1])
     learner.backbone = backbones.build("small", "none")
+    learner.passes = Passes(learner.backbone)
     learner.head, learner.namr = heads.linear(128, DIM), ClusterRanking(heads.Structure(128, DIM), 3, 3.0, 10.0, "even")
     optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
     images = torch.randint(0, 256, (20, BATCH, 3, 32, 32), dtype=torch.uint8)

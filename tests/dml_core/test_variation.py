@@ -1,14 +1,17 @@
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dml_core import variation
-from dml_core.gather import rank
-from dml_core.variation import ClassVariation, neighbor_correction, neighbor_weight
+from dml_core.gather import rank, world_size
+from dml_core.variation import ClassVariation, ExactSum, exponent_above, neighbor_correction, neighbor_weight
 from tests import ranks
 
 SHARED = Path(os.environ.get("DML_SHARED", Path(__file__).parents[3] / "shared"))
@@ -121,6 +124,138 @@ def test_shards_give_the_whole(tmp_path):
     for number in range(2):
         for key, value in torch.load(tmp_path / f"{number}.pt", weights_only=True).items():
             torch.testing.assert_close(value, alone.state_dict()[key], rtol=1e-12, atol=1e-12)
+
+
+def wide_set(seed: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Numbers from 1e-5 to 1e6 times `scale`, the largest last, float64."""
+    z, labels = a_set(seed)
+    z = z.double() * scale
+    z[::7] *= 1e-5
+    z[-1] *= 1e5
+    return z, labels
+
+
+def updated_by_whole_sets(covariance: str, scale: float) -> ClassVariation:
+    ours = ClassVariation(CLASSES, DIM, covariance=covariance).double()
+    for seed in (0, 1):
+        ours.update(*wide_set(seed, scale))
+    return ours
+
+
+def assert_same_bits(ours: ClassVariation, other: dict[str, Tensor]) -> None:
+    for key, value in ours.state_dict().items():
+        assert value.isfinite().all() and torch.equal(other[key], value), key
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.randoms(use_true_random=False), st.sampled_from(["diag", "full"]), st.sampled_from([1e-6, 1, 1e6]))
+def test_same_bits_in_any_order_and_batches(random, covariance, scale):
+    ours = ClassVariation(CLASSES, DIM, covariance=covariance).double()
+    for seed in (0, 1):
+        z, labels = wide_set(seed, scale)
+        order = torch.tensor(random.sample(range(len(z)), len(z)))
+        cuts = sorted(random.choices(range(len(z) + 1), k=random.randrange(10)))
+        ours.begin()
+        for rows in order.tensor_split(cuts):
+            ours.add(z[rows], labels[rows])
+        ours.finish()
+    assert_same_bits(updated_by_whole_sets(covariance, scale), ours.state_dict())
+
+
+CASES = [("diag", 1e-6), ("diag", 1), ("diag", 1e6), ("full", 1)]
+
+
+def run_dealt(folder: Path) -> None:
+    """Uneven shards; rank 0 has none the second time, and the last has the largest number in a batch of its own."""
+    for case, (covariance, scale) in enumerate(CASES):
+        ours = ClassVariation(CLASSES, DIM, covariance=covariance).double()
+        for seed in (0, 1):
+            z, labels = wide_set(seed, scale)
+            parts = 1 + np.arange(seed, world_size()).cumsum()  # the last rank has what is left
+            starts = [0] * seed + [0, *parts.tolist()][: world_size() - seed] + [len(z)]
+            mine = torch.arange(starts[rank()], starts[rank() + 1])
+            ours.begin()
+            for rows in (mine[:-1], mine[-1:]):
+                ours.add(z[rows], labels[rows])
+            ours.finish()
+        torch.save(ours.state_dict(), folder / f"{case}-{rank()}.pt")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_same_bits_on_any_number_of_ranks(world, tmp_path):
+    ranks.run(run_dealt, world, tmp_path)
+    for case, arguments in enumerate(CASES):
+        alone = updated_by_whole_sets(*arguments)
+        for number in range(world):
+            assert_same_bits(alone, torch.load(tmp_path / f"{case}-{number}.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+@pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
+def test_exact_at_any_scale(scale, covariance):
+    """The spread of each class is 100 times smaller than that of all; the largest number at each bit between places."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20).repeat_interleave(torch.arange(5, 25))
+    centers = torch.randn(20, DIM, generator=generator, dtype=torch.float64)
+    z = centers[labels] + torch.randn(len(labels), DIM, generator=generator, dtype=torch.float64) / 100
+    for bit in range(ExactSum.WIDTH):
+        given_z = z * scale * 2**bit
+        ours = ClassVariation(20, DIM, covariance=covariance).double()
+        ours.update(given_z, labels)
+        for k in range(20):
+            x = given_z[labels == k].numpy().astype(np.longdouble)
+            centered = x - x.mean(0)
+            expected = centered.T @ centered / len(x)
+            deviation = np.sqrt(expected.diagonal())
+            found, unit = ours.variance[k].numpy(), np.outer(deviation, deviation)
+            if covariance == "diag":
+                expected, unit = expected.diagonal(), unit.diagonal()
+            assert (abs(found - expected) < 5e-8 * unit).all()
+            assert (abs(ours.mean[k].numpy() - x.mean(0)) < 5e-8 * abs(x.mean(0))).all()
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows_in_its_class_alone(number, covariance):
+    z, labels = a_set(0)
+    sound, ours = (ClassVariation(CLASSES, DIM, covariance=covariance) for _ in range(2))
+    sound.update(z, labels)
+    z[labels.tolist().index(5), 2] = number
+    ours.update(z, labels)
+    affected = torch.zeros(CLASSES, DIM, dtype=torch.bool)
+    affected[5, 2] = True
+    assert torch.equal(ours.mean.isnan(), affected)
+    assert torch.equal(ours.mean[~affected], sound.mean[~affected])
+    if covariance == "full":
+        affected = affected[:, :, None] | (affected[:, None])
+    assert torch.equal(ours.variance.isnan(), affected)
+    assert torch.equal(ours.variance[~affected], sound.variance[~affected])
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+def test_more_samples_than_the_sums_hold_are_refused(covariance, monkeypatch):
+    monkeypatch.setattr(ExactSum, "MOST", 5)
+    monkeypatch.setattr(variation.ExactOuterSum, "MOST", 5)
+    ours = ClassVariation(CLASSES, DIM, covariance=covariance)
+    with pytest.raises(ValueError, match="a class has 6 samples; its sums hold 5 at most"):
+        ours.update(torch.randn(6, DIM), torch.zeros(6, dtype=torch.long))
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=8), st.randoms())
+def test_sums_of_all_finite_numbers(numbers, random):
+    """From 1e-308 to 1e308, each in a batch of its own: the same sum in any order, and near the exact one."""
+    totals = []
+    for _ in range(2):
+        exact = ExactSum(torch.Size([1, 1]), torch.device("cpu"))
+        for number in numbers:
+            v = torch.tensor([[number]], dtype=torch.float64)
+            exact.add(torch.tensor([0]), v, exponent_above(v))
+        totals.append(exact.total(slice(None)).item())
+        random.shuffle(numbers)
+    assert totals[0] == totals[1]
+    expected, largest = math.fsum(number / 16 for number in numbers), max(map(abs, numbers)) / 16  # no overflow
+    tolerance = len(numbers) * largest * 2**-50 + 1e-300
+    assert abs(totals[0] / 16 - expected) <= tolerance or abs(expected) > 2.0**1019
 
 
 def test_unknown_covariance_is_refused():

@@ -242,6 +242,7 @@ CASES = {
     "backbone.name": trains("resnet18"),
     "backbone.weights": trains("{place}/weights.safetensors"),
     "backbone.frozen": trains("true"),
+    "backbone.compile": trains("true"),
     "loss.name": trains("triplet"),
     "loss.ARGUMENT": trains("9"),
     "iaa.intensity": trains("0.2", *IAA),

@@ -1,0 +1,247 @@
+"""Passes of slices through the network: forward, and backward to the gradient of each slice.
+
+A slice is a small batch, for which a GPU waits longer for its next kernel than it computes. All slices have one shape,
+so that on a GPU the kernels of a pass are recorded once as a CUDA graph, and replayed by a single launch: the same
+kernels on the same memory, hence the same bits. Measured on an H100: docs/benchmarks.md.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Each = Callable[..., Iterable[Any]]
+Network = Callable[[Tensor], Tensor]
+
+WARM_UP = 3  # passes before one is recorded: libraries choose their algorithms in the first
+
+
+class Passes:
+    """Passes of slices through a network, kernel by kernel.
+
+    Args:
+        network: Images to features.
+        fast: The same, compiled for the shapes that come often; None: as it is.
+        batch: Images of a batch that nobody differentiates, of those that come often.
+    """
+
+    def __init__(self, network: nn.Module, fast: Network | None = None, batch: int = 0):
+        self.network, self.fast, self.batch = network, network if fast is None else fast, batch
+        self.outputs: list[Tensor] = []
+
+    def forward(self, slices: Sequence[Tensor], each: Each) -> list[Tensor]:
+        """Return the features of each slice, without history; `backward` may follow.
+
+        Args:
+            slices: Images (b, 3, S, S), of one shape.
+            each: A function like map, which may use several threads.
+        """
+        self.outputs = list(each(self.fast, slices))
+        return [output.detach() for output in self.outputs]
+
+    def backward(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], each: Each) -> list[Tensor]:
+        """Return the gradient of the parameters, flat, for each slice of the last `forward`.
+
+        Args:
+            gradients: (b, F), of the features of each slice.
+            parameters: The trained parameters of the network; the same ones every time.
+            each: A function like map, which may use several threads.
+        """
+
+        def through(output: Tensor, gradient: Tensor) -> Tensor:
+            return flat_gradient(output, parameters, gradient.to(output.dtype))
+
+        outputs, self.outputs = self.outputs, []
+        return list(each(through, outputs, gradients))
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Return features of images that nobody differentiates."""
+        return (self.fast if len(x) == self.batch else self.network)(x)
+
+
+def flat_gradient(output: Tensor, parameters: Sequence[Tensor], gradient: Tensor) -> Tensor:
+    """Return the gradient of parameters joined to one dimension, given that of an output."""
+    return flat(torch.autograd.grad(output, parameters, gradient, materialize_grads=True))
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Join tensors of any shapes in one of one dimension."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+class Recording(NamedTuple):
+    """A function that was recorded.
+
+    Attributes:
+        replay: Does once more what the function did, on the memory that it had.
+        output: What it returned; each replay overwrites it.
+    """
+
+    replay: Callable[[], object]
+    output: Tensor
+
+
+Record = Callable[[Callable[[], Tensor]], Recording]
+
+
+class GraphRecorder:
+    """Records functions as CUDA graphs. They share their memory: what they do at the same time, one replays in turn."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, function: Callable[[], Tensor]) -> Recording:
+        """Record a function that reads and writes tensors of fixed places. RuntimeError: it waits for the device."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, which load data or watch the group, may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            output = function()
+        self.pool = graph.pool()
+        return Recording(graph.replay, output.detach())
+
+
+def rerun(function: Callable[[], Tensor]) -> Recording:
+    """Record nothing: a replay calls the function again. By it a machine without a GPU tests what graphs are for."""
+    output = function().detach().clone()
+    return Recording(lambda: output.copy_(function().detach()), output)
+
+
+class RecordedSlice:
+    """The passes of one slice, on memory of its own.
+
+    Args:
+        network: Images to features, in its precision.
+        example: Images (b, 3, S, S) of the shape of all slices.
+        parameters: The trained parameters of the network.
+    """
+
+    def __init__(self, network: Network, example: Tensor, parameters: Sequence[Tensor]):
+        self.network, self.input, self.parameters = network, example.clone(), parameters
+        self.output = self.gradient = torch.empty(0)
+
+    def forward(self) -> Tensor:
+        """Compute the output from the input."""
+        self.output = self.network(self.input)
+        return self.output
+
+    def backward(self) -> Tensor:
+        """Compute the gradient of the parameters from that of the output."""
+        return flat_gradient(self.output, self.parameters, self.gradient)
+
+    def record(self, record: Record) -> None:
+        """Record the forward pass; the backward pass is recorded later, as it comes later."""
+        self.replay_forward, self.features = record(self.forward)
+        self.gradient = torch.empty_like(self.features)
+
+    def record_backward(self, record: Record) -> None:
+        """Record the backward pass. Slices are recorded, and replayed, from the last to the first."""
+        self.replay_backward, self.flat = record(self.backward)
+
+
+class RecordedPasses(Passes):
+    """Passes that are recorded once and replayed, where the network can be recorded; else kernel by kernel.
+
+    Args:
+        network, fast, batch: As of Passes.
+        autocast: Returns the context of its precision.
+        parameters: Its trained parameters; none: it is frozen.
+        tell: Called with one line where the network cannot be recorded.
+        record: How passes are recorded.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        fast: Network | None,
+        batch: int,
+        autocast: Callable[..., torch.autocast],
+        parameters: Sequence[Tensor],
+        tell: Callable[[str], None],
+        record: Record,
+    ):
+        super().__init__(network, fast, batch)
+        self.autocast, self.parameters, self.tell, self.record = autocast, parameters, tell, record
+        self.can_record, self.slices = True, list[RecordedSlice]()
+        self.key: tuple[Any, ...] = ()
+        self.inference: tuple[Tensor, Recording] | None = None
+
+    def forward(self, slices: Sequence[Tensor], each: Each) -> list[Tensor]:
+        key = len(slices), slices[0].shape, slices[0].dtype
+        if self.can_record and key != self.key:
+            self.key = key
+            self.slices = self._attempt(lambda: self._record_slices(slices)) or []
+        if not self.slices:
+            return super().forward(slices, each)
+        for recorded, images in zip(self.slices, slices, strict=True):
+            recorded.input.copy_(images)
+            recorded.replay_forward()
+        return [recorded.features for recorded in self.slices]
+
+    def backward(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], each: Each) -> list[Tensor]:
+        if not self.slices:
+            return super().backward(gradients, parameters, each)
+        for recorded, gradient in zip(reversed(self.slices), reversed(gradients), strict=True):
+            recorded.gradient.copy_(gradient)
+            recorded.replay_backward()
+        return [recorded.flat.clone() for recorded in self.slices]
+
+    def infer(self, x: Tensor) -> Tensor:
+        if self.can_record and self.inference is None and len(x) == self.batch:
+            self.inference = self._attempt(lambda: self._record_inference(x))
+        if self.inference is None or self.inference[0].shape != x.shape:
+            return super().infer(x)
+        images, recording = self.inference
+        images.copy_(x)
+        recording.replay()
+        return recording.output.clone()
+
+    def _in_precision(self, x: Tensor) -> Tensor:
+        # Weights that were rounded outside of the recording would not follow those that are trained.
+        with self.autocast(cache_enabled=False):
+            return self.fast(x)
+
+    def _record_slices(self, slices: Sequence[Tensor]) -> list[RecordedSlice]:
+        recorded = [RecordedSlice(self._in_precision, images, self.parameters) for images in slices]
+
+        def both(one: RecordedSlice) -> None:
+            one.gradient = torch.zeros_like(one.forward())
+            one.backward()
+
+        warm_up(lambda: both(recorded[0]))
+        for one in recorded:
+            one.record(self.record)
+        for one in reversed(recorded):
+            one.record_backward(self.record)
+        return recorded
+
+    def _record_inference(self, x: Tensor) -> tuple[Tensor, Recording]:
+        with torch.inference_mode(False), torch.no_grad():
+            images = x.clone()
+            warm_up(lambda: self._in_precision(images))
+            return images, self.record(lambda: self._in_precision(images))
+
+    def _attempt(self, record: Callable[[], Any]) -> Any:
+        """Return what was recorded; None, once and for all, where the network cannot be."""
+        try:
+            return record()
+        except RuntimeError as error:
+            self.can_record = False
+            logging.getLogger(__name__).exception("the network cannot be recorded as a CUDA graph")
+            reason = str(error).strip().partition("\n")[0]
+            self.tell(f"the network runs kernel by kernel: it cannot be a CUDA graph ({reason})")
+            return None
+
+
+def warm_up(task: Callable[[], object]) -> None:
+    """Call a task a few times, on a GPU beside the usual stream, as the recording does."""
+    if not torch.cuda.is_available():
+        task()
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            task()
+    torch.cuda.current_stream().wait_stream(stream)

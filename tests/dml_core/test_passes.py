@@ -1,0 +1,114 @@
+"""Recorded passes beside those kernel by kernel. Here a replay calls what was recorded once more (passes.rerun)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dml_core import backbones, base_losses, heads
+from dml_core.learner import Learner, Weights
+from dml_core.passes import Passes, RecordedPasses, Recording, rerun
+
+CLASSES, DIM, SLICES, STEPS, BATCH = 4, 8, 4, 3, 5
+
+
+def no_autocast(cache_enabled: bool = True) -> torch.autocast:
+    return torch.autocast("cpu", enabled=False, cache_enabled=cache_enabled)
+
+
+def small_learner() -> Learner:
+    torch.manual_seed(0)
+    loss = base_losses.build("multi_similarity", CLASSES, DIM)
+    return Learner(backbones.build("small", "none"), heads.linear(128, DIM), loss, Weights())
+
+
+def images(seed: int, count: int = 8) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def recorded(
+    learner: Learner, record: Callable[..., Recording] = rerun, tell: Callable[[str], None] = print
+) -> Learner:
+    parameters, _ = learner.trained
+    learner.passes = RecordedPasses(learner.backbone, None, BATCH, no_autocast, parameters, tell, record)
+    return learner
+
+
+def train(learner: Learner) -> list[Tensor]:
+    """Weights, losses and features after some steps, each of two global batches whose gradients are added up."""
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(2):
+            labels, noise = torch.arange(8) // 2, torch.Generator()
+            losses.append(learner.backward(images(2 * step + part), labels, 0, noise, SLICES).loss.detach())
+        optimizer.step()
+        with torch.inference_mode():  # as validation does between steps
+            features = [
+                learner.features(images(seed, count)).clone() for seed, count in ((7, BATCH), (8, BATCH), (9, 2))
+            ]
+    return [*learner.state_dict().values(), torch.stack(losses), *features]
+
+
+def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
+    for left, right in zip(one, other, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_replays_are_what_kernels_are() -> None:
+    learner = recorded(small_learner())
+    assert_same_bits(train(learner), train(small_learner()))
+    assert isinstance(learner.passes, RecordedPasses)
+    assert len(learner.passes.slices) == SLICES and learner.passes.inference is not None
+
+
+def test_slices_go_forward_in_order_and_back_in_reverse() -> None:
+    """Graphs share memory: a pass may overwrite what was needed by passes that were recorded before it."""
+    order: list[int] = []
+
+    def record(function: Callable[[], Tensor]) -> Recording:
+        recording, number = rerun(function), len(order)
+        order.append(number)
+        return Recording(lambda: (order.append(number), recording.replay()), recording.output)
+
+    learner = recorded(small_learner(), record)
+    for step in range(2):
+        learner.backward(images(step), torch.arange(8) // 2, 0, torch.Generator(), SLICES)
+    assert order == [*range(2 * SLICES)] * 3
+
+
+def test_a_network_that_cannot_be_recorded_says_so_once_and_runs_on(caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[str] = []
+    reason = "operation not permitted when stream is capturing"
+
+    def record(function: Callable[[], Tensor]) -> Recording:
+        raise RuntimeError(f"{reason}\nCUDA kernel errors might be reported later")
+
+    learner = recorded(small_learner(), record, lines.append)
+    assert_same_bits(train(learner), train(small_learner()))
+    assert lines == [f"the network runs kernel by kernel: it cannot be a CUDA graph ({reason})"]
+    assert "Traceback" in caplog.text
+
+
+def test_other_shapes_are_recorded_anew() -> None:
+    learner, other = recorded(small_learner()), small_learner()
+    for count in (8, 16, 8):
+        for one in (learner, other):
+            one.zero_grad()
+            one.backward(images(count, count), torch.arange(count) // 2, 0, torch.Generator(), SLICES)
+        assert_same_bits(*([p.grad for p in one.parameters() if p.grad is not None] for one in (learner, other)))
+
+
+def test_compiled_networks_take_the_shapes_that_come_often() -> None:
+    taken: list[int] = []
+
+    def fast(x: Tensor) -> Tensor:
+        taken.append(len(x))
+        return learner.backbone(x)
+
+    learner = small_learner()
+    learner.passes = Passes(learner.backbone, fast, BATCH)
+    assert_same_bits(train(learner), train(small_learner()))
+    assert taken == [*[2] * 2 * SLICES, BATCH, BATCH] * STEPS
