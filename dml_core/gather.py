@@ -132,10 +132,12 @@ def tree_sum(parts: Sequence[Tensor], slices: int | None = None) -> Tensor:
         slices: S, of all ranks; None: as many on every rank.
 
     Returns:
-        The sum, on every rank.
+        The sum, on every rank, in memory of its own.
     """
     world = world_size()
     slices = slices or len(parts) * world
+    if slices == 1:
+        return parts[0].clone()
     if world > 1 and is_power_of_two(world) and is_power_of_two(slices):
         return _doubled_sum(parts)
     nodes, own = dict(zip(slices_of(rank(), world, slices), parts, strict=True)), rank()

@@ -32,7 +32,7 @@ class Passes:
         self.outputs: list[Tensor] = []
 
     def forward(self, slices: Sequence[Tensor], each: Each) -> list[Tensor]:
-        """Return the features of each slice, without history; `backward` may follow.
+        """Return the features of each slice, without history, which last until the next call; `backward` may follow.
 
         Args:
             slices: Images (b, 3, S, S), of one shape.
@@ -42,7 +42,7 @@ class Passes:
         return [output.detach() for output in self.outputs]
 
     def backward(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], each: Each) -> list[Tensor]:
-        """Return the gradient of the parameters, flat, for each slice of the last `forward`.
+        """Return the gradient of the parameters, flat, for each slice of the last `forward`; it lasts until the next.
 
         Args:
             gradients: (b, F), of the features of each slice.
@@ -185,7 +185,7 @@ class RecordedPasses(Passes):
         for recorded, gradient in zip(reversed(self.slices), reversed(gradients), strict=True):
             recorded.gradient.copy_(gradient)
             recorded.replay_backward()
-        return [recorded.flat.clone() for recorded in self.slices]
+        return [recorded.flat for recorded in self.slices]
 
     def infer(self, x: Tensor) -> Tensor:
         if self.can_record and self.inference is None and len(x) == self.batch:

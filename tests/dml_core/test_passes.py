@@ -35,7 +35,7 @@ def recorded(
     return learner
 
 
-def train(learner: Learner) -> list[Tensor]:
+def train(learner: Learner, slices: int = SLICES) -> list[Tensor]:
     """Weights, losses and features after some steps, each of two global batches whose gradients are added up."""
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
     losses = []
@@ -43,7 +43,7 @@ def train(learner: Learner) -> list[Tensor]:
         optimizer.zero_grad()
         for part in range(2):
             labels, noise = torch.arange(8) // 2, torch.Generator()
-            losses.append(learner.backward(images(2 * step + part), labels, 0, noise, SLICES).loss.detach())
+            losses.append(learner.backward(images(2 * step + part), labels, 0, noise, slices).loss.detach())
         optimizer.step()
         with torch.inference_mode():  # as validation does between steps
             features = [
@@ -57,11 +57,12 @@ def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
         assert torch.equal(left, right)
 
 
-def test_replays_are_what_kernels_are() -> None:
+@pytest.mark.parametrize("slices", [1, SLICES])
+def test_replays_are_what_kernels_are(slices: int) -> None:
     learner = recorded(small_learner())
-    assert_same_bits(train(learner), train(small_learner()))
+    assert_same_bits(train(learner, slices), train(small_learner(), slices))
     assert isinstance(learner.passes, RecordedPasses)
-    assert len(learner.passes.slices) == SLICES and learner.passes.inference is not None
+    assert len(learner.passes.slices) == slices and learner.passes.inference is not None
 
 
 def test_slices_go_forward_in_order_and_back_in_reverse() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,19 @@ def train_in_group(job: TrainingJob, cache: Path) -> None:
     train_loop(job)
 
 
-def train(methods: str, workers: int, name: str, folder: Path, cache: Path, kill_after: int = 0) -> None:
-    """Run the loop that Ray's workers run, in a group of real processes without Ray."""
-    values = [*GLYPHS, *METHODS[methods], f"epochs={EPOCHS}", f"workers={workers}", f"name={name}", f"storage={folder}"]
+def train(
+    methods: str, workers: int, name: str, folder: Path, cache: Path, kill_after: int = 0, more: Sequence[str] = ()
+) -> None:
+    """Run the loop that Ray's workers run, in a group of real processes without Ray. more: further config values."""
+    values = [
+        *GLYPHS,
+        *METHODS[methods],
+        *more,
+        f"epochs={EPOCHS}",
+        f"workers={workers}",
+        f"name={name}",
+        f"storage={folder}",
+    ]
     config = with_slices(load_recipe("glyphs", values), None)
     ranks.run(
         train_in_group, workers, TrainingJob(config, test=False, worker=Worker(report=KillAfter(kill_after))), cache
@@ -84,3 +95,13 @@ def test_three_workers_are_killed_and_one_goes_on_and_then_five(alone: tuple[str
             train(methods, workers, "moved", folder, cache, killed_after)
     train(methods, 5, "moved", folder, cache)
     assert_same_bits(folder / "moved", folder / "on1")
+
+
+def test_settings_that_change_on_the_way_change_alike_by_ddp(tmp_path: Path, cache: Path) -> None:
+    """DistributedDataParallel is made once, and the learner anew when settings change."""
+    change = ["precision=float64", "changes.1.sgar.intensity=0.5", "changes.2.loss.alpha=4"]
+    for workers, gradients in ((1, "exact"), (3, "ddp")):
+        train("all", workers, gradients, tmp_path, cache, more=[*change, f"gradients={gradients}"])
+    exact, ddp = (read_history(tmp_path / name / checkpoint_name(EPOCHS)) for name in ("exact", "ddp"))
+    for one, other in zip(exact, ddp, strict=True):
+        assert other["step_loss"] == pytest.approx(one["step_loss"], rel=1e-9)
