@@ -7,24 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.runs.outcome import TrainOutcome
+from pipelines.config.recipe import load_recipe
+from pipelines.runs.train import run_training
 from tests.chaos.losses import assert_as_undisturbed, lose, newest
 from tests.chaos.machines import Training, machines, nothing_left
-from tests.pipelines.conftest import EXACT
+from tests.pipelines.conftest import EXACT, QUIET
+
+# Of many workers, one may be lost and another found: the bits of float32 stay.
+CALM = [*(argument for argument in EXACT if "precision" not in argument), "precision=float32"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_lost_node_changes_nothing(
-    exact: dict[int, TrainOutcome], tracked_folder: Path, tmp_path: Path, mlflow_server
-) -> None:
+def test_a_lost_node_changes_nothing(tracked_folder: Path, tmp_path: Path, mlflow_server) -> None:
+    expected = run_training(load_recipe(CALM[0], [*CALM[1:], "workers=1", "name=calm"]), QUIET, here=True)
     run = tmp_path / "runs" / "lost"
     with machines(0) as cluster:
-        refused = Training(tmp_path, cluster.address, [*EXACT, "workers=2", "use_gpu=true", "wait_for_nodes=1"])
+        refused = Training(tmp_path, cluster.address, [*CALM, "workers=2", "use_gpu=true", "wait_for_nodes=1"])
         assert refused.process.wait(120) == 2
         assert "use_gpu=true: 2 workers need as many GPUs, the cluster has 0 after 1 s" in refused.log.read_text()
-        training = Training(tmp_path, cluster.address, [*EXACT, "workers=2", "name=lost", "wait_for_nodes=100"])
-        training.wait_for(lambda: "waiting for nodes, 100 s at most: workers=2" in training.log.read_text())
+        training = Training(tmp_path, cluster.address, [*CALM, "workers=2:3", "name=lost", "wait_for_nodes=100"])
+        training.wait_for(lambda: "waiting for nodes, 100 s at most: workers=2:3" in training.log.read_text())
         for _ in range(3):
             cluster.add(cpus=2)
         training.wait_for(lambda: newest(run))
@@ -32,5 +35,5 @@ def test_a_lost_node_changes_nothing(
         lose("node", cluster, training, random.Random(0))
         training.read_job(300)
         outcome = json.loads(training.out.read_text().splitlines()[-1])
-    assert_as_undisturbed(mlflow_server.uri, outcome, exact[2])
+    assert_as_undisturbed(mlflow_server.uri, outcome, expected)
     nothing_left(seen)
