@@ -46,12 +46,14 @@ class Measured:
         self.options = options
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = self.device.type == "cuda"
+        self.cpus = torch.get_num_threads()
         size, batch = options.size, options.batch
         self.images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(self.device)
         self.labels = (torch.arange(batch) // IMAGES % CLASSES).to(self.device)
 
     def plain(self, bf16: bool | None = None, compiled: bool = False) -> Step:
         """The loop that everybody writes."""
+        torch.set_num_threads(self.cpus)
         backbone = backbones.build(self.options.backbone, "none").to(self.device)
         if self.device.type == "cuda":
             backbone.network.to(memory_format=torch.channels_last)
@@ -76,7 +78,9 @@ class Measured:
         config = self.config(methods, loss, values)
         learner = build_learner(config, CLASSES).to(self.device)
         optimizer, noise = build_optimizer(config, learner), torch.Generator(self.device)
-        sources = Sources(config, learner, self.device, 1, Reporter(None), augments=False)
+        # As in training/setup.py: exact slices go side by side on one thread each.
+        torch.set_num_threads(self.cpus if config.gradients == "ddp" else 1)
+        sources = Sources(config, learner, self.device, self.cpus, Reporter(None), augments=False)
         prepare_passes(learner, sources)
         if learner.iaa is not None:
             z = torch.randn(3000, DIM, device=self.device)

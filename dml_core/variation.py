@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dml_core.gather import all_max, all_sum
 
-CHUNK = 2**15  # numbers: a chunk of embeddings in float64 stays in the cache
+CHUNK = 2**16  # numbers: a chunk of embeddings in float64 stays in the cache
 BLOCK = 2**21  # numbers: a block of the class-to-class distances
 VARIANCE_CHUNK = 2**22  # numbers: the variances of a block's neighbors, or the outer products of a chunk
 ROWS_OF_PRODUCTS = 2**9  # of a chunk: float64 holds the sums of their integers' products

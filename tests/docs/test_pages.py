@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -164,6 +165,18 @@ def test_calls_of_the_python_page_exist() -> None:
         module, _, name = call.removeprefix("pipelines.").rpartition(".")
         package = "" if module.startswith("dml_core") else "pipelines."
         assert hasattr(importlib.import_module(f"{package}{module}"), name), call
+
+
+def test_picture_of_the_tree_is_what_its_script_draws() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_tree.py"))["draw"]
+    assert (ROOT / "docs" / "tree.svg").read_text() == draw()
+
+
+def test_formulas_of_the_scaling_page_are_what_the_script_prints() -> None:
+    command = [sys.executable, "benchmarks/scaling.py", "--formulas"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert printed and all(table.strip() in page for table in printed.split("\n\n"))
 
 
 def test_diffs_of_extending_apply_and_run(tmp_path: Path) -> None:
