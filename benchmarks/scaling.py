@@ -70,7 +70,7 @@ def exchanges(number: int, world: int, store: str, repeats: int) -> None:
         received = Exact(world, world).received
         cases.append((f"tree_sum of {millions} M", millions * 10**6, lambda x: tree_sum([x]), received))
     cases.append(("broadcast of 1 M (head)", FEATURES * DIM, lambda x: broadcast(x, 0), 1))
-    sums = CLASSES * (1 + 3 * 2 * DIM)
+    sums = CLASSES * (1 + 2 * DIM)
     cases.append((f"all_sum of {CLASSES} classes", sums, lambda x: all_sum(x.double()), 2 * 2 * (world - 1) / world))
     for name, numbers, exchange, factor in cases:
         x = torch.ones(numbers)
@@ -380,7 +380,7 @@ def besides() -> None:
     rows: dict[str, list[str]] = {"IAA: look over the set": [], "evaluation": [], "checkpoint": []}
     for world in worlds:
         rate = slowest(world)
-        sums = CLASSES * (1 + 3 * 2 * DIM) * 8  # three integers for each number
+        sums = CLASSES * (1 + 2 * DIM) * 8
         seconds = most(SET, world) / GPU_FORWARD + 2 * sums / rate + 2 * (world - 1) * HOP
         rows["IAA: look over the set"].append(
             f"{busy(SET, world)} GPUs busy, {seconds:.2f} s, sums {sums / 1e6:.1f} MB"

@@ -9,8 +9,10 @@ Correction: V_k <- (1-alpha_k) V_k + alpha_k [(1-gamma) V_nb(k) + gamma V_glob].
 But:
 - Each worker sums over its own shard, and all-reduces add up the sums. The published code holds N x C x D numbers,
   or loops over the classes with all embeddings in one place.
-- Numbers are summed as integers at fixed places (Demmel and Nguyen, "Parallel Reproducible Summation", IEEE Trans.
-  Computers 2015), so that the estimate has the same bits in whatever order, batches and shards the set comes.
+- What is summed is first rounded to multiples of one power of two, so small that all sums of a class are exact in
+  float64 (Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013): the estimate has the same bits
+  in whatever order, batches and shards the set comes. As that power depends on the largest number, embeddings are kept
+  until the end of an update.
 - A class with one sample has a mean as well (the published code leaves it at zero, so that its neighbors are wrong).
 - Distances are scaled to [0, 1] over the real candidates of a row. The published code has its masking constant in the
   row, which makes every scaled distance about 0.
@@ -22,17 +24,18 @@ But:
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dml_core.gather import all_max, all_sum
 
-CHUNK = 2**16  # numbers: a chunk of embeddings in float64 stays in the cache
+CHUNK = 2**17  # numbers: a chunk of embeddings in float64 stays in the cache
 BLOCK = 2**21  # numbers: a block of the class-to-class distances
 VARIANCE_CHUNK = 2**22  # numbers: the variances of a block's neighbors, or the outer products of a chunk
-ROWS_OF_PRODUCTS = 2**9  # of a chunk: float64 holds the sums of their integers' products
+PRODUCT_BITS = 22  # of the two integers that a number is for a full covariance
+PRODUCT_ROWS = 2**9  # of a chunk: float64 holds the sums of products of such integers
 BRUTE_FORCE_LIMIT = 2**14  # candidates: above, Faiss searches
 EXACT_SEARCH_LIMIT = 2**16  # candidates: above, Faiss searches an inverted file, which may miss some
 SAMPLE_SIZE = 2**11  # candidates
@@ -42,7 +45,7 @@ class ClassVariation(nn.Module):
     """Running mean and variance of the embeddings of each class.
 
     `update` takes a whole shard at once; `begin`, any number of `add` and `finish` take it in batches. All ranks must
-    call `finish` (or `update`), also those whose shard is empty.
+    call `finish` (or `update`), also those whose shard is empty. Memory, until then: this rank's shard.
 
     Args:
         num_classes: C.
@@ -87,43 +90,45 @@ class ClassVariation(nn.Module):
         self.finish()
 
     def begin(self) -> None:
-        """Start an update: set the sums to zero."""
-        self.center = self.mean.double().mean(0)  # the same on all ranks
-        self.n = torch.zeros_like(self.count, dtype=torch.float64)
-        self.first = ExactSum(self.mean.shape, self.mean.device)
-        self.second = (ExactOuterSum if self.full else ExactSum)(self.variance.shape, self.mean.device)
+        """Start an update."""
+        self.batches: list[tuple[Tensor, Tensor]] = []
 
-    @torch.no_grad()
     def add(self, z: Tensor, labels: Tensor) -> None:
-        """Add 1, x and x^2 of x = z - center to the sums of the classes. z: (b, D); labels: (b,)."""
-        if len(labels) == 0:
-            return
-        self.n.index_add_(0, labels, self.n.new_ones(()).expand(len(labels)))
-        if self.full:
-            labels, order = labels.sort(stable=True)
-            z = z[order]
-        rows = min(ROWS_OF_PRODUCTS, VARIANCE_CHUNK // z.shape[1] ** 2) if self.full else CHUNK // z.shape[1]
-        for x, y in zip(z.split(max(1, rows)), labels.split(max(1, rows))):
-            x = x - self.center
-            exponent = exponent_above(x)
-            self.first.add(y, x, exponent)
-            if self.full:
-                self.second.add(y, x, exponent)
-            else:
-                self.second.add(y, x.square_(), 2 * exponent)
+        """Take a batch of embeddings z (b, D) and their classes (b,), which are kept as they are until `finish`."""
+        if len(labels):
+            self.batches.append((z.detach(), labels))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """End an update: add up the sums of all ranks, and update the statistics by them.
-
-        Raises:
-            ValueError: A class has more samples than the sums hold.
-        """
+        """End an update: sum 1, x and x^2 of x = z - center over the ranks' sets, and update the statistics."""
+        batches, self.batches = self.batches, []
+        self.center = self.mean.double().mean(0)  # the same on all ranks
+        self.n = torch.zeros_like(self.count, dtype=torch.float64)
+        for _, labels in batches:
+            self.n += labels.bincount(minlength=len(self.n))
         all_sum(self.n)
-        if self.n.max() > self.second.MOST:
-            raise ValueError(f"a class has {int(self.n.max())} samples; its sums hold {self.second.MOST} at most")
-        self.first.add_up_ranks()
-        self.second.add_up_ranks()
+        exponent = self._exponent(batches)
+        self.first = torch.zeros_like(self.mean, dtype=torch.float64)
+        if self.full:
+            self.second: Tensor | ProductSums = ProductSums(self.variance, exponent)
+            rows = min(PRODUCT_ROWS, VARIANCE_CHUNK // self.mean.shape[1] ** 2)
+        else:
+            self.second = torch.zeros_like(self.variance, dtype=torch.float64)
+            rows = CHUNK // self.mean.shape[1]
+        # A sum of n numbers below 2^exponent is exact if they are multiples of 2^(exponent - 52) n.
+        bits = 52 - int(self.n.max()).bit_length()
+        shift = rounding_shift(exponent - bits)
+        z_shift = shift - self.center
+        self.center = shift - z_shift  # a multiple, too
+        for z, labels in chunks(batches, max(1, rows)):
+            x = (z + z_shift).sub_(shift)  # z - center, rounded
+            self.first.index_add_(0, labels, x)
+            if isinstance(self.second, ProductSums):
+                self.second.add(x, labels)
+            else:
+                self.second.index_add_(0, labels, round_to(x.square_(), 2 * exponent - bits))
+        all_sum(self.first)
+        all_sum(self.second.sums if isinstance(self.second, ProductSums) else self.second)
         block = max(1, CHUNK // self.variance[0].numel())
         for start in range(0, len(self.n), block):
             self._update(slice(start, start + block))
@@ -131,146 +136,98 @@ class ClassVariation(nn.Module):
         self.size.copy_(torch.where(self.n > 0, self.n, self.size))
         del self.center, self.n, self.first, self.second
 
+    def _exponent(self, batches: list[tuple[Tensor, Tensor]]) -> int:
+        """Return an e such that all finite |x| on all ranks are below 2^e. However the set is dealt, it is the same."""
+        largest = self.center.new_zeros(())
+        for z, _ in batches:
+            low, high = z.aminmax()
+            largest = largest.maximum(high).maximum(-low)
+        if not largest.isfinite():
+            finite = [z.nan_to_num(0, 0, 0).abs().amax() for z, _ in batches]
+            largest = torch.stack(finite).amax().double()
+        return math.frexp(float(all_max(largest) + self.center.nan_to_num(0, 0, 0).abs().amax()))[1]
+
     def _update(self, rows: slice) -> None:
         """Update mean and variance of some classes: of few at a time, as it takes several times their memory."""
         n, old = self.n[rows, None], self.count[rows, None].double()
-        shift = self.first.total(rows).div_(n.clamp_min(1))
+        shift = self.first[rows] / n.clamp_min(1)
         step = self.center + shift - self.mean[rows]
         weight = (n / (n + old).clamp_min(1)).clamp_min(1 - self.momentum) * (n > 0)
         w = weight[..., None] if self.full else weight
-        within = self.second.total(rows).div_(n.clamp_min(1)[..., None] if self.full else n.clamp_min(1))
-        if self.full:
-            within.sub_(shift[:, :, None] * shift[:, None])
+        if isinstance(self.second, ProductSums):
+            within = self.second.total(rows).div_(n.clamp_min(1)[..., None]).sub_(shift[:, :, None] * shift[:, None])
             between = step[:, :, None] * step[:, None]
         else:
-            within.sub_(shift.square_()).clamp_min_(0)
+            within = (self.second[rows] / n.clamp_min(1)).sub_(shift.square_()).clamp_min_(0)
             between = step.square()
         self.variance[rows] = torch.lerp(self.variance[rows].double(), within, w).add_(between.mul_(w * (1 - w)))
         self.mean[rows].add_(step.mul_(weight))
 
 
-class ExactSum:
-    """Sums of numbers by class with the same bits in any order, and however the numbers are dealt to ranks.
+class ProductSums:
+    """Sums of outer products x x^T by class, the same in any order.
 
-    A number v becomes integers at places that do not depend on it, v = sum_i h_i 2^(WIDTH (top - i)), |h_i| <= 2^25,
-    and those at each place are summed by themselves: a float64 holds the sum of 2^28. `top` is where the largest number
-    so far begins, so that no number has anything above it, and three places reach 2^51 times lower. As `top` rises, the
-    lowest place is dropped, from what has been summed as from what is yet to come: the order does not matter.
-
-    Infinities and NaN make the sum NaN.
+    x = (2^22 h + m) 2^(e - 44) with integers h and m. So x x^T = (2^22 h h^T + h m^T + m h^T) 2^(2 e - 66), without
+    m m^T, which is below 2^-46 of the largest square. Matrix products of the integers are exact in a float64 within a
+    chunk, and in an int64 beyond, for 2^19 samples of a class.
 
     Args:
-        shape: (C, D) of the sums.
-        device: Where they lie.
+        like: (C, D, D), of the shape and on the device of the sums.
+        exponent: e, such that all |x| are below 2^e.
     """
 
-    WIDTH: ClassVar = 26  # bits between two places
-    PLACES: ClassVar = 3
-    FACTORS: ClassVar = 1  # how many integers are multiplied to what is summed
-    MOST: ClassVar = 2**28  # samples of a class
-    DTYPE: ClassVar = torch.float64
+    def __init__(self, like: Tensor, exponent: int):
+        self.exponent = exponent
+        self.sums = torch.zeros(2, *like.shape, dtype=torch.int64, device=like.device)
 
-    def __init__(self, shape: torch.Size, device: torch.device) -> None:
-        self.sums = torch.zeros(self.PLACES, *shape, dtype=self.DTYPE, device=device)
-        self.top = -1022 // self.WIDTH + 1  # for zeros; a power of two that float64 has, as is its inverse
-
-    def add(self, labels: Tensor, v: Tensor, exponent: int) -> None:
-        """Add rows v (b, D), |v| < 2^exponent, to the sums of their classes `labels` (b,)."""
-        self.raise_top(exponent // self.WIDTH)
-        for total, h in zip(self.sums, integers(v, self.top, self.WIDTH)):
-            total.index_add_(0, labels, h)
-
-    def raise_top(self, top: int) -> None:
-        """Move the sums so that they begin at `top`, if that is higher."""
-        top = min(top, 1022 // self.WIDTH)
-        if top <= self.top:
-            return
-        steps = self.FACTORS * (top - self.top)
-        for place in reversed(range(self.PLACES)):
-            self.sums[place] = self.sums[place - steps] if place >= steps else 0
-        self.top = top
-
-    def add_up_ranks(self) -> None:
-        """Make the sums those of all ranks."""
-        self.raise_top(int(all_max(torch.tensor(self.top, device=self.sums.device))))
-        all_sum(self.sums)
+    def add(self, x: Tensor, labels: Tensor) -> None:
+        """Add rows x (b, D), b <= PRODUCT_ROWS, of classes `labels` (b,), sorted here."""
+        labels, order = labels.sort(stable=True)
+        x = x[order].nan_to_num_(0, 0, 0)  # what is not finite shows in the sums of x
+        high = round_to(x.clone(), self.exponent - PRODUCT_BITS)
+        low = round_to(x.sub_(high), self.exponent - 2 * PRODUCT_BITS)
+        high.mul_(power_of_two(PRODUCT_BITS - self.exponent))
+        low.mul_(power_of_two(2 * PRODUCT_BITS - self.exponent))
+        classes, inverse, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
+        position = torch.arange(len(x), device=x.device) - (sizes.cumsum(0) - sizes)[inverse]
+        h, m = x.new_zeros(2, len(classes), int(sizes.max()), x.shape[1])
+        h[inverse, position], m[inverse, position] = high, low
+        product = h.mT @ m
+        self.sums[0].index_add_(0, classes, (h.mT @ h).long())
+        self.sums[1].index_add_(0, classes, (product + product.mT).long())
 
     def total(self, rows: slice) -> Tensor:
-        """Return the sums of some classes as float64."""
-        total = self.sums[-1, rows].to(torch.float64, copy=True)
-        for place in reversed(range(self.PLACES - 1)):
-            total.mul_(math.ldexp(1, -self.WIDTH)).add_(self.sums[place, rows])
-        for _ in range(self.FACTORS):
-            total.mul_(math.ldexp(1, self.WIDTH * self.top))
-        return total
+        """Return the sums of some classes, float64."""
+        total = self.sums[0, rows].double().mul_(2.0**PRODUCT_BITS).add_(self.sums[1, rows])
+        half = power_of_two(self.exponent)  # the whole may be beyond a float64
+        return total.mul_(2.0 ** (-3 * PRODUCT_BITS)).mul_(half).mul_(half)
 
 
-class ExactOuterSum(ExactSum):
-    """As ExactSum, sums of outer products x x^T by class.
-
-    x = (h + m 2^-22 + l 2^-44) 2^(22 top). Products of the integers are summed by place, where a sample adds no more
-    than 3 2^42: by float64 matrix products within a chunk, which is small enough for them to be exact, and by int64
-    beyond. The error of a sample is at most 2^-42 of the largest square.
-
-    Where x is not finite, its sums are arbitrary; those of x itself show it.
-
-    Args:
-        shape: (C, D, D) of the sums.
-        device: Where they lie.
-    """
-
-    WIDTH: ClassVar = 22
-    PLACES: ClassVar = 4
-    FACTORS: ClassVar = 2
-    MOST: ClassVar = 2**19
-    DTYPE: ClassVar = torch.int64
-
-    def add(self, labels: Tensor, v: Tensor, exponent: int) -> None:
-        """Add rows v (b, D), |v| < 2^exponent, b <= ROWS_OF_PRODUCTS, sorted by their classes `labels` (b,)."""
-        self.raise_top(exponent // self.WIDTH)
-        classes, inverse, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
-        position = torch.arange(len(v), device=v.device) - (sizes.cumsum(0) - sizes)[inverse]
-        padded = v.new_zeros(3, len(classes), int(sizes.max()), v.shape[1])
-        for part, integer in zip(padded, integers(v, self.top, self.WIDTH)):
-            part[inverse, position] = integer
-        for total, product in zip(self.sums, products(*padded), strict=True):
-            total.index_add_(0, classes, product.long())
+def chunks(batches: list[tuple[Tensor, Tensor]], rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the rows of batches in chunks of about so many: small ones are joined, large ones split."""
+    joined: list[tuple[Tensor, Tensor]] = []
+    for number, batch in enumerate(batches, 1):
+        joined.append(batch)
+        if sum(len(labels) for _, labels in joined) >= rows or number == len(batches):
+            z, labels = joined[0] if len(joined) == 1 else (torch.cat(tensors) for tensors in zip(*joined))
+            yield from zip(z.split(rows), labels.split(rows))
+            joined = []
 
 
-def products(h: Tensor, m: Tensor, low: Tensor) -> Iterator[Tensor]:
-    """Yield the sums over samples, by place, of (h + m + low) (h + m + low)^T, but for low low^T.
-
-    Args:
-        h, m, low: (P, n, D) integers of the samples of P classes at three places.
-
-    Yields:
-        (P, D, D) four times.
-    """
-    yield h.mT @ h
-    yield (product := h.mT @ m) + product.mT
-    yield (product := h.mT @ low) + product.mT + m.mT @ m
-    yield (product := m.mT @ low) + product.mT
+def round_to(x: Tensor, exponent: int) -> Tensor:
+    """Round float64 x in place to multiples of 2^exponent, where |x| < 2^(exponent + 51)."""
+    shift = rounding_shift(exponent)
+    return x.add_(shift).sub_(shift)
 
 
-def exponent_above(x: Tensor) -> int:
-    """Return the least e such that all numbers of x are below 2^e, but for those that are not finite."""
-    largest = float(x.abs().amax())
-    if not math.isfinite(largest):
-        largest = float(x.nan_to_num(0, 0, 0).abs().amax())
-    return math.frexp(largest)[1] if largest else -(2**11)
+def rounding_shift(exponent: int) -> float:
+    """Return a number so large that a float64 near it has no bits below 2^exponent: adding it rounds."""
+    return 1.5 * power_of_two(52 + exponent)
 
 
-def integers(v: Tensor, top: int, width: int) -> Iterator[Tensor]:
-    """Yield the integers h_0, h_1, ... of v = sum_i h_i 2^(width (top - i)), each the nearest to what is left of v.
-
-    Without end, and each overwrites the one before. A v of no more than half of 2^(width (top + 1)) has a zero there,
-    so that its integers at a place are the same from any top.
-    """
-    rest = v * math.ldexp(1, -width * top)
-    whole = torch.empty_like(rest)
-    while True:
-        yield torch.round(rest, out=whole)
-        rest.sub_(whole).mul_(math.ldexp(1, width))
+def power_of_two(exponent: int) -> float:
+    """Return 2^exponent, or the nearest that is far from the ends of float64."""
+    return math.ldexp(1, max(-1000, min(1000, exponent)))
 
 
 def neighbor_weight(count: Tensor, beta: float = 0.1, tau: float = 40) -> Tensor:
