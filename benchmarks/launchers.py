@@ -166,7 +166,7 @@ def in_turns(config: Config, turn: float) -> dict[str, list[Speed]]:
         for way, one in running.items():
             history = read_history(one.folder / checkpoint_name(config.epochs))
             epochs[way] = [record["time"] / 1e3 for record in history][:-1]  # the last one is validated
-    images = config.batch.classes * config.batch.images * (config.steps_per_epoch or 0)
+    images = config.batch.size * (config.steps_per_epoch or 0)
     start, end = max(times[1] for times in epochs.values()), min(times[-1] for times in epochs.values())
     ends = np.linspace(start, end, 11)
     parts = [(start, end), *itertools.pairwise(ends)]

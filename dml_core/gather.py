@@ -91,9 +91,13 @@ def collect(x: Tensor, destination: int) -> list[Tensor]:
 
 def own_rows(x: Tensor, slices: int | None = None) -> Tensor:
     """Return the rows of a gathered x that come from this rank. slices: as of `gather`."""
-    slices = slices or world_size()
-    own, size = slices_of(rank(), world_size(), slices), len(x) // slices
-    return x[own.start * size : own.stop * size]
+    return x[own_columns(len(x), slices or world_size())]
+
+
+def own_columns(batch: int, slices: int) -> slice:
+    """Return which of the rows of a global batch are in this rank's slices."""
+    own, size = slices_of(rank(), world_size(), slices), batch // slices
+    return slice(own.start * size, own.stop * size)
 
 
 class Merge(NamedTuple):

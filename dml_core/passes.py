@@ -2,7 +2,7 @@
 
 A slice is a small batch, for which a GPU waits longer for its next kernel than it computes. All slices have one shape,
 so that on a GPU the kernels of a pass are recorded once as a CUDA graph, and replayed by a single launch: the same
-kernels on the same memory, hence the same bits. Measured on an H100: docs/benchmarks.md.
+kernels on the same memory, hence the same bits. docs/benchmarks.md has what a prototype took on an H100.
 """
 
 import logging
@@ -87,7 +87,7 @@ Record = Callable[[Callable[[], Tensor]], Recording]
 
 
 class GraphRecorder:
-    """Records functions as CUDA graphs. They share their memory: what they do at the same time, one replays in turn."""
+    """Records functions as CUDA graphs in one pool of memory, so that they are to be replayed as they were recorded."""
 
     def __init__(self) -> None:
         self.pool: Any = None

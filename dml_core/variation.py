@@ -102,66 +102,68 @@ class ClassVariation(nn.Module):
     def finish(self) -> None:
         """End an update: sum 1, x and x^2 of x = z - center over the ranks' sets, and update the statistics."""
         batches, self.batches = self.batches, []
-        self.center = self.mean.double().mean(0)  # the same on all ranks
-        self.n = torch.zeros_like(self.count, dtype=torch.float64)
+        center = self.mean.double().mean(0)  # the same on all ranks
+        n = torch.zeros_like(self.count, dtype=torch.float64)
         for _, labels in batches:
-            self.n += labels.bincount(minlength=len(self.n))
-        all_sum(self.n)
-        exponent = self._exponent(batches)
-        self.first = torch.zeros_like(self.mean, dtype=torch.float64)
-        if self.full:
-            self.second: Tensor | ProductSums = ProductSums(self.variance, exponent)
-            rows = min(PRODUCT_ROWS, VARIANCE_CHUNK // self.mean.shape[1] ** 2)
-        else:
-            self.second = torch.zeros_like(self.variance, dtype=torch.float64)
-            rows = CHUNK // self.mean.shape[1]
+            n += labels.bincount(minlength=len(n))
+        all_sum(n)
+        exponent = exponent_above(batches, center)
         # A sum of n numbers below 2^exponent is exact if they are multiples of 2^(exponent - 52) n.
-        bits = 52 - int(self.n.max()).bit_length()
+        bits = 52 - int(n.max()).bit_length()
+        first = torch.zeros_like(self.mean, dtype=torch.float64)
+        second = ProductSums(self.variance, exponent) if self.full else SquareSums(self.variance, 2 * exponent - bits)
         shift = rounding_shift(exponent - bits)
-        z_shift = shift - self.center
-        self.center = shift - z_shift  # a multiple, too
-        for z, labels in chunks(batches, max(1, rows)):
+        z_shift = shift - center
+        center = shift - z_shift  # a multiple, too
+        for z, labels in chunks(batches, second.rows):
             x = (z + z_shift).sub_(shift)  # z - center, rounded
-            self.first.index_add_(0, labels, x)
-            if isinstance(self.second, ProductSums):
-                self.second.add(x, labels)
-            else:
-                self.second.index_add_(0, labels, round_to(x.square_(), 2 * exponent - bits))
-        all_sum(self.first)
-        all_sum(self.second.sums if isinstance(self.second, ProductSums) else self.second)
-        block = max(1, CHUNK // self.variance[0].numel())
-        for start in range(0, len(self.n), block):
-            self._update(slice(start, start + block))
-        self.count.add_(self.n)
-        self.size.copy_(torch.where(self.n > 0, self.n, self.size))
-        del self.center, self.n, self.first, self.second
+            first.index_add_(0, labels, x)
+            second.add(x, labels)
+        all_sum(first)
+        all_sum(second.sums)
+        block = max(1, CHUNK // self.variance[0].numel())  # the update takes several times the memory of its classes
+        for start in range(0, len(n), block):
+            self._update(slice(start, start + block), center, n, first, second)
+        self.count.add_(n)
+        self.size.copy_(torch.where(n > 0, n, self.size))
 
-    def _exponent(self, batches: list[tuple[Tensor, Tensor]]) -> int:
-        """Return an e such that all finite |x| on all ranks are below 2^e. However the set is dealt, it is the same."""
-        largest = self.center.new_zeros(())
-        for z, _ in batches:
-            low, high = z.aminmax()
-            largest = largest.maximum(high).maximum(-low)
-        if not largest.isfinite():
-            finite = [z.nan_to_num(0, 0, 0).abs().amax() for z, _ in batches]
-            largest = torch.stack(finite).amax().double()
-        return math.frexp(float(all_max(largest) + self.center.nan_to_num(0, 0, 0).abs().amax()))[1]
-
-    def _update(self, rows: slice) -> None:
-        """Update mean and variance of some classes: of few at a time, as it takes several times their memory."""
-        n, old = self.n[rows, None], self.count[rows, None].double()
-        shift = self.first[rows] / n.clamp_min(1)
-        step = self.center + shift - self.mean[rows]
+    def _update(
+        self, rows: slice, center: Tensor, n: Tensor, first: Tensor, second: "SquareSums | ProductSums"
+    ) -> None:
+        """Update mean and variance of the classes `rows` by the sums of `finish`."""
+        n, old = n[rows, None], self.count[rows, None].double()
+        mean = first[rows] / n.clamp_min(1)  # of x
+        step = center + mean - self.mean[rows]
         weight = (n / (n + old).clamp_min(1)).clamp_min(1 - self.momentum) * (n > 0)
         w = weight[..., None] if self.full else weight
-        if isinstance(self.second, ProductSums):
-            within = self.second.total(rows).div_(n.clamp_min(1)[..., None]).sub_(shift[:, :, None] * shift[:, None])
-            between = step[:, :, None] * step[:, None]
-        else:
-            within = (self.second[rows] / n.clamp_min(1)).sub_(shift.square_()).clamp_min_(0)
-            between = step.square()
+        within = second.variance(rows, n.clamp_min(1), mean)
+        between = step[:, :, None] * step[:, None] if self.full else step.square()
         self.variance[rows] = torch.lerp(self.variance[rows].double(), within, w).add_(between.mul_(w * (1 - w)))
         self.mean[rows].add_(step.mul_(weight))
+
+
+class SquareSums:
+    """Sums of squares by class, the same in any order: all are multiples of one power of two.
+
+    Args:
+        like: (C, D), of the shape and on the device of the sums.
+        exponent: Squares are rounded to multiples of 2^exponent.
+
+    Attributes:
+        rows: Embeddings to add at a time.
+    """
+
+    def __init__(self, like: Tensor, exponent: int):
+        self.exponent, self.rows = exponent, max(1, CHUNK // like.shape[1])
+        self.sums = torch.zeros_like(like, dtype=torch.float64)
+
+    def add(self, x: Tensor, labels: Tensor) -> None:
+        """Add rows x (b, D) of classes `labels` (b,). x: used up."""
+        self.sums.index_add_(0, labels, round_to(x.square_(), self.exponent))
+
+    def variance(self, rows: slice, n: Tensor, mean: Tensor) -> Tensor:
+        """Return the variances (R, D) of some classes, given their sizes n (R, 1) and means (R, D)."""
+        return (self.sums[rows] / n).sub_(mean.square()).clamp_min_(0)
 
 
 class ProductSums:
@@ -174,14 +176,17 @@ class ProductSums:
     Args:
         like: (C, D, D), of the shape and on the device of the sums.
         exponent: e, such that all |x| are below 2^e.
+
+    Attributes:
+        rows: Embeddings to add at a time, at most.
     """
 
     def __init__(self, like: Tensor, exponent: int):
-        self.exponent = exponent
+        self.exponent, self.rows = exponent, max(1, min(PRODUCT_ROWS, VARIANCE_CHUNK // like.shape[1] ** 2))
         self.sums = torch.zeros(2, *like.shape, dtype=torch.int64, device=like.device)
 
     def add(self, x: Tensor, labels: Tensor) -> None:
-        """Add rows x (b, D), b <= PRODUCT_ROWS, of classes `labels` (b,), sorted here."""
+        """Add rows x (b, D) of classes `labels` (b,)."""
         labels, order = labels.sort(stable=True)
         x = x[order].nan_to_num_(0, 0, 0)  # what is not finite shows in the sums of x
         high = round_to(x.clone(), self.exponent - PRODUCT_BITS)
@@ -196,11 +201,24 @@ class ProductSums:
         self.sums[0].index_add_(0, classes, (h.mT @ h).long())
         self.sums[1].index_add_(0, classes, (product + product.mT).long())
 
-    def total(self, rows: slice) -> Tensor:
-        """Return the sums of some classes, float64."""
+    def variance(self, rows: slice, n: Tensor, mean: Tensor) -> Tensor:
+        """Return the covariances (R, D, D) of some classes, given their sizes n (R, 1) and means (R, D)."""
         total = self.sums[0, rows].double().mul_(2.0**PRODUCT_BITS).add_(self.sums[1, rows])
         half = power_of_two(self.exponent)  # the whole may be beyond a float64
-        return total.mul_(2.0 ** (-3 * PRODUCT_BITS)).mul_(half).mul_(half)
+        total.mul_(2.0 ** (-3 * PRODUCT_BITS)).mul_(half).mul_(half)
+        return total.div_(n[..., None]).sub_(mean[:, :, None] * mean[:, None])
+
+
+def exponent_above(batches: list[tuple[Tensor, Tensor]], center: Tensor) -> int:
+    """Return an e such that all finite |z - center| on all ranks are below 2^e: the same however the set is dealt."""
+    largest = center.new_zeros(())
+    for z, _ in batches:
+        low, high = z.aminmax()
+        largest = largest.maximum(high).maximum(-low)
+    if not largest.isfinite():
+        finite = [z.nan_to_num(0, 0, 0).abs().amax() for z, _ in batches]
+        largest = torch.stack(finite).amax().double()
+    return math.frexp(float(all_max(largest) + center.nan_to_num(0, 0, 0).abs().amax()))[1]
 
 
 def chunks(batches: list[tuple[Tensor, Tensor]], rows: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -110,7 +110,7 @@ class Config(Methods):
         if self.iaa and self.iaa.start_epoch >= self.epochs:
             raise ValueError(f"iaa.start_epoch={self.iaa.start_epoch} cannot act: there are only epochs={self.epochs}")
         low, high = self.worker_range
-        size = self.batch.classes * self.batch.images
+        size = self.batch.size
         if low > high:
             raise ValueError(f"workers={self.workers}: the first number must not be the larger")
         if self.gpus_per_worker < 1 and high > 1:
@@ -183,7 +183,7 @@ class Config(Methods):
         By default 4, or the larger of 2 and 1 that divides the batch; for more workers the next power of two, or where
         that does not divide the batch its least divisor that is enough.
         """
-        batch, most = self.batch.classes * self.batch.images, self.worker_range[1]
+        batch, most = self.batch.size, self.worker_range[1]
         if self.batch.slices or most <= math.gcd(4, batch):
             return self.batch.slices or math.gcd(4, batch)
         enough = [number for number in range(most, batch + 1) if batch % number == 0]
@@ -195,7 +195,7 @@ class Config(Methods):
         if self.worker_range[1] > self.slices:
             raise ValueError(
                 f"workers={self.workers}: more workers than slices: gradients are computed in "
-                f"batch.slices={self.slices} parts of the global batch of {self.batch.classes * self.batch.images}"
+                f"batch.slices={self.slices} parts of the global batch of {self.batch.size}"
             )
 
     @property

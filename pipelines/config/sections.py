@@ -172,6 +172,11 @@ class Batch(Section):
     so that it belongs to a run. none: 4, or the larger of 2 and 1 that divides the batch; with more workers, the next
     power of two."""
 
+    @property
+    def size(self) -> int:
+        """Images in a global batch, P x K."""
+        return self.classes * self.images
+
 
 class Backbone(Section):
     """The network from images to features."""

@@ -171,7 +171,7 @@ def _open_run(
     if run_id := known.get("run_id"):
         console.print(f"continuing {config.name}")
         tags = {"workers": str(config.workers)}
-        if known["config"].get("gradients", "exact") != earlier["config"].get("gradients", "exact"):
+        if config.gradients != earlier["config"].get("gradients", "exact"):
             tags["gradients"] = f"{config.gradients} since this run was continued"
         tracker.submit(resume_run, uri, run_id, tags).result()
     else:

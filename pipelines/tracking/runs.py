@@ -58,14 +58,11 @@ def start_run(
 
     client = server.connect(uri)
     within = experiment_id(client, uri, experiment)
-    if key:
-        tags = {**tags, "start_key": key}
-    begun = client.search_runs([within], f"tags.start_key = '{key}'") if key else []
-    if begun:
+    if key and (begun := client.search_runs([within], f"tags.start_key = '{key}'")):
         run = begun[0]
         client.update_run(run.info.run_id, status="RUNNING")
     else:
-        run = client.create_run(within, run_name=name, tags=tags)
+        run = client.create_run(within, run_name=name, tags={**tags, "start_key": key} if key else tags)
     logged = [Param(key, str(value)[:6000]) for key, value in params.items()]
     for start in range(0, len(logged), PARAMS_PER_CALL):
         client.log_batch(run.info.run_id, params=logged[start : start + PARAMS_PER_CALL])

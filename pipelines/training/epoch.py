@@ -25,7 +25,6 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
     """
     config, plan, main = training.config, training.plan, training.is_main
     parameters = [p for p in training.learner.parameters() if p.requires_grad]
-    batch_size = config.batch.classes * config.batch.images
     started, seconds_waited, measured = time.perf_counter(), 0.0, list[Tensor]()
     startup: dict[str, float] = {}  # of the first epoch in this process
     for step, samples in enumerate(batches.samples, batches.first_step):
@@ -50,7 +49,7 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
                 {
                     "epoch": f"{epoch + 1}/{config.epochs}",
                     "loss": terms.loss.item(),
-                    "images_per_second": len(measured) * batch_size / seconds,
+                    "images_per_second": len(measured) * config.batch.size / seconds,
                 },
             )
     seconds = time.perf_counter() - started
@@ -60,7 +59,7 @@ def train_epoch(training: Training, epoch: int, batches: Batches) -> dict[str, f
     return startup | {
         **means_of(training.steps),
         "train/lr": min(group["lr"] for group in training.optimizer.param_groups),
-        "train/images_per_second": len(measured) * batch_size / seconds,
+        "train/images_per_second": len(measured) * config.batch.size / seconds,
         "train/data_wait": seconds_waited / seconds,
     }
 

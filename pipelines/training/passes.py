@@ -12,8 +12,9 @@ def prepare_passes(learner: Learner, sources: Sources) -> None:
     """Compile a learner's network, if asked, and let its passes be recorded on a GPU. It is on its device already."""
     backbone, batch = learner.backbone, BATCH[sources.device.type]
     fast = torch.compile(backbone, dynamic=False) if sources.config.backbone.compile else None
-    learner.passes = Passes(backbone, fast, batch)
     if sources.device.type == "cuda":
         parameters, _ = learner.trained
         say, record = sources.progress.say, GraphRecorder()
         learner.passes = RecordedPasses(backbone, fast, batch, sources.autocast, parameters, say, record)
+    else:
+        learner.passes = Passes(backbone, fast, batch)

@@ -15,7 +15,7 @@ import torch
 
 from dml_core.data.datasets import Splits
 from dml_core.data.sampling import BatchPlan
-from dml_core.gather import broadcast, broadcast_object, rank, slices_of, world_size
+from dml_core.gather import broadcast, broadcast_object, own_columns, rank, world_size
 from dml_core.learner import Learner, Terms
 from dml_core.replica import Replica
 from pipelines.cluster.progress import Reporter
@@ -134,13 +134,6 @@ class Training:
         for tensor in self.learner.state_dict().values():
             broadcast(tensor, 0)
 
-    @property
-    def columns(self) -> slice:
-        """This rank's rows in a global batch: those of its slices. Gathered in rank order they are the batch."""
-        batch, slices = self.config.batch.classes * self.config.batch.images, self.config.slices
-        own = slices_of(rank(), world_size(), slices)
-        return slice(own.start * batch // slices, own.stop * batch // slices)
-
     def epochs(self) -> Iterator[tuple[int, Batches]]:
         """Yield each epoch that is not finished, from 0, with its batches: the first may have been left in its middle.
 
@@ -148,8 +141,9 @@ class Training:
         """
         numbers = range(self.state.epoch, self.config.epochs)
         first_steps = {self.state.epoch: self.state.step}
+        columns = own_columns(self.config.batch.size, self.config.slices)
         rows_to_decode, rows_of_epochs = itertools.tee(
-            self.plan.rows(epoch, self.columns).after(first_steps.get(epoch, 0)) for epoch in numbers
+            self.plan.rows(epoch, columns).after(first_steps.get(epoch, 0)) for epoch in numbers
         )
         source = self.sources.of(self.splits.train)
         stream = source.batches(itertools.chain.from_iterable(rows_to_decode), self.sources.processes)
