@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from dml_core.data import transforms
 from dml_core.data.loading import Views
 from dml_core.data.user_sets import load_folder
 from pipelines.data.streaming import StreamedViews
@@ -45,7 +44,8 @@ def make(root: Path, pictures: int) -> None:
 
 
 def plain(root: Path, epochs: int, processes: int) -> Iterator[Tensor]:
-    view = v2.Compose([v2.PILToTensor(), transforms.training_view("crop", SIZE).transform])
+    crop = v2.RandomResizedCrop(SIZE, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
+    view = v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip()])
     loader = DataLoader(ImageFolder(root, view), BATCH, True, num_workers=processes, persistent_workers=processes > 0)
     for _ in range(epochs):
         yield from (images for images, _ in loader)
@@ -90,9 +90,7 @@ def main() -> None:
         print("| pictures | plain | data.loader=torch | data.loader=ray | torch / plain | ray / plain |")
         print("|---" * 6 + "|")
         for name, root in folders.items():
-            views = Views(
-                load_folder(root).images, transforms.evaluation_view(SIZE), transforms.training_view("crop", SIZE)
-            )
+            views = Views(load_folder(root).images, SIZE, "crop")
             ways: dict[str, Callable[[int, int], Iterator[Tensor]]] = {
                 "plain": partial(plain, root),
                 "torch": partial(ours, views),

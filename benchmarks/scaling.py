@@ -99,7 +99,6 @@ def decoding(repeats: int) -> float:
     import numpy as np
     from PIL import Image, ImageFilter
 
-    from dml_core.data import transforms
     from dml_core.data.loading import Views
     from dml_core.data.user_sets import load_folder
 
@@ -110,8 +109,7 @@ def decoding(repeats: int) -> float:
             path = Path(root, f"class {number % 2}", f"{number}.jpg")
             path.parent.mkdir(exist_ok=True)
             noise.save(path, quality=90)
-        crop = transforms.training_view("crop", SIZE)
-        views = Views(load_folder(root).images, transforms.evaluation_view(SIZE), crop)
+        views = Views(load_folder(root).images, SIZE, "crop")
         return timed(lambda: views.batch([(i, i) for i in range(32)]), repeats, time.process_time) / 32
 
 

@@ -80,7 +80,7 @@ class Measured:
         optimizer, noise = build_optimizer(config, learner), torch.Generator(self.device)
         # As in training/setup.py: exact slices go side by side on one thread each.
         torch.set_num_threads(self.cpus if config.gradients == "ddp" else 1)
-        sources = Sources(config, learner, self.device, self.cpus, Reporter(None), augments=False)
+        sources = Sources(config, learner, self.device, self.cpus, Reporter(None))
         prepare_passes(learner, sources)
         if learner.iaa is not None:
             z = torch.randn(3000, DIM, device=self.device)

@@ -1,7 +1,7 @@
 """Labelled pictures, their roles in test and validation, and class-disjoint splits of them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.dtypes import StringDType
 
 from dml_core.data.files import Files
-from dml_core.data.pictures import BadPicture, decode
+from dml_core.data.pictures import BadPicture, Box, decode
 
 if TYPE_CHECKING:  # lists of pictures are read without torch
     from torch import Tensor
@@ -46,12 +46,13 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def picture(self, index: int, size: int) -> "Tensor":
+    def picture(self, index: int, size: int, part: Callable[[int, int], Box] | None = None) -> "Tensor":
         """Read and decode the picture of a sample.
 
         Args:
             index: The sample.
             size: Pixels that are needed on the short side; a JPEG may be reduced to no less.
+            part: Tells which part of a picture (height, width) is needed; None: all of it.
 
         Returns:
             uint8 (3, H, W).
@@ -62,8 +63,12 @@ class LabelledImages:
         if self.files is None:
             import torch
 
-            return torch.from_numpy(np.asarray(self.entry(index))).expand(3, -1, -1).contiguous()
-        return decode(self.read_file(index), size, self.entry(index))
+            pixels = np.asarray(self.entry(index))
+            if part is not None:
+                top, left, height, width = part(*pixels.shape)
+                pixels = pixels[top : top + height, left : left + width]
+            return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
+        return decode(self.read_file(index), size, self.entry(index), part)
 
     def entry(self, index: int | slice) -> Any:
         """Return the entry of `images` for a sample, or those for a slice: file names, or gray pictures."""

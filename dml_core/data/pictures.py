@@ -2,7 +2,8 @@
 
 import io
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:  # a set's lists are read without either
 
 MAX_PIXELS = 100_000_000
 WHITE = (255, 255, 255)
+ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values with which rows are columns
 
 
 class BadPicture(ValueError):
@@ -31,8 +33,17 @@ class BadPicture(ValueError):
         return BadPicture, (self.bad,)
 
 
-def decode(content: bytes, size: int, name: str) -> "Tensor":
-    """Decode a picture.
+class Box(NamedTuple):
+    """A part of a picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def decode(content: bytes, size: int, name: str, part: Callable[[int, int], Box] | None = None) -> "Tensor":
+    """Decode a picture, or a part of it.
 
     The first frame of an animation is taken; transparent parts become white; 16 bits a channel are scaled to 8.
 
@@ -40,6 +51,7 @@ def decode(content: bytes, size: int, name: str) -> "Tensor":
         content: The encoded picture.
         size: Pixels that are needed on the short side; a JPEG may be reduced by 2, 4 or 8, to no less.
         name: The picture's name, for the error.
+        part: Tells which part of an upright picture (height, width) is needed; None: all of it.
 
     Returns:
         uint8 (3, H, W), upright; channels last in memory, with which resizes are fastest.
@@ -55,9 +67,19 @@ def decode(content: bytes, size: int, name: str) -> "Tensor":
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            image.draft("RGB", (size, size))  # a JPEG decoder can skip detail that a resize would throw away
+            # A JPEG decoder can skip detail that a resize would throw away.
+            if part is None:
+                image.draft("RGB", (size, size))
+                ImageOps.exif_transpose(image, in_place=True)
+                return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+            turned = image.getexif().get(ORIENTATION) in ON_ITS_SIDE
+            width, height = image.size[::-1] if turned else image.size
+            box = part(height, width)
+            reduction = max(1, min(box.height, box.width) // size)
+            image.draft("RGB", (image.width // reduction, image.height // reduction))
             ImageOps.exif_transpose(image, in_place=True)
-            return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+            top, left, bottom, right = _scaled(box, image.height / height, image.width / width)
+            return torch.from_numpy(_rgb(image.crop((left, top, right, bottom)))).permute(2, 0, 1)
     except UnidentifiedImageError:
         raise BadPicture([(name, "not a picture" if content else "empty file")]) from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError, struct.error) as error:
@@ -70,6 +92,12 @@ def to_image(picture: "Tensor") -> "PIL.Image.Image":
     from PIL import Image
 
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def _scaled(box: Box, down: float, across: float) -> tuple[int, int, int, int]:
+    """Return top, left, bottom and right of a part of a picture that was reduced to such shares of its sides."""
+    top, left = round(box.top * down), round(box.left * across)
+    return top, left, top + max(1, round(box.height * down)), left + max(1, round(box.width * across))
 
 
 def _rgb(image: "PIL.Image.Image") -> np.ndarray:

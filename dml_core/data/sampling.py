@@ -4,7 +4,7 @@ No process draws for itself. Each one computes the same plan and takes its own r
 batches, and with it the loss, does not depend on the number of workers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,10 +12,37 @@ Rows = list[tuple[int, int | None]]  # (sample, view seed); seed None: nothing i
 
 PLAN, VIEW, STEP = 0, 1, 2  # streams of random numbers, as parts of the keys of `derive_seed`
 
+# SplitMix64 (Steele, Lea and Flood 2014): its counter's increment, and shifts and factors of its mixing function.
+INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+
 
 def derive_seed(*key: int) -> int:
     """Return a 62-bit seed for a key of integers >= 0. Distinct keys give independent streams."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def draw_uniform(seeds: Sequence[int], count: int) -> np.ndarray:
+    """Draw numbers uniform in [0, 1), for many seeds at once: a row depends on its own seed alone.
+
+    Row i holds the first numbers of SplitMix64, begun at the mixed seed i, so that seeds may follow each other.
+
+    Args:
+        seeds: B integers, 0 <= seed < 2^64.
+        count: Numbers of a seed.
+
+    Returns:
+        (B, count) float64, multiples of 2^-53.
+    """
+    counters = _mix(np.array(seeds, np.uint64))[:, None] + INCREMENT * np.arange(1, count + 1, dtype=np.uint64)
+    return (_mix(counters) >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """Map 64-bit integers one to one to integers that look random; an array, as scalars would warn of overflows."""
+    for shift, factor in MIXING:
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers
 
 
 class BatchPlan:

@@ -1,19 +1,27 @@
-"""Views: transforms of pictures to uint8 tensors of one size. Random ones are seeded by the caller, view by view.
+"""Views: pictures as uint8 tensors of one size, for training changed at random.
 
-torchvision is imported where a random view is built: its import takes as long as torch's, and who only embeds pictures
-does without.
+What is random is a function of numbers in [0, 1) that the caller draws for each view (sampling.draw_uniform).
 """
 
 import math
 import platform
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from dml_core.data.pictures import Box
+
 MIN_CROP_AREA = 0.4  # share of the picture's area
 MIN_CROP_RATIO = 3 / 4  # of the sides of a crop
+CROP_TRIES = 10
+CROP_NUMBERS = 2 * CROP_TRIES + 3  # area and ratio of each try, place (down, right), flip
+
+MAX_TURN, MAX_SHEAR = 8, 6  # degrees
+MAX_MOVE, MAX_SCALE = 0.08, 0.1  # shares of the side
+SHIFT_NUMBERS = 5  # turn, move (right, down), scale, shear
 
 
 class View(NamedTuple):
@@ -62,38 +70,68 @@ def evaluation_view(size: int) -> View:
     return View(nn.Sequential(MiddleSquare(), Resize(size)), size)
 
 
-def training_view(name: str, size: int) -> View:
-    """Return a random view for training.
+def crop_box(numbers: np.ndarray, height: int, width: int) -> Box:
+    """Return the part of a picture that a random crop takes, distributed as torchvision's RandomResizedCrop has it.
+
+    The area is uniform, the ratio of the sides log-uniform, the place uniform. What does not fit is drawn again, and
+    after ten tries it is the middle of the picture, with the nearest ratio that is allowed.
 
     Args:
-        name: crop: random resized crop and flip, for photographs. shift: small shifts, turns and scales that keep the
-            reading direction, for characters and other signs. none: the evaluation view.
-        size: Width and height in pixels.
-
-    Raises:
-        ValueError: The name is unknown.
+        numbers: (CROP_NUMBERS,) in [0, 1); the last one is the flip's.
+        height: Of the picture, pixels.
+        width: Of the picture, pixels.
     """
-    if name == "none":
-        return evaluation_view(size)
-    from torchvision.transforms import v2
-
-    if name == "shift":
-        shift = v2.RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.9, 1.1), shear=6)
-        return View(v2.Compose([evaluation_view(size).transform, shift]), size)
-    if name == "crop":
-        ratio = (MIN_CROP_RATIO, 1 / MIN_CROP_RATIO)
-        crop = v2.RandomResizedCrop(size, scale=(MIN_CROP_AREA, 1.0), ratio=ratio, antialias=True)
-        side = math.ceil(size / math.sqrt(MIN_CROP_AREA * MIN_CROP_RATIO))
-        return View(v2.Compose([crop, v2.RandomHorizontalFlip()]), side)
-    raise ValueError(f"augmentation {name!r} is not one of crop, shift, none")
+    *tries, down, right, _ = numbers.tolist()
+    for area, ratio in zip(tries[::2], tries[1::2], strict=True):
+        area = height * width * (MIN_CROP_AREA + (1 - MIN_CROP_AREA) * area)
+        ratio = MIN_CROP_RATIO ** (1 - 2 * ratio)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(down * (height - h + 1)), int(right * (width - w + 1)), h, w)
+    h, w = min(height, round(width / MIN_CROP_RATIO)), min(width, round(height / MIN_CROP_RATIO))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def apply_seeded(transform: nn.Module, picture: Tensor, seed: int) -> Tensor:
-    """Apply a random transform to a picture (3, H, W) by a seed. The state of torch's generator stays as it was."""
-    generator = torch.default_generator  # which the transforms draw from; torch.manual_seed would look for GPUs, too
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        return transform(picture)
-    finally:
-        generator.set_state(state)
+def shift_maps(numbers: np.ndarray, size: int) -> np.ndarray:
+    """Return the random small shifts, turns, scales and shears that keep the reading direction of signs.
+
+    Args:
+        numbers: (B, SHIFT_NUMBERS) in [0, 1).
+        size: Side of the pictures, pixels.
+
+    Returns:
+        (B, 2, 3) float64: where a pixel (x, y, 1) of a view, as seen from the middle, lies in the picture (x, y).
+        Views are moved by whole pixels.
+    """
+    turn, right, down, scale, shear = (2 * numbers - 1).T
+    turn, shear = np.radians(MAX_TURN * turn), np.radians(MAX_SHEAR * shear)
+    move = np.rint(MAX_MOVE * size * np.stack([right, down], 1))
+    # A view is its picture sheared, turned, scaled and moved; the map goes the other way.
+    cos, sin, slope = np.cos(turn), np.sin(turn), np.tan(shear)
+    inverse = np.stack([cos - sin * slope, sin + cos * slope, -sin, cos], 1).reshape(-1, 2, 2)
+    inverse /= (1 + MAX_SCALE * scale)[:, None, None]
+    return np.concatenate([inverse, -(inverse * move[:, None]).sum(2, keepdims=True)], 2)
+
+
+def shift(pictures: Tensor, maps: Tensor) -> Tensor:
+    """Sample a batch of pictures at mapped places: the nearest pixel, black outside.
+
+    A pixel of a view is computed from its own map alone, in float64 and by single operations, so that its bits depend
+    neither on the batch nor on the device.
+
+    Args:
+        pictures: uint8 (B, C, S, S).
+        maps: (B, 2, 3) float64, see shift_maps.
+
+    Returns:
+        uint8 (B, C, S, S).
+    """
+    size = pictures.shape[-1]
+    places = torch.arange(size, device=pictures.device, dtype=maps.dtype) - (size - 1) / 2
+    of_column = maps[:, :, 0, None] * places  # (B, 2, S)
+    of_row = maps[:, :, 1, None] * places + (maps[:, :, 2, None] + (size - 1) / 2)
+    x, y = (of_row[:, :, :, None] + of_column[:, :, None, :]).round_().long().unbind(1)  # (B, S, S)
+    is_inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+    pixel = torch.where(is_inside, y * size + x, 0).flatten(1)[:, None]
+    sampled = pictures.flatten(2).gather(2, pixel.expand(-1, pictures.shape[1], -1)).view_as(pictures)
+    return sampled.mul_(is_inside[:, None])

@@ -14,7 +14,7 @@ import pyarrow.fs
 import torch
 from torch import Tensor
 
-from dml_core.data.loading import Views
+from dml_core.data.loading import Views, sent_ahead
 from dml_core.data.sampling import Rows, blocks
 from dml_core.gather import all_sum, gather, rank, world_size
 from dml_core.learner import Learner
@@ -36,8 +36,8 @@ class Features:
         """Open a file. places: the rows of a part of the set; None: the whole set."""
         self.rows, self.places = np.load(path, mmap_mode="r"), places
 
-    def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
-        """Yield features (b, F), one tensor for each entry of `rows`. processes: not used; see Views."""
+    def batches(self, rows: Iterable[Rows], processes: int = 0, pinned: bool = False) -> Iterator[Tensor]:
+        """Yield features (b, F), one tensor for each entry of `rows`. processes, pinned: not used; see Views."""
         for batch in rows:
             samples = np.array([sample for sample, _ in batch])
             yield torch.from_numpy(self.rows[samples if self.places is None else self.places[samples]])
@@ -98,13 +98,14 @@ def _compute(
             file = np.lib.format.open_memmap(
                 partial, "w+", dtype=torch.zeros(0, dtype=dtype).numpy().dtype, shape=(count, learner.backbone.dim)
             )
-        own_batches = views.batches(blocks(count, size, rank(), world_size(), size), processes)
+        own_rows = blocks(count, size, rank(), world_size(), size)
+        own_batches = sent_ahead(views.batches(own_rows, processes, device.type == "cuda"), device)
         for start in range(0, count, size * world_size()):
             images = next(own_batches, None)
             rows = torch.zeros(size, learner.backbone.dim, dtype=dtype, device=device)
             if images is not None:
                 with torch.inference_mode():
-                    rows[: len(images)] = learner.features(images.to(device)).to(dtype)
+                    rows[: len(images)] = learner.features(images).to(dtype)
             rows = gather(rows)
             if file is not None:
                 file[start : start + len(rows)] = rows[: count - start].cpu().numpy()

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
-from dml_core.data import transforms
 from dml_core.data.datasets import LabelledImages
-from dml_core.data.loading import Views
+from dml_core.data.loading import Views, sent_ahead
+from dml_core.data.sampling import Rows
 from dml_core.learner import Learner
 from pipelines.cluster.progress import Reporter
 from pipelines.cluster.threads import torch_threads
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+MOST_PROCESSES = 16  # what decodes for the fastest GPU; each holds two batches ready in shared memory
 
-def views_of(config: Config, images: LabelledImages, augments: bool = True) -> Views:
-    """Return the views of a set's pictures, as the config's transforms make them. augments: those of training, too."""
-    size, augment = config.data.image_size, config.data.augmentation
-    training = transforms.training_view(augment, size) if augments else None
-    return Views(images, transforms.evaluation_view(size), training)
+
+def views_of(config: Config, images: LabelledImages, resident: torch.Tensor | None = None) -> Views:
+    """Return the views of a set's pictures, as the config has them. resident: see Views."""
+    return Views(images, config.data.image_size, config.data.augmentation, resident)
 
 
 class Sources:
@@ -41,8 +42,8 @@ class Sources:
         device: Of this worker.
         cpus: CPUs of this worker.
         processes: Decoding processes of this worker.
+        at_once: How many batches this worker computes on at the same time.
         progress: Told of features that are computed.
-        augments: Whether there are views of training; their transforms are another library's, which takes a second.
     """
 
     def __init__(
@@ -52,17 +53,18 @@ class Sources:
         device: torch.device,
         cpus: float,
         progress: Reporter,
-        augments: bool = True,
     ):
         self.config, self.learner, self.device, self.progress = config, learner, device, progress
-        self.augments = augments
         # Who writes to its node's disk. Ray Train itself would say so to its own workers, not in a trial of Ray Tune.
         self.writes = int(os.environ.get("LOCAL_RANK", 0)) == 0
         spare = max(0, int(cpus) - 1) if config.data.name != "glyphs" else 0
-        self.processes = min(8, spare) if config.data.loader_processes is None else config.data.loader_processes
+        asked_for = config.data.loader_processes
+        self.processes = min(MOST_PROCESSES, spare) if asked_for is None else asked_for
         self.cpus = max(1, int(cpus))
         self.threads = ThreadPoolExecutor(self.cpus) if self.cpus > 1 and device.type == "cpu" else None
+        self.at_once = self.cpus if self.threads else 1
         self._feature_files: list[tuple[LabelledImages, Path]] = []  # of whole sets
+        self._residents: list[tuple[np.ndarray, torch.Tensor]] = []  # pictures, and what the device has of them
 
     def autocast(self, cache_enabled: bool = True) -> torch.autocast:
         """Return the context in which networks compute in the run's precision. cache_enabled: round weights once."""
@@ -72,6 +74,11 @@ class Sources:
     def each(self, function: Callable[..., Result], *arguments: Iterable[Any]) -> Iterator[Result]:
         """Map a function in the run's precision, on as many CPUs as this worker has."""
         return (self.threads.map if self.threads else map)(self.autocast()(function), *arguments)
+
+    def batches(self, images: LabelledImages, rows: Iterable[Rows]) -> Iterator[torch.Tensor]:
+        """Yield batches of a set on this worker's device, one for each entry of `rows`: images, or features."""
+        pinned = self.device.type == "cuda"
+        return sent_ahead(self.of(images).batches(rows, self.processes, pinned), self.device)
 
     def of(self, images: LabelledImages) -> "Views | StreamedViews | Features":
         """Return what gives batches of a set: its views, or the features of a frozen backbone, computed when needed."""
@@ -103,9 +110,20 @@ class Sources:
             )
 
     def _views(self, images: LabelledImages) -> "Views | StreamedViews":
-        views = views_of(self.config, images, self.augments)
+        views = views_of(self.config, images, self._resident(images))
         if self.config.data.loader != "ray" or not images.files:
             return views
         from pipelines.data.streaming import StreamedViews  # Ray, which takes seconds
 
         return StreamedViews(views)
+
+    def _resident(self, images: LabelledImages) -> torch.Tensor | None:
+        """Return embedded pictures on the device, once for all parts of a set; None where they must be resized."""
+        size, augmentation = self.config.data.image_size, self.config.data.augmentation
+        if images.files or images.images.shape[1:] != (size, size) or augmentation == "crop":
+            return None
+        for pictures, resident in self._residents:
+            if pictures is images.images:
+                return resident
+        self._residents.append((images.images, torch.from_numpy(images.images).to(self.device)))
+        return self._residents[-1][1]

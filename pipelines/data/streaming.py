@@ -29,24 +29,28 @@ class StreamedViews:
     """
 
     def __init__(self, views: Views):
-        self.images, self.evaluation = views.images, views.evaluation
-        self.reference = ray.put(Views(replace(views.images, whole=None), views.evaluation, views.training))
+        self.images = views.images
+        self.reference = ray.put(Views(replace(views.images, whole=None), views.size, views.augmentation))
 
-    def batches(self, rows: Iterable[Rows], processes: int = 0) -> Iterator[Tensor]:
-        """Yield uint8 (b, 3, S, S), one for each entry of `rows`, in that order. processes: not used; see Views."""
+    def batches(self, rows: Iterable[Rows], processes: int = 0, pinned: bool = False) -> Iterator[Tensor]:
+        """Yield uint8 (b, 3, S, S), one for each entry of `rows`, in that order. The others are for Views."""
         ahead, limit = deque[Any](), max(LEAST_AHEAD, int(2 * ray.cluster_resources()["CPU"] / world_size()))
         for batch in rows:
             ahead.append(decode.remote(batch, [self.reference]))
             if len(ahead) > limit:
-                yield torch.from_numpy(ray.get(ahead.popleft()))
+                yield _fetched_batch(ahead.popleft())
         while ahead:
-            yield torch.from_numpy(ray.get(ahead.popleft()))
+            yield _fetched_batch(ahead.popleft())
 
 
 @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")  # on all nodes, also from within a trial's own share of one
 def decode(rows: Rows, views: list[ray.ObjectRef]) -> np.ndarray:
-    """Decode one batch. views: a reference to Views, in a list, as Ray would fetch a bare one for each task."""
-    return _fetched(views[0]).batch(rows).numpy()
+    """Decode one batch to (b, S, S, 3). views: a reference, in a list, as Ray would fetch a bare one for each task."""
+    return _fetched(views[0]).batch(rows).permute(0, 2, 3, 1).numpy()
+
+
+def _fetched_batch(batch: ray.ObjectRef) -> Tensor:
+    return torch.from_numpy(ray.get(batch)).permute(0, 3, 1, 2)
 
 
 @lru_cache(4)

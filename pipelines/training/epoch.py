@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dml_core.data.loading import send
 from dml_core.data.sampling import STEP, derive_seed
 from dml_core.learner import Terms
 from pipelines.training.history import STEP_COLUMNS
@@ -81,7 +82,7 @@ def train_step(
     seed = derive_seed(config.seed, STEP, epoch, step)
     for generator in training.generators:
         generator.manual_seed(seed)
-    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    labels = send(labels, device)
     training.optimizer.zero_grad()
     terms = training.backward(images, labels, epoch)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

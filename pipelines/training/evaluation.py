@@ -155,13 +155,13 @@ def stream_outputs(
     """
     size = block_rows(len(images))
     rows = list(blocks(len(images), size, rank(), world_size(), BATCH[sources.device.type]))
-    batches, done = zip(sources.of(images).batches(rows, sources.processes), rows, strict=True), 0
+    batches, done = zip(sources.batches(images, rows), rows, strict=True), 0
 
     @torch.inference_mode()
     def outputs_of(batch: Tensor, samples: Rows) -> dict[str, Tensor]:
-        return outputs(batch.to(sources.device)) | {"sample": torch.tensor([sample for sample, _ in samples])}
+        return outputs(batch) | {"sample": torch.tensor([sample for sample, _ in samples])}
 
-    while at_once := list(itertools.islice(batches, sources.cpus)):
+    while at_once := list(itertools.islice(batches, sources.at_once)):
         for batch_outputs in sources.each(outputs_of, *zip(*at_once, strict=True)):
             done += len(batch_outputs["sample"]) * world_size()
             yield batch_outputs
@@ -173,8 +173,8 @@ def _embed(images: LabelledImages, sources: Sources, stage: str, outputs: Output
     """Embed this rank's blocks of a set, one under the other: (n, D) by name."""
     parts = list(stream_outputs(images, sources, stage, outputs))
     if not parts:  # fewer blocks than ranks: this one has none, but knows the widths
-        sample = next(iter(sources.of(images).batches([[(0, None)]])))
-        parts.append({name: rows[:0] for name, rows in outputs(sample.to(sources.device)).items()})
+        sample = next(sources.batches(images, [[(0, None)]]))
+        parts.append({name: rows[:0] for name, rows in outputs(sample).items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "sample"}
 
 
@@ -206,7 +206,7 @@ def load_sources(job: ModelJob) -> Sources:
         learner = build_embedder(config, folder)
     learner.to(device, torch.float64 if config.precision == "float64" else torch.float32)
     progress = Reporter(job.worker.board if rank() == 0 else None)
-    sources = Sources(config, learner, device, job.worker.cpus, progress, augments=False)
+    sources = Sources(config, learner, device, job.worker.cpus, progress)
     prepare_passes(learner, sources)
     return sources
 

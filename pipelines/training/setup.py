@@ -145,8 +145,7 @@ class Training:
         rows_to_decode, rows_of_epochs = itertools.tee(
             self.plan.rows(epoch, columns).after(first_steps.get(epoch, 0)) for epoch in numbers
         )
-        source = self.sources.of(self.splits.train)
-        stream = source.batches(itertools.chain.from_iterable(rows_to_decode), self.sources.processes)
+        stream = self.sources.batches(self.splits.train, itertools.chain.from_iterable(rows_to_decode))
         for epoch, rows in zip(numbers, rows_of_epochs, strict=True):
             yield epoch, Batches(first_steps.get(epoch, 0), rows.samples, stream)
 

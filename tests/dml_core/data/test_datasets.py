@@ -2,13 +2,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from dml_core.data import transforms
 from dml_core.data.datasets import GALLERY, NEITHER, QUERY, Collection, LabelledImages, split
-from dml_core.data.loading import Views
-from dml_core.data.pictures import BadPicture
 from dml_core.data.sampling import one_of_each_class
 from dml_core.data.user_sets import load_folder
 
@@ -141,34 +137,3 @@ def test_digest_tells_sets_apart(folder: Path, whole: Collection) -> None:
     before = images.digest(stamps=True)
     picture(folder / "a" / "0 ü.png", (0, 0, 0), (41, 30))
     assert images.digest(stamps=True) != before
-
-
-def test_all_bad_pictures_of_a_batch_are_named(folder: Path, whole: Collection) -> None:
-    for name in ("a/0 ü.png", "c/1 ü.png"):
-        (folder / name).write_bytes(b"no picture")
-    views = Views(whole.images, transforms.evaluation_view(16))
-    with pytest.raises(BadPicture, match=r"pictures a/0 ü.png: not a picture; c/1 ü.png: not a picture"):
-        views.batch([(i, None) for i in range(10)])
-
-
-@pytest.mark.parametrize("name", ["crop", "shift", "none"])
-def test_views_are_a_function_of_sample_and_seed(folder: Path, whole: Collection, name: str) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
-    Image.fromarray(noise).save(folder / whole.images.images[0])
-    views = Views(whole.images, transforms.evaluation_view(16), transforms.training_view(name, 16))
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    one, other = views[0, 5], views[0, 6]
-    assert (torch.get_rng_state() == before).all()
-    torch.rand(3)
-    assert (views[0, 5] == one).all() and one.shape == (3, 16, 16) and one.dtype == torch.uint8
-    assert (one == other).all() == (name == "none")
-
-
-@pytest.mark.parametrize("processes", [0, 2])
-def test_batches_come_in_order(whole: Collection, processes: int) -> None:
-    views = Views(whole.images, transforms.evaluation_view(16), transforms.training_view("crop", 16))
-    rows = [[(0, None), (4, 3)], [(2, 9)], [(7, 1), (8, 2), (9, 4)]]
-    batches = list(views.batches(rows, processes))
-    assert [len(b) for b in batches] == [2, 1, 3]
-    assert (batches[2][1] == views[8, 2]).all()

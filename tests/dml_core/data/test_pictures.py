@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from dml_core.data import pictures
-from dml_core.data.pictures import BadPicture, decode
-from dml_core.data.transforms import evaluation_view, training_view
+from dml_core.data.loading import Views
+from dml_core.data.pictures import BadPicture, Box, decode
+from dml_core.data.transforms import evaluation_view
+from dml_core.data.user_sets import load_folder
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -66,19 +68,45 @@ def test_rotated_and_large_jpegs() -> None:
     assert decode(content, 100, "a").shape == (3, 200, 100)  # upright, and decoded at a quarter of its size
 
 
-def test_a_crop_is_never_enlarged_more_than_the_plain_way_would() -> None:
-    content = encoded(noise(size=(1000, 1000)), "JPEG")
-    view = training_view("crop", 224)
-    assert view.side * (0.4 * 0.75) ** 0.5 >= 224  # the least side of a random crop
-    assert decode(content, view.side, "a").shape == (3, 500, 500)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_part_is_cut_out_of_the_upright_picture(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content, shapes = encoded(noise(size=(80, 60)), kind, exif=exif), []
+
+    def part(height: int, width: int) -> Box:
+        shapes.append((height, width))
+        return Box(10, 20, 40, 30)
+
+    picture = decode(content, 30, "a", part)
+    whole = decode(content, 60, "a")
+    assert torch.equal(picture, whole[:, 10:50, 20:50]) and shapes == [whole.shape[1:]]
+
+
+@pytest.mark.parametrize(("size", "sides"), [(101, (200, 250)), (100, (100, 125)), (25, (25, 31))])
+def test_a_part_is_reduced_to_no_less_than_is_needed(size: int, sides: tuple[int, int]) -> None:
+    y, x = np.mgrid[:400, :600]
+    image = Image.fromarray(((x + y) // 4).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = image.rotate(90, expand=True)  # as it lies in a file that is to be turned by 270 degrees
+    content = encoded(image, "JPEG", exif=exif, quality=95)
+    picture = decode(content, size, "a", lambda height, width: Box(100, 40, 200, 250))
+    assert picture.shape == (3, *sides)
+    expected = torch.from_numpy(((x + y) // 4).astype(np.uint8))[None, 100:300, 40:290].float()
+    expected = torch.nn.functional.interpolate(expected[None], sides, mode="area")[0]
+    assert (picture.float() - expected).abs().max() < 4
 
 
 @pytest.mark.parametrize("name", ["crop", "shift", "none"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (3, 500)])
-def test_pixels_and_strips_become_squares(name: str, size: tuple[int, int]) -> None:
-    picture = decode(encoded(noise(size=size), "PNG"), 32, "a")
-    for view in (evaluation_view(32), training_view(name, 32)):
-        assert view.transform(picture).shape == (3, 32, 32)
+def test_pixels_and_strips_become_squares(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    (tmp_path / "class").mkdir()
+    noise(size=size).save(tmp_path / "class" / "strip.png")
+    views = Views(load_folder(str(tmp_path)).images, 32, name)
+    assert views.batch([(0, None)]).shape == (1, 3, 32, 32)
+    assert views.batch([(0, seed) for seed in range(5)]).shape == (5, 3, 32, 32)
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 224])

@@ -217,14 +217,13 @@ def test_pictures_over_http(tree: Path, web, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_reading_goes_on_in_a_forked_process(tree: Path, web) -> None:
     """As DataLoader's workers do; an event loop would not survive it."""
-    from dml_core.data import transforms
     from dml_core.data.loading import Views
 
     picture(tree / "plain" / "0.png", (7, 0, 0))
     pd.DataFrame({"path": ["plain/0.png"], "label": ["x"]}).to_csv(tree / "t.csv", index=False)
     images = load_table(f"{web(tree)[0]}/t.csv", None).images
-    views = Views(images, transforms.evaluation_view(8))
-    assert views[0, None][0, 0, 0] == 7
+    views = Views(images, 8)
+    assert views.batch([(0, None)])[0, 0, 0, 0] == 7
     (batch,) = views.batches([[(0, None)] * 3], processes=1)
     assert (batch[:, 0] == 7).all()
 

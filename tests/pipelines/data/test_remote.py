@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow.fs import FileSelector, FileSystem
 from rich.console import Console
 
-from dml_core.data import files, transforms
+from dml_core.data import files
 from dml_core.data.loading import Views
 from dml_core.data.user_sets import load_folder
 from pipelines.config.recipe import load_recipe
@@ -116,7 +116,7 @@ def test_a_bucket_that_goes_away_fails_the_run_which_then_goes_on(
 
 def test_memory_is_flat_over_ten_epochs(root: Path) -> None:
     images = load_folder(str(root)).images
-    views = Views(images, transforms.evaluation_view(224), transforms.training_view("crop", 224))
+    views = Views(images, 224, "crop")
     rows = [[(i, epoch * 24 + i) for i in range(24)] for epoch in range(60)]
     resident = [psutil.Process().memory_info().rss for batch in views.batches(rows) if torch.is_tensor(batch)]
     assert max(resident[12:]) - max(resident[:12]) < 20 * 2**20  # ten epochs of six batches; one batch is 3.6 MB
