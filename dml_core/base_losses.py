@@ -10,8 +10,10 @@ But:
 - A loss with proxies, and one that the library computes within a single batch only (`WITHIN_BATCH`), takes the
   synthetic embeddings as further samples.
 - A sum over pairs (`SumReducer`) is divided by B, so that its scale does not depend on the batch.
-- The conditions of two of its miners, and the sums of multi-similarity and contrastive, are applied in candidates.py to
-  the matrix of pairs. Tests hold them equal to the library.
+- Multi-similarity, contrastive, triplet, margin and proxy-anchor loss are computed in candidates.py on the matrix of
+  pairs, with no wait for a GPU (`matrix_form` says with which distances, miners and reducers). Tests hold them equal to
+  the library, the drawn triplets of the margin loss in distribution. All else is the library's: it lists pairs or
+  triplets, and the host waits for their number.
 - Proxy-NCA has the scale 9 of its authors (embeddings and proxies of length 3); the library's default is 1.
 """
 
@@ -178,7 +180,7 @@ def build(name: str, num_classes: int, dim: int, **arguments: Any) -> "BaseLoss"
         loss = cls(**settings, **objects, **wanted_sizes)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"loss {name}: {error}") from error
-    return BaseLoss(loss, miner, num_classes, per_image=parts["reducer"][0] == "SumReducer")
+    return BaseLoss(loss, miner, num_classes, reducer=parts["reducer"][0])
 
 
 def build_part(part: str, name: str | None, arguments: dict[str, Any]) -> Any:
@@ -202,27 +204,24 @@ class BaseLoss(nn.Module):
         loss: The library's loss.
         miner: The library's miner, or None.
         num_classes: C.
-        per_image: Whether the loss is divided by the batch size B.
+        reducer: Class of the loss's reducer; None: its own. A SumReducer's sum is divided by the batch size B.
 
     Attributes:
         needs_positives: Whether a batch must hold more than one image of a class: true for losses without proxies.
     """
 
-    def __init__(self, loss: Any, miner: Any, num_classes: int, per_image: bool) -> None:
+    def __init__(self, loss: Any, miner: Any, num_classes: int, reducer: str | None) -> None:
         super().__init__()
         for key, value in list(vars(loss).items()):
             if isinstance(value, Tensor):  # the library's constants: as buffers they follow the module's device
                 delattr(loss, key)
                 loss.register_buffer(key, value, persistent=False)
         self.loss, self.miner = loss, miner
-        self.num_classes, self.per_image = num_classes, per_image
+        self.num_classes, self.per_image = num_classes, reducer == "SumReducer"
         self.loss_class = type(loss).__name__
         self.class_vectors_name = next((key for key in CLASS_VECTORS if hasattr(loss, key)), None)
         self.needs_positives = self.class_vectors_name is None
-        cosine = isinstance(loss.distance, distances.CosineSimilarity)
-        fast_miner = miner is None or isinstance(miner, miners.MultiSimilarityMiner)
-        self.multi_similarity = isinstance(loss, losses.MultiSimilarityLoss) and cosine and fast_miner
-        self.contrastive = isinstance(loss, losses.ContrastiveLoss) and cosine and miner is None and per_image
+        self.form = matrix_form(loss, miner, reducer)
         if miner is not None:
             miner.distance.register_forward_hook(candidates.hide_copies)
 
@@ -257,7 +256,10 @@ class BaseLoss(nn.Module):
             anchors = embeddings.to(dtype)
             pool = anchors if synthetic is None else torch.cat([anchors, synthetic.to(dtype)])
             pool_labels = labels if synthetic is None else labels.repeat(len(pool) // len(anchors))
-            if self.class_vectors_name is not None or self.loss_class in WITHIN_BATCH:
+            if self.form == "proxy_anchor":
+                cosine = candidates.cosine(pool, self.loss.proxies)
+                loss = candidates.proxy_anchor(cosine, pool_labels, self.loss.margin, self.loss.alpha)
+            elif self.class_vectors_name is not None or self.loss_class in WITHIN_BATCH:
                 loss = self.loss(pool, pool_labels, self.miner(pool, pool_labels) if self.miner else None)
             else:
                 loss = self.boosted(anchors, labels, pool, pool_labels)
@@ -268,20 +270,16 @@ class BaseLoss(nn.Module):
         """Compute a pair loss of anchors (B, D) against candidates `pool` (R, D), without an anchor's own copies."""
         same = labels[:, None] == pool_labels
         positive, negative = same & ~candidates.own_copies(same), ~same
-        if self.contrastive:
+        if self.form == "contrastive":
             margins = self.loss.pos_margin, self.loss.neg_margin
             return candidates.contrastive(candidates.cosine(anchors, pool), positive, negative, *margins)
-        if self.multi_similarity:
-            similarity = candidates.cosine(anchors, pool)
-            if self.miner is not None:
-                positive, negative = candidates.informative_pairs(
-                    similarity.detach(), positive, negative, self.miner.epsilon
-                )
-            scales = self.loss.alpha, self.loss.beta, self.loss.base
-            losses = candidates.MultiSimilarity.apply(similarity, positive, negative, *scales)
-            rows = torch.arange(len(losses), device=losses.device)
-            per_anchor = {"losses": losses, "indices": rows, "reduction_type": "element"}
-            return self.loss.reducer({"loss": per_anchor}, anchors, labels)
+        if self.form == "multi_similarity":
+            return self.multi_similarity(anchors, labels, pool, positive, negative)
+        if self.form == "triplet":
+            distance = self.loss.distance(anchors, pool)
+            return candidates.triplet_margin(distance, positive, negative, self.loss.margin, self.miner)
+        if self.form == "margin":
+            return self.margin(anchors, labels, pool, positive, negative)
         if self.miner is None:
             indices = (candidates.all_triplets if self.loss_class in FROM_TRIPLETS else candidates.all_pairs)(
                 positive, negative
@@ -294,3 +292,67 @@ class BaseLoss(nn.Module):
         else:
             indices = candidates.without_copies(self.miner(anchors, labels, pool, pool_labels), len(anchors))
         return self.loss(anchors, labels, indices, pool, pool_labels)
+
+    def multi_similarity(
+        self, anchors: Tensor, labels: Tensor, pool: Tensor, positive: Tensor, negative: Tensor
+    ) -> Tensor:
+        """Compute the multi-similarity loss of anchors (B, D) against `pool` (R, D); masks (B, R)."""
+        similarity = candidates.cosine(anchors, pool)
+        if self.miner is not None:
+            positive, negative = candidates.informative_pairs(
+                similarity.detach(), positive, negative, self.miner.epsilon
+            )
+        scales = self.loss.alpha, self.loss.beta, self.loss.base
+        losses = candidates.MultiSimilarity.apply(similarity, positive, negative, *scales)
+        rows = torch.arange(len(losses), device=losses.device)
+        per_anchor = {"losses": losses, "indices": rows, "reduction_type": "element"}
+        return self.loss.reducer({"loss": per_anchor}, anchors, labels)
+
+    def margin(self, anchors: Tensor, labels: Tensor, pool: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        """Compute the margin loss of anchors (B, D) against `pool` (R, D), over drawn triplets or all; masks (B, R)."""
+        distance = self.loss.distance(anchors, pool)
+        if self.miner is None:
+            near, far = positive * negative.sum(1, keepdim=True), negative * positive.sum(1, keepdim=True)
+        else:
+            with torch.no_grad():
+                weights = candidates.distance_weights(distance, negative, anchors.shape[1], self.miner)
+                near, far = candidates.draw_triplets(weights, positive, ~negative)
+        beta = self.loss.beta if len(self.loss.beta) == 1 else self.loss.beta[labels]
+        nu = self.loss.nu if self.loss.learn_beta else 0
+        return candidates.margin_loss(distance, beta[:, None], near, far, self.loss.margin, nu)
+
+
+def matrix_form(loss: Any, miner: Any, reducer: str | None) -> str | None:
+    """Return which loss of candidates.py computes the same on the matrix of pairs, without a wait for the device.
+
+    Args:
+        loss: The library's loss.
+        miner: The library's miner, or None.
+        reducer: Class of the loss's reducer; None: its own.
+
+    Returns:
+        Its name; None: there is none, and the library is given lists of pairs or triplets.
+    """
+    cosine = isinstance(loss.distance, distances.CosineSimilarity)
+    euclidean = isinstance(loss.distance, distances.LpDistance) and (
+        (loss.distance.p, loss.distance.power, loss.distance.normalize_embeddings) == (2, 1, True)
+    )
+    match loss:
+        case losses.MultiSimilarityLoss() if cosine and isinstance(miner, miners.MultiSimilarityMiner | None):
+            return "multi_similarity"
+        case losses.ContrastiveLoss() if cosine and miner is None and reducer == "SumReducer":
+            return "contrastive"
+        case losses.TripletMarginLoss() if (
+            euclidean
+            and isinstance(miner, miners.TripletMarginMiner | None)
+            and reducer in (None, "AvgNonZeroReducer")
+            and not loss.smooth_loss
+        ):
+            return "triplet"
+        case losses.MarginLoss() if (
+            euclidean and isinstance(miner, miners.DistanceWeightedMiner | None) and reducer in (None, "DivisorReducer")
+        ):
+            return "margin"
+        case losses.ProxyAnchorLoss() if cosine and miner is None and reducer in (None, "DivisorReducer"):
+            return "proxy_anchor"
+    return None

@@ -45,11 +45,14 @@ def synthesize(
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """Return the lower factors (B, D, D) of covariances (B, D, D), in float64: in float32 singular ones break down."""
+    """Return the lower factors (B, D, D) of covariances (B, D, D), in float64: in float32 singular ones break down.
+
+    Whether one broke down is not asked, as that would wait for the device.
+    """
     covariance = covariance.double()
     jitter = JITTER * covariance.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
     eye = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
-    return torch.linalg.cholesky(covariance + jitter[:, None, None] * eye)
+    return torch.linalg.cholesky_ex(covariance + jitter[:, None, None] * eye).L
 
 
 def intensity_at(progress: float, intensity: float) -> float:
@@ -121,9 +124,13 @@ class ClassAugmentation(nn.Module):
             neighbor_correction(v.mean, v.variance, v.size, self.neighbors, self.beta, self.gamma, self.tau)
         )
 
+    def intensity_in(self, epoch: int) -> float | None:
+        """Return the intensity of an epoch's synthetics; None before `start_epoch`, when nothing is drawn."""
+        return None if epoch < self.start_epoch else intensity_at(epoch / self.epochs, self.intensity)
+
     def forward(self, z: Tensor, labels: Tensor, epoch: int, generator: torch.Generator) -> Tensor | None:
         """Draw the synthetics (M*B, D) of z (B, D), labels (B,); None before `start_epoch`."""
-        if epoch < self.start_epoch:
+        intensity = self.intensity_in(epoch)
+        if intensity is None:
             return None
-        intensity = intensity_at(epoch / self.epochs, self.intensity)
         return synthesize(z, labels, self.corrected, intensity, self.draws, generator)[0]

@@ -12,7 +12,17 @@ from torch.nn.functional import normalize
 
 from dml_core import base_losses
 from dml_core.base_losses import build, default_arguments
-from dml_core.candidates import informative_pairs, own_copies, violating_triplets, without_copies
+from dml_core.candidates import (
+    all_triplets,
+    distance_weights,
+    draw_columns,
+    draw_triplets,
+    informative_pairs,
+    margin_loss,
+    own_copies,
+    violating_triplets,
+    without_copies,
+)
 
 PAIR = ["triplet", "contrastive", "multi_similarity", "margin"]
 PROXY = ["proxy_anchor", "proxy_nca", "ArcFaceLoss"]
@@ -150,6 +160,174 @@ def test_margin_without_miner_equals_the_loop(learn):
     torch.testing.assert_close(loss(z, labels, synthetic), naive_margin(z, labels, synthetic), atol=1e-7, rtol=1e-6)
 
 
+FORMS = {
+    "multi_similarity": [{}, {"miner": None}, {"reducer": "AvgNonZeroReducer"}],
+    "contrastive": [{}],
+    "triplet": [
+        {"miner_arguments": {"type_of_triplets": kind, "margin": margin}}
+        for kind in ("semihard", "hard", "all", "easy")
+        for margin in (-0.1, 0.1, 0.2, 0.4)
+    ],
+    "TripletMarginLoss": [{}, {"margin": 0.3}],
+    "margin": [{"miner": None}, {"miner": None, "nu": 0.1}, {"miner": None, "nu": 0.1, "learn_beta": False}],
+    "proxy_anchor": [{}, {"margin": 0.2, "alpha": 16}],
+}
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("name", "arguments"), [(name, each) for name, all_of in FORMS.items() for each in all_of])
+def test_the_form_on_the_matrix_equals_the_librarys_lists(name, arguments, ties, boosted, monkeypatch):
+    z, labels, synthetic = batch(images=4)
+    if ties:  # embeddings along a few directions have equal distances
+        z, synthetic = (x.detach().sign().mul(x.detach().abs() > 1).requires_grad_() for x in (z, synthetic))
+    loss = build(name, CLASSES, DIM, **arguments).double()
+    assert loss.form == {"TripletMarginLoss": "triplet"}.get(name, name)
+    inputs = [z, *([synthetic] if boosted else []), *loss.parameters()]
+    monkeypatch.setattr("dml_core.candidates.BLOCK", 5 * len(z))
+    ours = loss(z, labels, synthetic if boosted else None)
+    gradients = torch.autograd.grad(ours, inputs, materialize_grads=True)
+    loss.form = None
+    listed = loss(z, labels, synthetic if boosted else None)
+    torch.testing.assert_close(ours, listed)
+    for got, expected in zip(gradients, torch.autograd.grad(listed, inputs, materialize_grads=True), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("triplet", {"smooth_loss": True}),
+        ("triplet", {"reducer": "MeanReducer"}),
+        ("triplet", {"distance": "CosineSimilarity"}),
+        ("triplet", {"miner": "BatchHardMiner"}),
+        ("margin", {"reducer": "MeanReducer"}),
+        ("margin", {"miner": "PairMarginMiner"}),
+        ("contrastive", {"reducer": None}),
+        ("multi_similarity", {"miner": "PairMarginMiner"}),
+        ("proxy_anchor", {"miner": "MultiSimilarityMiner"}),
+        ("ArcFaceLoss", {}),
+    ],
+)
+def test_what_has_no_form_on_the_matrix_is_the_librarys(name, arguments):
+    assert build(name, CLASSES, DIM, **arguments).form is None
+
+
+def test_repeated_triplets_count_repeatedly():
+    z, labels, synthetic = batch(images=4)
+    loss = build("margin", CLASSES, DIM, nu=0.1).double()
+    with torch.no_grad():
+        loss.loss.beta.copy_(torch.linspace(0.9, 1.4, CLASSES))
+    pool, pool_labels = torch.cat([z, synthetic]), labels.repeat(3)
+    same = labels[:, None] == pool_labels
+    triplets = torch.stack(all_triplets(same & ~own_copies(same), ~same))
+    triplets = triplets[:, torch.randint(triplets.shape[1], (200,), generator=torch.Generator().manual_seed(0))]
+    expected = loss.loss(z, labels, tuple(triplets), pool, pool_labels)
+    distance, near, far = loss.loss.distance(z, pool), *torch.zeros(2, *same.shape, dtype=z.dtype)
+    for count, column in ((near, triplets[1]), (far, triplets[2])):
+        count.index_put_((triplets[0], column), torch.ones(200, dtype=z.dtype), accumulate=True)
+    assert near.max() > 1
+    got = margin_loss(distance, loss.loss.beta[labels][:, None], near, far, loss.loss.margin, 0.1)
+    torch.testing.assert_close(got, expected)
+    inputs = [z, synthetic, loss.loss.beta]
+    for one, other in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def labels_of(pool: Tensor, labels: Tensor) -> Tensor:
+    return labels if len(pool) == len(labels) else labels.repeat(len(pool) // len(labels))
+
+
+def drawn_by_the_library(z: Tensor, labels: Tensor, pool: Tensor, miner: miners.DistanceWeightedMiner):
+    """How often a triplet of each pair with a positive, and of each with a negative, is drawn."""
+    a, p, n = without_copies(miner(z, labels, pool, labels_of(pool, labels)), len(z))
+    near, far = torch.zeros(2, len(z), len(pool))
+    for count, column in ((near, p), (far, n)):
+        count.index_put_((a, column), torch.ones(len(a)), accumulate=True)
+    return near, far
+
+
+def librarys_weights(z: Tensor, labels: Tensor, pool: Tensor, miner, monkeypatch) -> Tensor:
+    """(B, R) probabilities, NaN in the rows of anchors that are left out."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "pytorch_metric_learning.utils.loss_and_miner_utils.get_random_triplet_indices",
+            lambda labels, ref_labels, weights: (weights,) * 3,
+        )
+        return miner(z, labels, pool, labels_of(pool, labels))[0]
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_negatives_are_the_librarys(dtype, boosted, monkeypatch):
+    """Among them those of an anchor with far negatives, which underflow in float32 beside those of near ones."""
+    _, labels, _ = batch()
+    generator = torch.Generator().manual_seed(0)
+    z = 0.9 + torch.randn(len(labels), 256, generator=generator, dtype=dtype)
+    synthetic = z.repeat(2, 1) + 0.5 * torch.randn(2 * len(labels), 256, generator=generator, dtype=dtype)
+    z[-1] = z[0] + 0.01  # of another class, and nearer than the cutoff
+    z[1] *= -1  # farther from all others than the limit
+    pool = torch.cat([z, synthetic]) if boosted else z
+    loss = build("margin", CLASSES, z.shape[1])
+    negative = labels[:, None] != labels_of(pool, labels)
+    ours = distance_weights(loss.loss.distance(z, pool), negative, z.shape[1], loss.miner)
+    expected = librarys_weights(z, labels, pool, loss.miner, monkeypatch)
+    left_out = expected.isnan().any(1)
+    assert left_out.sum() > (dtype == torch.float32) and not left_out.all() and not ours[left_out].any()
+    ours = ours[~left_out]
+    torch.testing.assert_close(ours / ours.sum(1, keepdim=True), expected[~left_out])
+
+
+@pytest.mark.parametrize("who", ["ours", "library"])
+@pytest.mark.parametrize("boosted", [False, True])
+def test_drawn_triplets_have_the_librarys_distribution(boosted, who, monkeypatch):
+    """Chi-square tests of many draws: which positives, which negatives, how many."""
+    z, labels, synthetic = (x.detach() for x in batch(images=4))
+    labels[-1] = CLASSES - 1  # alone: without positives, unless among synthetics, which are its own
+    pool = torch.cat([z, synthetic]) if boosted else z
+    loss = build("margin", CLASSES, DIM, miner_arguments={"nonzero_loss_cutoff": 1.5})
+    same = labels[:, None] == labels_of(pool, labels)
+    positive = same & ~own_copies(same)
+    probability = librarys_weights(z, labels, pool, loss.miner, monkeypatch)
+    assert not probability.isnan().any()
+    torch.manual_seed(0)
+    draws, near, far = 300, *torch.zeros(2, *same.shape)
+    for _ in range(draws):
+        if who == "library":
+            one = drawn_by_the_library(z, labels, pool, loss.miner)
+        else:
+            one = draw_triplets(distance_weights(loss.loss.distance(z, pool), ~same, DIM, loss.miner), positive, same)
+        near, far = near + one[0], far + one[1]
+    assert not near[~positive].any() and not far[probability == 0].any() and torch.equal(near.sum(1), far.sum(1))
+    kept = near.sum(1, keepdim=True)
+    slots = draws * same.sum(1, keepdim=True).double()
+    if boosted:  # each slot draws among own copies, too: a binomial number is left
+        share = positive.sum(1, keepdim=True) / same.sum(1, keepdim=True)
+        deviation = (kept - slots * share)[:-1] / (slots * share * (1 - share))[:-1].sqrt()
+        assert (deviation.abs() < 4).all()
+    else:
+        assert torch.equal(kept[:-1], slots[:-1].to(kept.dtype))
+    assert kept[-1] == 0
+    for count, chance in ((near, positive / positive.sum(1, keepdim=True)), (far, probability)):
+        expected = (kept * chance)[:-1]
+        large = expected > 5
+        terms = torch.where(large, (count[:-1] - expected).square() / expected, 0)
+        degrees = (large.sum(1) - 1).sum()
+        assert abs(terms.sum() - degrees) < 4 * (2 * degrees) ** 0.5
+
+
+def test_draws_of_columns():
+    """Every row by its own weights, the least and the greatest of which differ a million times."""
+    torch.manual_seed(0)
+    weights = torch.tensor([[0, 1, 0, 3, 0], [1e-30, 2e-30, 0, 0, 1e-30], [0, 0, 0, 0, 0], [1, 1e-6, 0, 1, 0.0]])
+    columns = torch.cat([draw_columns(weights) for _ in range(4000)], 1)
+    assert (columns[2] == 5).all()
+    for row in (0, 1, 3):
+        expected = weights[row] / weights[row].sum() * columns.shape[1]
+        got = columns[row].bincount(minlength=5)
+        assert not got[weights[row] == 0].any() and ((got - expected).abs() <= 4 * expected.sqrt() + 1).all()
+
+
 def naive_proxy_anchor(z, labels, proxies, margin=0.1, scale=32):
     vectors, proxies = unit(z), unit(proxies)
     near, far, present = z.new_zeros(()), z.new_zeros(()), set(labels.tolist())
@@ -276,7 +454,7 @@ def test_random_miners_follow_the_global_seed():
 def test_miners_never_pair_an_anchor_with_its_copies(miner):
     z, labels, _ = batch()
     near = z.detach().repeat(2, 1)  # synthetics on top of their source: the nearest of all
-    loss = build("TripletMarginLoss", CLASSES, DIM, miner=miner)
+    loss = build("TripletMarginLoss", CLASSES, DIM, miner=miner, smooth_loss=True)  # of a list of triplets
     calls = []
     loss.loss.register_forward_hook(lambda module, inputs, output: calls.append(inputs[2]))
     loss(z, labels, near)
