@@ -4,13 +4,18 @@ A class is what a character looks like: Latin A, Greek Alpha and Cyrillic A are 
 drawn at a slightly different size and place. Ink is bright (255) on black (0).
 """
 
+import contextlib
 import os
+import pickle
 import string
+import subprocess
+import sys
 import tempfile
 import unicodedata
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -66,6 +71,14 @@ class _Drawings(NamedTuple):
     centers: np.ndarray  # (n,) float64: horizontal middle of the ink in the large drawing
 
 
+class _Font(NamedTuple):
+    """The n characters of one font that leave ink, and which of them look the same."""
+
+    codes: np.ndarray  # (n,) int64, ascending
+    images: np.ndarray  # (n, 32, 32) uint8
+    pairs: np.ndarray  # (P, 2) int64: code points of look-alikes, the lower one first
+
+
 def load(cache: Path) -> Glyphs:
     """Return the glyphs, which the first call renders and stores as one file. Several processes may call at once.
 
@@ -95,17 +108,12 @@ def load(cache: Path) -> Glyphs:
 
 
 def render() -> Glyphs:
-    """Draw all glyphs, the same at every call with the same matplotlib and Pillow; seconds on one core."""
+    """Draw all glyphs, the same at every call with the same matplotlib and Pillow; 8 s of a core, shared by all."""
     characters = {font: _characters(font) for font in TEXT_FONTS + TEX_FONTS}
     fonts_with = Counter(code for codes in characters.values() for code in codes)
-    codes, fonts, images, pairs = [], [], [], []
-    for index, (font, supported) in enumerate(characters.items()):
-        drawings = _draw(font, [code for code in supported if fonts_with[code] >= MIN_FONTS])
-        codes.append(drawings.codes)
-        fonts.append(np.full(len(drawings.codes), index))
-        images.append(drawings.images)
-        pairs.append(drawings.codes[_look_alikes(drawings)])
-    code, font_index = np.concatenate(codes), np.concatenate(fonts)
+    wanted = {font: [code for code in c if fonts_with[code] >= MIN_FONTS] for font, c in characters.items()}
+    codes, images, pairs = zip(*_draw_fonts(wanted, usable_cpus()), strict=True)
+    code, font_index = np.concatenate(codes), np.repeat(np.arange(len(codes)), [*map(len, codes)])
 
     drawn_codes, font_counts = np.unique(code, return_counts=True)
     kept = drawn_codes[font_counts >= MIN_FONTS]  # a supported character may be blank
@@ -120,6 +128,52 @@ def render() -> Glyphs:
     order = np.lexsort((font_index[keep], code[keep], labels))
     names = [f"U+{c:04X} {unicodedata.name(chr(c))}" for c in classes.tolist()]
     return Glyphs(np.concatenate(images)[keep][order], labels[order].astype(np.int64), names)
+
+
+def usable_cpus() -> int:
+    """Return on how many CPUs this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# What a process runs that draws some fonts: a new one, as one that is forked, or that begins with the caller's main
+# module, would bring along much that drawing has no use for.
+DRAW_SOME = """
+import os, pickle, sys
+os.putenv("OPENBLAS_NUM_THREADS", "1")  # NumPy's, as there is a process for each CPU
+sys.path[:], wanted = pickle.load(sys.stdin.buffer)
+from dml_core.data.glyphs import _draw_and_compare
+pickle.dump([_draw_and_compare(*each) for each in wanted], sys.stdout.buffer)
+"""
+
+
+def _draw_fonts(wanted: Mapping[str, list[int]], processes: int) -> list[_Font]:
+    """Draw characters of fonts, in the order of the fonts, by so many processes, of which this is one."""
+    shares = [list[str]() for _ in range(min(processes, len(wanted)))]
+    for font in sorted(wanted, key=lambda font: -len(wanted[font])):
+        min(shares, key=lambda share: sum(len(wanted[other]) for other in share)).append(font)
+    own, *others = shares
+    with contextlib.ExitStack() as running:
+        helpers = list[subprocess.Popen[bytes]]()
+        for share in others:
+            command = [sys.executable, "-c", DRAW_SOME]
+            helper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            helpers.append(running.enter_context(helper))
+            assert helper.stdin is not None
+            helper.stdin.write(pickle.dumps((sys.path, [(font, wanted[font]) for font in share])))
+            helper.stdin.flush()
+        drawn = {font: _draw_and_compare(font, wanted[font]) for font in own}
+        for share, helper in zip(others, helpers, strict=True):
+            output, _ = helper.communicate()
+            if helper.returncode:
+                raise RuntimeError(f"drawing {', '.join(share)}: a process ended with {helper.returncode}")
+            drawn |= zip(share, pickle.loads(output), strict=True)
+    return [drawn[font] for font in wanted]
+
+
+def _draw_and_compare(font: str, codes: list[int]) -> _Font:
+    """Draw characters in one font, and find those that look the same in it."""
+    drawings = _draw(font, codes)
+    return _Font(drawings.codes, drawings.images, drawings.codes[_look_alikes(drawings)])
 
 
 def _font_path(font: str) -> Path:

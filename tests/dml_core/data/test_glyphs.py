@@ -82,6 +82,20 @@ def test_a_second_drawing_is_the_same() -> None:
     assert np.array_equal(first.images, second.images) and np.array_equal(first.cells, second.cells)
 
 
+def test_any_number_of_processes_draws_the_same() -> None:
+    wanted = {font: glyphs._characters(font)[:150] for font in ("cmr10", "DejaVuSans", "DejaVuSerif")}
+    alone = glyphs._draw_fonts(wanted, 1)
+    assert [len(font.codes) for font in alone] == [80, 150, 150]
+    for processes in (2, 5):
+        for one, other in zip(glyphs._draw_fonts(wanted, processes), alone, strict=True):
+            assert all(np.array_equal(first, second) for first, second in zip(one, other, strict=True))
+
+
+def test_a_process_that_fails_is_no_glyphs_at_all() -> None:
+    with pytest.raises(RuntimeError, match="drawing NoSuchFont: a process ended with 1"):
+        glyphs._draw_fonts({"cmr10": [65, 66], "NoSuchFont": [65]}, 2)
+
+
 def test_blank_and_missing_characters_are_not_drawn() -> None:
     assert glyphs._draw("DejaVuSans", [ord("A"), 0x2800, 0x10FFFE]).codes.tolist() == [ord("A")]
 
