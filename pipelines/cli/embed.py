@@ -22,7 +22,7 @@ def embed(
 ) -> None:
     """Embed pictures with a trained model, on all workers, into a Parquet file of unit vectors.
 
-    Example: dml embed models:/dml-glyphs/1 --images PICTURES --out vectors.parquet workers=2
+    Example: dml embed models:/dml-glyphs/1 --images PICTURES --out vectors.parquet
     """
     with exit_on_error():
         from pipelines.config.recipe import parse_assignments

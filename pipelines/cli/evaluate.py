@@ -9,7 +9,7 @@ from pipelines.console import messages
 def evaluate(run: Run, assignments: KeyValues = None, as_json: Json = False) -> None:
     """Test metrics of a trained model, on its own test classes or on other data.
 
-    Example: dml evaluate models:/dml-glyphs/1 workers=2
+    Example: dml evaluate models:/dml-glyphs/1
     """
     with exit_on_error():
         from pipelines.config.recipe import parse_assignments

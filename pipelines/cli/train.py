@@ -25,7 +25,7 @@ def train(
 ) -> None:
     """Train, validate on held-out classes, test once at the end, and log it all to MLflow.
 
-    Example: dml train glyphs workers=2 epochs=5 loss.name=multi_similarity name=first
+    Example: dml train glyphs epochs=5 loss.name=multi_similarity name=first
     The same name again continues a run that was interrupted.
     """
     hint = ""

@@ -1,9 +1,27 @@
-"""Whether a run takes Ray, and `use_gpu`, `precision` and the loader made definite for what the cluster has."""
+"""What a run computes on: workers, GPUs or CPUs, precision and loader, made definite for what there is."""
 
+import ctypes
 import os
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
-from pipelines.config.schema import Config
+import psutil
+from rich.console import Console
+
+from pipelines.config.schema import AUTO, Config
+
+WORKER_MEMORY = (
+    2 * 2**30
+)  # bytes of a worker on CPUs: torch, its libraries, pictures and activations of a small network
+
+
+class Resources(NamedTuple):
+    """What this machine or the cluster has; `memory` in bytes."""
+
+    gpus: int
+    cpus: int
+    memory: float
 
 
 def needs_ray(config: Config) -> bool:
@@ -17,28 +35,78 @@ def has_cluster() -> bool:
     return "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())
 
 
-def resolve_devices(config: Config, here: bool = False) -> Config:
+def resolve_workers(config: Config, trains: bool = True, here: bool = False) -> tuple[Config, str]:
+    """Make `workers=auto` a number.
+
+    On GPUs there is one worker each. On CPUs there are as many as training gets faster with: no more than slices, as
+    each takes whole ones, CPUs, and workers that the memory has room for. Work without gradients, and a frozen
+    backbone, use all CPUs of a machine from one process.
+
+    Args:
+        config: As the user wrote it. A cluster, if there is one, is connected already.
+        trains: Whether there is a training, not the use of a trained model.
+        here: This process is to be the only one.
+
+    Returns:
+        The config, and why it is that number, in words; "" where the user wrote a number.
+    """
+    if config.workers != AUTO:
+        return config, ""
+    number, reason = 1, "as one process is asked for"
+    if not here:
+        has = resources_of_cluster() if has_cluster() else resources_here()
+        number, reason = choose_workers(config, has, trains)
+    return config.model_copy(update={"workers": number}), f" (auto: {reason})"
+
+
+def choose_workers(config: Config, has: Resources, trains: bool) -> tuple[int, str]:
+    """Return how many workers `workers=auto` is, and why."""
+    if config.gpus_per_worker < 1:
+        return 1, f"as gpus_per_worker={config.gpus_per_worker:g} is for one"
+    if config.use_gpu or (config.use_gpu is None and has.gpus):
+        slices = (config.batch.slices or config.batch.size) if trains else has.gpus
+        if slices < has.gpus:
+            return slices, f"one for each of batch.slices={slices}; there are {has.gpus} GPUs"
+        return max(1, has.gpus), "one on each GPU"
+    if not trains and not has_cluster():
+        return 1, "which uses all CPUs"
+    if config.backbone.frozen:
+        return 1, "which computes the features of a frozen backbone on all CPUs"
+    limits = {
+        f"one for each of batch.slices={config.slices}": config.slices,
+        f"as there {'are' if has.cpus > 1 else 'is'} {has.cpus} CPU{'s' * (has.cpus > 1)}": has.cpus,
+        f"as each takes about {WORKER_MEMORY / 2**30:g} of {has.memory / 2**30:.1f} GiB": has.memory // WORKER_MEMORY,
+    }
+    reason = min(limits, key=lambda limit: limits[limit])
+    fit = max(1, int(limits[reason]))
+    longest = -(-config.slices // fit)  # the most slices of a worker, which the others wait for
+    return -(-config.slices // longest), reason
+
+
+def resolve_devices(config: Config, here: bool = False, console: Console | None = None) -> Config:
     """Make `use_gpu`, `precision` and `data.loader` definite.
 
     Args:
-        config: As the user wrote it.
+        config: With a number of workers.
         here: For this process alone, not for the cluster.
+        console: Told of GPUs that are not used, and by which key they would be; None: nobody.
 
     Raises:
         ValueError: The cluster has not enough CPUs or GPUs.
     """
     workers = config.worker_range
-    resources = _resources_here() if here else _cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
-    if config.use_gpu and gpus < workers[0]:
+    has = resources_here()._replace(cpus=1) if here else resources_of_cluster()
+    if config.use_gpu and has.gpus < workers[0]:
+        where = "this machine" if here else "the cluster"
+        hint = _autoscaler_hint(config)
+        raise ValueError(f"use_gpu=true: each of workers={config.workers} needs a GPU, {where} has {has.gpus}{hint}")
+    use_gpu = has.gpus >= workers[0] if config.use_gpu is None else config.use_gpu
+    if has.cpus < workers[0]:
         raise ValueError(
-            f"use_gpu=true: {workers[0]} workers need as many GPUs, the cluster has {gpus}{_autoscaler_hint(config)}"
+            f"workers={config.workers}: each needs a CPU, the cluster has {has.cpus}{_autoscaler_hint(config)}"
         )
-    use_gpu = gpus >= workers[0] if config.use_gpu is None else config.use_gpu
-    if cpus < workers[0]:
-        raise ValueError(
-            f"workers={config.workers}: each needs a CPU, the cluster has {cpus:g}{_autoscaler_hint(config)}"
-        )
+    if console and (line := idle_gpus(config, has.gpus)):
+        console.print(line, style="yellow", highlight=False)
     precision = config.precision or ("bf16" if use_gpu else "float32")
     data = config.data
     if data.loader == "auto":
@@ -46,21 +114,54 @@ def resolve_devices(config: Config, here: bool = False) -> Config:
         cluster = use_gpu and not here and can_stream
         spare = cluster and _has_nodes_without_gpu()
         data = data.model_copy(update={"loader": "ray" if spare else "torch"})
-    elif data.loader == "ray" and not here and cpus <= workers[1]:
-        raise ValueError(f"data.loader=ray: the cluster's {cpus:g} CPUs are all taken by workers={config.workers}")
+    elif data.loader == "ray" and not here and has.cpus <= workers[1]:
+        raise ValueError(f"data.loader=ray: the cluster's {has.cpus} CPUs are all taken by workers={config.workers}")
     return config.model_copy(update={"use_gpu": use_gpu, "precision": precision, "data": data})
 
 
-def _resources_here() -> dict[str, float]:
-    import torch  # a second of import, which a driver of other processes does without
+def idle_gpus(config: Config, gpus: int) -> str | None:
+    """Return a line on GPUs that a run does not use, and the key that would use them; None where there are none."""
+    fewest, most = config.worker_range
+    if not gpus:
+        return None
+    there = f"{gpus} GPU{'s' * (gpus > 1)}"
+    if config.use_gpu is False:
+        return f"use_gpu=false: {there} not used; use_gpu=true uses {'them' if gpus > 1 else 'it'}"
+    if gpus < fewest:
+        return f"{there} not used: workers={config.workers} need one each; workers=auto uses what there is"
+    slices = config.batch.slices
+    if slices and slices <= most < gpus:
+        return f"{gpus - most} of {there} not used: batch.slices={slices} allows no more workers"
+    return f"{gpus - most} of {there} not used: workers={gpus} uses all" if most < gpus else None
 
-    return {"CPU": 1, "GPU": torch.cuda.device_count()}
+
+def resources_here() -> Resources:
+    """Return what this machine has. torch, which takes seconds to import, is asked for GPUs where there is a driver."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = 0
+    if "torch" in sys.modules or _has_gpu_driver():
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return Resources(gpus, cpus, psutil.virtual_memory().available)
 
 
-def _cluster_resources() -> dict[str, float]:
+def _has_gpu_driver() -> bool:
+    if sys.platform != "linux" or Path("/dev/kfd").exists():  # AMD's
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def resources_of_cluster() -> Resources:
+    """Return what all nodes of the connected Ray have."""
     import ray
 
-    return ray.cluster_resources()
+    has = ray.cluster_resources()
+    return Resources(int(has.get("GPU", 0)), int(has.get("CPU", 0)), has.get("memory", 0))
 
 
 def _autoscaler_hint(config: Config) -> str:

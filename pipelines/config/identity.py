@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.recipe import parse_stored_config
-from pipelines.config.schema import Config
+from pipelines.config.schema import AUTO, Config
 
 # Keys that a training does not depend on: they may differ when a run is continued, and within a group of seeds.
 FREE_KEYS = (
@@ -37,12 +37,15 @@ def with_slices(config: Config, earlier: Mapping[str, Any] | None) -> Config:
 
     Args:
         config: Of the run.
-        earlier: The nested config that the run was begun with; None: it begins now.
+        earlier: The nested config that the run was begun with; None: it begins now. The default then follows from the
+            number of workers, and stays open as long as that is `auto`.
 
     Raises:
         ValueError: There are more workers than slices.
     """
     slices = config.batch.slices or (parse_stored_config(dict(earlier)) if earlier else config).slices
+    if config.workers == AUTO and not (config.batch.slices or earlier):
+        return config
     config = config.model_copy(update={"batch": config.batch.model_copy(update={"slices": slices})})
     config.require_slices()
     return config
@@ -60,7 +63,7 @@ def require_same(config: Config, earlier: Mapping[str, Any], path: str, may_diff
     Raises:
         ValueError: Keys other than FREE_KEYS differ.
     """
-    begun = with_slices(parse_stored_config(dict(earlier)), None)  # earlier versions did not store a default
+    begun = with_slices(parse_stored_config(dict(earlier)), earlier)  # earlier versions did not store a default
     old, new = begun.flat(), parse_stored_config(with_slices(config, earlier).to_dict()).flat()
     different = [k for k in sorted({*old, *new}) if k not in (*FREE_KEYS, *may_differ) and old.get(k) != new.get(k)]
     if different:

@@ -23,13 +23,16 @@ from pipelines.config.sections import (
     nearest,
 )
 
+AUTO = "auto"  # workers: as many as there are GPUs, or as CPUs, memory and slices make a training faster
+
 
 class Config(Methods):
     """All settings of a run: these keys, and the sections."""
 
-    workers: Positive | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = 1
-    """Number of training workers: N, or MIN:MAX to go on with fewer when some are lost and to grow again. It is not a
-    hyperparameter: results do not depend on it."""
+    workers: Positive | Annotated[str, Field(pattern=r"^(auto|[1-9]\d*:[1-9]\d*)$")] = AUTO
+    """Number of workers: auto, N, or MIN:MAX to go on with fewer when some are lost and to grow again. `auto`: one on
+    each GPU; without GPUs as many as the slices of a batch, CPUs and memory allow, and one where all CPUs work for it
+    anyway, as with a frozen backbone or a trained model. It is not a hyperparameter: results do not depend on it."""
     use_gpu: bool | None = None
     """Whether each worker has a GPU. none: if the cluster has enough of them."""
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1
@@ -200,7 +203,9 @@ class Config(Methods):
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """The fewest and the most workers."""
+        """The fewest and the most workers; one at least, until cluster.devices makes `auto` a number."""
+        if self.workers == AUTO:
+            return 1, 1
         low, _, high = str(self.workers).partition(":")
         return int(low), int(high or low)
 

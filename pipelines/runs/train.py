@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from dml_core.data.datasets import Splits
-from pipelines.cluster.devices import needs_ray, resolve_devices
+from pipelines.cluster.devices import has_cluster, needs_ray, resolve_devices, resolve_workers
 from pipelines.cluster.failures import call_in_thread
 from pipelines.config.identity import require_same, with_absolute_paths, with_slices
-from pipelines.config.schema import Config
+from pipelines.config.schema import AUTO, Config
 from pipelines.console import messages, stage
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import cache_folder, load_splits
@@ -79,7 +79,11 @@ def run_training(
     uri = member.uri if member else default_uri(Path.cwd())
     store = tracker.submit(prepare_store, uri)
     earlier = folder.read("run.json")
-    config = with_slices(config, earlier and earlier["config"])
+    begun, reason = earlier and earlier["config"], ""
+    config = with_slices(config, begun)  # is refused before it waits for a cluster
+    if here or not has_cluster():
+        config, reason = resolve_workers(config, here=here)
+        config = with_slices(config, begun)
     unreadable = tuple(earlier.get("unreadable", ())) if earlier else None
     log_folder = folder.logs or cache_folder() / "logs" / str(config.name)
     with logged_to(log_folder) as log, contextlib.ExitStack() as cluster:
@@ -89,10 +93,13 @@ def run_training(
         else:
             inputs = _open_cluster_and_check(config, unreadable, console, folder, clock, cluster)
         store.result()
-        config = resolve_devices(config, here)
-        devices = "GPUs" if config.use_gpu else "CPUs"
-        slices = f"batch.slices={config.slices}"
-        console.print(f"workers={config.workers} on {devices}, {slices}, precision={config.precision}", highlight=False)
+        if config.workers == AUTO:
+            config, reason = resolve_workers(config)
+            config = with_slices(config, begun)
+        config = resolve_devices(config, here, None if member else console)
+        workers = f"workers={config.workers} on {'GPUs' if config.use_gpu else 'CPUs'}{reason}"
+        facts = f"{workers}, batch.slices={config.slices}, precision={config.precision}"
+        console.print(facts, highlight=False, soft_wrap=True)
         if earlier:
             require_same(config, earlier["config"], folder.path, ["gradients"] if switch_gradients else [])
             if result := folder.read("result.json"):

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from pipelines.cluster.devices import needs_ray, resolve_devices
+from pipelines.cluster.devices import has_cluster, needs_ray, resolve_devices, resolve_workers
 from pipelines.cluster.transfer import SentFiles, scratch_storage, send_files
 from pipelines.config.identity import with_absolute_paths
 from pipelines.config.recipe import with_values
-from pipelines.config.schema import Config
+from pipelines.config.schema import AUTO, Config
 from pipelines.console import stage
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import load_splits
@@ -40,7 +40,7 @@ def open_model(folder: Path, values: Mapping[str, Any], console: Console, labell
 
     Args:
         folder: Its checkpoint, see models.find.find_checkpoint.
-        values: Config values to replace, by dotted keys.
+        values: Config values to replace, by dotted keys. Unless they name `workers`, these are as many as help here.
         console: Where it is told what is left out.
         labelled: Whether the set's pictures must have labels.
 
@@ -48,7 +48,7 @@ def open_model(folder: Path, values: Mapping[str, Any], console: Console, labell
         ValueError: The values do not fit.
     """
     trained_by = read_config(folder)
-    config = with_absolute_paths(with_values(trained_by, dict(values)))
+    config = with_absolute_paths(with_values(trained_by, {"workers": AUTO, **values}))
     return TrainedModel(folder, trained_by, config, unreadable_pictures(config.data, console, labelled))
 
 
@@ -74,14 +74,19 @@ def run_with_model(model: TrainedModel, job: ModelJob, name: str, console: Conso
         ValueError: The cluster has not what the config asks for.
         RunFailed: Workers failed.
     """
-    if not needs_ray(model.config):
+    config, reason = (model.config, "") if has_cluster() else resolve_workers(model.config, trains=False)
+    if not needs_ray(config):
         from pipelines.cluster.in_process import run_in_process
 
-        config = resolve_devices(model.config, here=True)
+        config = resolve_devices(config, here=True, console=console)
         return run_in_process(replace(job, config=config, model=SentFiles(folder=model.checkpoint)), console)
     from pipelines.cluster.launch import run_on_workers
     from pipelines.cluster.session import open_cluster
 
-    with open_cluster(model.config, logs=None), scratch_storage() as scratch:
+    with open_cluster(config, logs=None), scratch_storage() as scratch:
         files = send_files(model.checkpoint, MODEL_FILES)
-        return run_on_workers(replace(job, config=resolve_devices(model.config), model=files), scratch, name, console)
+        if config.workers == AUTO:
+            config, reason = resolve_workers(config, trains=False)
+        config = resolve_devices(config, console=console)
+        console.print(f"workers={config.workers} on {'GPUs' if config.use_gpu else 'CPUs'}{reason}", highlight=False)
+        return run_on_workers(replace(job, config=config, model=files), scratch, name, console)

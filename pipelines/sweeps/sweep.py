@@ -24,7 +24,7 @@ from pipelines.compare.page import render_comparison
 from pipelines.compare.statistics import METRICS, Comparison, compare_runs
 from pipelines.config.identity import with_absolute_paths
 from pipelines.config.recipe import load_recipe, parse_assignments, parse_stored_config, to_yaml, with_values
-from pipelines.config.schema import Config
+from pipelines.config.schema import AUTO, Config
 from pipelines.console import RunFailed, messages
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import cache_folder, load_splits
@@ -71,8 +71,8 @@ def start_sweep(
 
     Args:
         recipe: A recipe's name or YAML file.
-        assignments: Config values on top of it, as for config.recipe.load_recipe. Unless they name `workers`, each
-            trial has one: more trials run beside each other, and nothing is sent between processes.
+        assignments: Config values on top of it, as for config.recipe.load_recipe. Unless they name a number of
+            `workers`, each trial has one: more trials run beside each other, and nothing is sent between processes.
         options: The rest of what the sweep is.
         console: Where messages and progress go.
 
@@ -82,6 +82,7 @@ def start_sweep(
         KeyboardInterrupt: The sweep was stopped; resume_sweep goes on.
     """
     config = load_recipe(recipe, {"workers": 1} | parse_assignments(assignments))
+    config = config.model_copy(update={"workers": 1}) if config.workers == AUTO else config
     options = options.resolve()
     config, space = load_space(options.space, config)
     _check_options(config, space, options)
@@ -201,7 +202,8 @@ def _search_and_test(
         if not finished:
             raise RunFailed(f"none of {len(trials)} trials finished; {trials[0].reason}")
         best = max(finished, key=lambda trial: trial.score or 0.0)
-        recipe = to_yaml(with_values(config, {**best.point, "name": None, "storage": "runs"}))
+        free = {"name": None, "storage": "runs", "workers": AUTO, "batch.slices": config.slices}
+        recipe = to_yaml(with_values(config, {**best.point, **free}))
         folder.write("best.yaml", recipe)
         try:
             for name, figure in draw_figures(space, trials).items():

@@ -25,7 +25,7 @@ def test_a_lost_node_changes_nothing(tracked_folder: Path, tmp_path: Path, mlflo
     with machines(0) as cluster:
         refused = Training(tmp_path, cluster.address, [*CALM, "workers=2", "use_gpu=true", "wait_for_nodes=1"])
         assert refused.process.wait(120) == 2
-        assert "use_gpu=true: 2 workers need as many GPUs, the cluster has 0 after 1 s" in refused.log.read_text()
+        assert "use_gpu=true: each of workers=2 needs a GPU, the cluster has 0 after 1 s" in refused.log.read_text()
         training = Training(tmp_path, cluster.address, [*CALM, "workers=2:3", "name=lost", "wait_for_nodes=100"])
         training.wait_for(lambda: "waiting for nodes, 100 s at most: workers=2:3" in training.log.read_text())
         for _ in range(3):
