@@ -3,7 +3,7 @@
 One module with one state dict. Read this file, then pipelines/training/loop.py, and you have seen the whole.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dml_core.backbones import Backbone
 from dml_core.gather import broadcast, gather, own_rows, rank, slices_of, tree_sum, world_size
-from dml_core.passes import Each, Passes, flat
+from dml_core.passes import Each, Passes, call, flat
 from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
@@ -65,6 +65,7 @@ class Learner(nn.Module):
 
     Attributes:
         passes: How images pass through the backbone; see passes.RecordedPasses for a GPU.
+        run_loss: How `loss_and_gradient` is called; see passes.RecordedLoss for a GPU.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Learner(nn.Module):
         super().__init__()
         self.backbone, self.head, self.base_loss, self.weights = backbone, head, base_loss, weights
         self.iaa, self.sgar, self.namr = iaa, sgar, namr
-        self.passes = Passes(backbone)
+        self.passes, self.run_loss = Passes(backbone), call
 
     @cached_property
     def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -154,15 +155,30 @@ class Learner(nn.Module):
         own = len(slices_of(rank(), world_size(), slices))
         outputs = self.passes.forward(x.chunk(own), each) if x.ndim > 2 else [x]
         features = gather(torch.cat([at_least_float32(output) for output in outputs]), slices)
-        features.requires_grad_(bool(backbone))
-        terms = self(features, gather(labels, slices), epoch, generator)
-        inputs = [features, *others] if backbone else others
-        gradients = [*torch.autograd.grad(terms.loss, inputs, materialize_grads=True)]
+        loss = partial(self.loss_and_gradient, epoch=epoch, generator=generator)
+        draws = None if self.iaa is None else self.iaa.intensity_in(epoch)
+        result = self.run_loss((self, generator, draws), loss, features, gather(labels, slices))
+        terms, result = Terms(*result[: len(Terms._fields)]), result[len(Terms._fields) :]
         if backbone:
-            slice_gradients = own_rows(gradients.pop(0), slices).chunk(own)
+            to_features, result = result[: features.numel()].view_as(features), result[features.numel() :]
+            slice_gradients = own_rows(to_features, slices).chunk(own)
             add_gradient(backbone, tree_sum(self.passes.backward(slice_gradients, backbone, each), slices))
-        add_gradient(others, broadcast(flat(gradients), 0))
+        add_gradient(others, broadcast(result, 0))
         return terms
+
+    def loss_and_gradient(self, features: Tensor, labels: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
+        """Compute the loss of a global batch and its gradient. Arguments as of `forward`.
+
+        Returns:
+            Joined to one dimension: the terms, the gradient of the features if the backbone is trained, and that of
+            the parameters behind it.
+        """
+        backbone, others = self.trained
+        features = features.detach().requires_grad_(bool(backbone))
+        terms = self(features, labels, epoch, generator)
+        inputs = [features, *others] if backbone else others
+        gradients = torch.autograd.grad(terms.loss, inputs, materialize_grads=True)
+        return flat([torch.stack(terms).detach().to(features.dtype), *gradients])
 
 
 def add_gradient(parameters: list[nn.Parameter], gradient: Tensor) -> None:

@@ -1,19 +1,23 @@
-"""Passes of slices through the network: forward, and backward to the gradient of each slice.
+"""Passes of slices through the network, forward and backward to the gradient of each slice, and the loss behind it.
 
-A slice is a small batch, for which a GPU waits longer for its next kernel than it computes. All slices have one shape,
-so that on a GPU the kernels of a pass are recorded once as a CUDA graph, and replayed by a single launch: the same
-kernels on the same memory, hence the same bits. docs/benchmarks.md has what a prototype took on an H100.
+A slice is a small batch, for which a GPU waits longer for its next kernel than it computes; the loss of a global batch
+is some hundred kernels on small matrices. All slices, and all global batches, have one shape, so that on a GPU the
+kernels of a pass are recorded once as a CUDA graph, and replayed by a single launch: the same kernels on the same
+memory, hence the same bits. docs/benchmarks.md has what a prototype took on an H100.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Each = Callable[..., Iterable[Any]]
 Network = Callable[[Tensor], Tensor]
+
+Recorded = TypeVar("Recorded")
 
 WARM_UP = 3  # passes before one is recorded: libraries choose their algorithms in the first
 
@@ -87,14 +91,22 @@ Record = Callable[[Callable[[], Tensor]], Recording]
 
 
 class GraphRecorder:
-    """Records functions as CUDA graphs in one pool of memory, so that they are to be replayed as they were recorded."""
+    """Records functions as CUDA graphs in one pool of memory, so that they are to be replayed as they were recorded.
 
-    def __init__(self) -> None:
+    Args:
+        generators: On the GPU, that the functions draw from, beside its default one. A replay draws what the function
+            would draw then.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator] = ()) -> None:
         self.pool: Any = None
+        self.generators = generators
 
     def __call__(self, function: Callable[[], Tensor]) -> Recording:
         """Record a function that reads and writes tensors of fixed places. RuntimeError: it waits for the device."""
         graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
         # Other threads, which load data or watch the group, may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = function()
@@ -106,6 +118,60 @@ def rerun(function: Callable[[], Tensor]) -> Recording:
     """Record nothing: a replay calls the function again. By it a machine without a GPU tests what graphs are for."""
     output = function().detach().clone()
     return Recording(lambda: output.copy_(function().detach()), output)
+
+
+class RecordedCall:
+    """A function of tensors that is called once and replayed from then on, on memory of its own.
+
+    Args:
+        function: Waits for nothing, and does the same at each call.
+        inputs: Examples of what it is given; all others have their shapes and types.
+        record: How it is recorded.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], record: Record):
+        self.inputs = [x.clone() for x in inputs]
+        warm_up(lambda: function(*self.inputs))
+        self.recording = record(lambda: function(*self.inputs))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Return what the function returns for other inputs."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.recording.replay()
+        return self.recording.output.clone()
+
+
+def call(key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call a function of tensors, kernel by kernel. key: not used; see RecordedLoss."""
+    return function(*inputs)
+
+
+class RecordedLoss:
+    """Calls the loss and its gradient, as one recording where they can be recorded, else kernel by kernel.
+
+    Args:
+        generators: All that the loss draws from.
+        tell: Called with one line where the loss cannot be recorded.
+        record: How it is recorded; in memory that is not used between the forward and the backward passes.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], tell: Callable[[str], None], record: Record):
+        self.generators, self.tell, self.record = generators, tell, record
+        self.can_record = True
+        self.key: Hashable = None
+        self.recorded: RecordedCall | None = None
+
+    def __call__(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return function(*inputs), which is recorded for each new key and shape. key: what it depends on beside."""
+        key = key, *((x.shape, x.dtype) for x in inputs)
+        if self.can_record and key != self.key:
+            states = [generator.get_state() for generator in self.generators]
+            recorded = attempt("loss", lambda: RecordedCall(function, inputs, self.record), self.tell)
+            for generator, state in zip(self.generators, states, strict=True):
+                generator.set_state(state)
+            self.key, self.recorded, self.can_record = key, recorded, recorded is not None
+        return function(*inputs) if self.recorded is None else self.recorded(*inputs)
 
 
 class RecordedSlice:
@@ -165,7 +231,7 @@ class RecordedPasses(Passes):
         self.autocast, self.parameters, self.tell, self.record = autocast, parameters, tell, record
         self.can_record, self.slices = True, list[RecordedSlice]()
         self.key: tuple[Any, ...] = ()
-        self.inference: tuple[Tensor, Recording] | None = None
+        self.inference: RecordedCall | None = None
 
     def forward(self, slices: Sequence[Tensor], each: Each) -> list[Tensor]:
         key = len(slices), slices[0].shape, slices[0].dtype
@@ -190,12 +256,9 @@ class RecordedPasses(Passes):
     def infer(self, x: Tensor) -> Tensor:
         if self.can_record and self.inference is None and len(x) == self.batch:
             self.inference = self._attempt(lambda: self._record_inference(x))
-        if self.inference is None or self.inference[0].shape != x.shape:
+        if self.inference is None or self.inference.inputs[0].shape != x.shape:
             return super().infer(x)
-        images, recording = self.inference
-        images.copy_(x)
-        recording.replay()
-        return recording.output.clone()
+        return self.inference(x)
 
     def _in_precision(self, x: Tensor) -> Tensor:
         # Weights that were rounded outside of the recording would not follow those that are trained.
@@ -216,32 +279,53 @@ class RecordedPasses(Passes):
             one.record_backward(self.record)
         return recorded
 
-    def _record_inference(self, x: Tensor) -> tuple[Tensor, Recording]:
+    def _record_inference(self, x: Tensor) -> RecordedCall:
         with torch.inference_mode(False), torch.no_grad():
-            images = x.clone()
-            warm_up(lambda: self._in_precision(images))
-            return images, self.record(lambda: self._in_precision(images))
+            return RecordedCall(self._in_precision, [x], self.record)
 
-    def _attempt(self, record: Callable[[], Any]) -> Any:
+    def _attempt(self, record: Callable[[], Recorded]) -> Recorded | None:
         """Return what was recorded; None, once and for all, where the network cannot be."""
-        try:
-            return record()
-        except RuntimeError as error:
-            self.can_record = False
-            logging.getLogger(__name__).exception("the network cannot be recorded as a CUDA graph")
-            reason = str(error).strip().partition("\n")[0]
-            self.tell(f"the network runs kernel by kernel: it cannot be a CUDA graph ({reason})")
-            return None
+        recorded = attempt("network", record, self.tell)
+        self.can_record = recorded is not None
+        return recorded
+
+
+def attempt(what: str, record: Callable[[], Recorded], tell: Callable[[str], None]) -> Recorded | None:
+    """Return what was recorded; None where that cannot be, which is told in one line."""
+    try:
+        return record()
+    except RuntimeError as error:
+        logging.getLogger(__name__).exception("the %s cannot be recorded as a CUDA graph", what)
+        reason = str(error).strip().partition("\n")[0]
+        tell(f"the {what} runs kernel by kernel: it cannot be a CUDA graph ({reason})")
+        return None
 
 
 def warm_up(task: Callable[[], object]) -> None:
-    """Call a task a few times, on a GPU beside the usual stream, as the recording does."""
+    """Call a task a few times, on a GPU beside the usual stream, as the recording does.
+
+    Raises:
+        RuntimeError: The task waits for the GPU, which a recording would not survive.
+    """
     if not torch.cuda.is_available():
         task()
         return
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP - 1):
+            task()
+        with waits_refused():
             task()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def waits_refused() -> Iterator[None]:
+    """Have operators that wait for the GPU raise RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -155,9 +155,10 @@ class Training:
         if settings == self.settings:
             return
         self.settings, tensors, passes = settings, self.learner.state_dict(keep_vars=True), self.learner.passes
+        run_loss = self.learner.run_loss
         self.learner = self._build(settings, read_weights=False)
         self.learner.load_state_dict(tensors, assign=True)
-        self.learner.passes = passes  # through a network of the same parameters
+        self.learner.passes, self.learner.run_loss = passes, run_loss  # through a network of the same parameters
         if self.replica is not None:  # which knows parameters, and these are still the same
             getattr(self.replica, "module", self.replica).learner = self.learner
 
@@ -280,7 +281,8 @@ def begin(job: TrainingJob) -> Training:
     files, folder = locate(config)
     noise = torch.Generator(device)
     sources = Sources(config, learner, device, job.worker.cpus, progress)
-    prepare_passes(learner, sources)
+    generators = [noise, *global_generators(device)]
+    prepare_passes(learner, sources, generators)
     return Training(
         job=job,
         settings=config.at(0),
@@ -300,7 +302,7 @@ def begin(job: TrainingJob) -> Training:
         preemption=PreemptionWatch(job.worker.is_of_ray_train),
         clock=clock,
         noise=noise,
-        generators=[noise, *global_generators(device)],
+        generators=generators,
     )
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from dml_core import backbones, base_losses, heads
 from dml_core.learner import Learner, Weights
-from dml_core.passes import Passes, RecordedPasses, Recording, rerun
+from dml_core.passes import Passes, RecordedLoss, RecordedPasses, Recording, rerun
+from dml_core.ranking.intensity import IntensityRanking
+from dml_core.synthesis.gaussian import ClassAugmentation
 
 CLASSES, DIM, SLICES, STEPS, BATCH = 4, 8, 4, 3, 5
 
@@ -113,3 +115,66 @@ def test_compiled_networks_take_the_shapes_that_come_often() -> None:
     learner.passes = Passes(learner.backbone, fast, BATCH)
     assert_same_bits(train(learner), train(small_learner()))
     assert taken == [*[2] * 2 * SLICES, BATCH, BATCH] * STEPS
+
+
+def learner_with_methods() -> Learner:
+    torch.manual_seed(0)
+    loss = base_losses.build("multi_similarity", CLASSES, DIM)
+    iaa = ClassAugmentation(CLASSES, DIM, 10, 0.3, 2, 1, 1, 0.2, "diag", 2, 0.1, 0.1, 40)
+    iaa.estimate([(torch.randn(20, DIM), torch.arange(20) % CLASSES)])
+    sgar = IntensityRanking(DIM, 0.3, 4, 0.11, 0.2, 32.0, 0.05, 32.0, 0.1, False)
+    return Learner(backbones.build("small", "none"), heads.linear(128, DIM), loss, Weights(0.2, 0.2), iaa, sgar)
+
+
+def steps_over_epochs(learner: Learner, generator: torch.Generator) -> list[Tensor]:
+    """Weights and losses of steps in which synthetics begin, their intensity falls, and the variation changes."""
+    optimizer, terms = torch.optim.SGD(learner.parameters(), lr=0.1), []
+    for step, epoch in enumerate([0, 0, 1, 1, 5, 5, 6, 0]):
+        optimizer.zero_grad()
+        generator.manual_seed(step)
+        labels = torch.arange(8) // 2
+        terms += [*learner.backward(images(step), labels, epoch, generator, SLICES)]
+        optimizer.step()
+        assert learner.iaa is not None
+        learner.iaa.corrected.mul_(1.1)
+    return [*learner.state_dict().values(), torch.stack(terms)]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_recorded_loss_is_that_of_kernels_whatever_the_epoch(frozen: bool) -> None:
+    learner, other = learner_with_methods(), learner_with_methods()
+    for one in (learner, other):
+        one.backbone.requires_grad_(not frozen)
+    generator, recordings = torch.Generator(), list[Recording]()
+
+    def record(function: Callable[[], Tensor]) -> Recording:
+        recordings.append(rerun(function))
+        return recordings[-1]
+
+    learner.run_loss = RecordedLoss([generator], print, record)
+    assert_same_bits(steps_over_epochs(learner, generator), steps_over_epochs(other, torch.Generator()))
+    assert len(recordings) == 4  # before synthetics, at each intensity, and once more without
+
+
+def test_what_is_added_up_is_not_overwritten_by_the_next_replay() -> None:
+    learner, other = learner_with_methods(), learner_with_methods()
+    generator = torch.Generator()
+    learner.run_loss = RecordedLoss([generator], print, rerun)
+    for step in range(2):
+        for one in (learner, other):
+            one.backward(images(step), torch.arange(8) // 2, 0, generator.manual_seed(step), SLICES)
+    assert_same_bits(*([p.grad for p in one.parameters() if p.grad is not None] for one in (learner, other)))
+
+
+def test_a_loss_that_cannot_be_recorded_says_so_once_and_runs_on() -> None:
+    lines: list[str] = []
+
+    def record(function: Callable[[], Tensor]) -> Recording:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    generator, learner = torch.Generator(), learner_with_methods()
+    learner.run_loss = RecordedLoss([generator], lines.append, record)
+    expected = steps_over_epochs(learner_with_methods(), torch.Generator())
+    assert_same_bits(steps_over_epochs(learner, generator), expected)
+    line = "the loss runs kernel by kernel: it cannot be a CUDA graph (called a synchronizing CUDA operation)"
+    assert lines == [line]
