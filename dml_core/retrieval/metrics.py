@@ -11,7 +11,7 @@ But:
 Legend: N queries, M gallery items, Q queries of a block, D dimensions, k places, R same-class items of a query.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dml_core import gather
-from dml_core.retrieval import neighbors
+from dml_core.retrieval import full_list, neighbors
 from dml_core.retrieval.mutual import mutual_neighbors
-from dml_core.retrieval.neighbors import block_rows, owned_rows, pad_rows
+from dml_core.retrieval.neighbors import TileStream, block_rows, owned_rows, pad_rows
 from dml_core.retrieval.scores import average_precision_at_r, cmc, mean_average_precision, r_precision, recall_at_k
 from dml_core.retrieval.structure import index_vectors, query_vectors
 
@@ -231,35 +231,43 @@ def _metrics(
         x.split(rows) if len(x) else () for x in (query, adaptive[0], owned, labels[owned], all_counts[owned])
     )
 
-    def stream(blocks: Sequence[Tensor] = blocks, shard: Tensor = shard) -> Iterator[tuple[int, int, Tensor]]:
+    def stream(
+        numbers: Sequence[int], blocks: Sequence[Tensor] = blocks, shard: Tensor = shard
+    ) -> Iterator[tuple[int, int, Tensor]]:
         gallery_blocks = neighbors.gallery_blocks(shard, len(targets), rank, world)
-        left_out = own_positions if same_set else None
-        for number, offset, similarity in neighbors.similarities(blocks, gallery_blocks, left_out, rows):
+        left_out = [own_positions[n] for n in numbers] if same_set else None
+        for index, offset, similarity in neighbors.similarities(
+            [blocks[n] for n in numbers], gallery_blocks, left_out, rows
+        ):
+            number = numbers[index]
             if in_gallery is not None:
-                similarity[:, is_query[offset : offset + similarity.shape[1]].nonzero().flatten()] = -torch.inf
-                similarity[(~is_query[own_positions[number]]).nonzero().flatten()] = -torch.inf
+                outside = is_query[offset : offset + similarity.shape[1]]
+                similarity[:, : len(outside)].masked_fill_(outside, -torch.inf)
+                similarity.masked_fill_(~is_query[own_positions[number]][:, None], -torch.inf)
             yield number, offset, similarity
 
     places = max([1, *ks, rerank or 0, *(CMC_RANKS if "cmc" in extra else ())])
-    depth = [min(len(targets), max(places, int(count.max()))) for count in all_counts.split(rows)]
-    if query is shard and in_gallery is None:  # one set, ranked by cosine: what i is to j, j is to i
+    most_relevant = [int(count.max()) for count in all_counts.cpu().split(rows)]
+    depth = [min(len(targets), max(places, most)) for most in most_relevant]
+    one_set = query is shard and in_gallery is None  # ranked by cosine: what i is to j, j is to i
+    if one_set and not neighbors.tiles_of(query.device).by_topk:
         gallery_blocks = neighbors.gallery_blocks(shard, len(targets), rank, world)
         best = mutual_neighbors(blocks, gallery_blocks, depth, rows, rank, world)
     else:
-        best = [neighbors.empty_neighbors(block, k) for block, k in zip(blocks, depth[rank::world], strict=True)]
-        for number, offset, similarity in stream():
-            neighbors.update(best[number], similarity, offset)
+        best = neighbors.find_best(stream, blocks, depth[rank::world], query.device, world)
     if rerank:
         products = [block_best.similarity[:, :rerank].clone() for block_best in best]
-        for number, offset, similarity in stream(adaptive_blocks, adaptive[1]):
-            neighbors.fill_scores(products[number], best[number], similarity, offset)
+        for number, offset, similarity in stream(range(len(blocks)), adaptive_blocks, adaptive[1]):
+            neighbors.fill_scores(products[number], best[number].position[:, :rerank], similarity, offset)
         best = [neighbors.reorder(block_best, product) for block_best, product in zip(best, products, strict=True)]
     scores = [
         _scores(_relevance(block_best, label, targets), count, ks, extra)
         for block_best, label, count in zip(best, block_labels, counts, strict=True)
     ]
     if "map" in extra:
-        for score, precision in zip(scores, _full_list(stream, block_labels, targets, counts), strict=True):
+        own, is_gallery = own_positions if same_set else None, None if in_gallery is None else ~is_query
+        given = block_labels, counts, most_relevant[rank::world], own, targets, is_gallery, query.dtype
+        for score, precision in zip(scores, _full_list(stream, *given), strict=True):
             score["mean_average_precision"] = precision
 
     names = [*_scores(targets.new_zeros(0, places).bool(), targets.new_zeros(0), ks, extra)]
@@ -285,8 +293,11 @@ def _normalized(name: str, shard: Tensor, total: int, rank: int, world: int) -> 
     if count := int(gather.all_sum(broken) if world > 1 else broken):
         raise ValueError(f"{name}: {count} of {total} embeddings are not finite")
     shard = shard.detach().to(torch.promote_types(shard.dtype, torch.float32))
+    unit = torch.empty_like(shard)
     # In blocks of one shape, as the order of a norm's summation may depend on it.
-    return torch.cat([F.normalize(pad_rows(block, rows))[: len(block)] for block in shard.split(rows)])
+    for block, unit_block in zip(shard.split(rows), unit.split(rows), strict=True):
+        unit_block.copy_(F.normalize(pad_rows(block, rows))[: len(block)])
+    return unit
 
 
 def _match_counts(labels: Tensor, targets: Tensor) -> Tensor:
@@ -311,31 +322,47 @@ def _scores(relevant: Tensor, count: Tensor, ks: Sequence[int], extra: Sequence[
 
 
 def _full_list(
-    stream: Callable[[], Iterator[tuple[int, int, Tensor]]],
+    stream: TileStream,
     labels: Sequence[Tensor],
-    targets: Tensor,
     counts: Sequence[Tensor],
+    most: Sequence[int],
+    own_positions: Sequence[Tensor] | None,
+    targets: Tensor,
+    is_gallery: Tensor | None,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Return, for each query block, the average precision (Q,) over the full ranking.
 
-    One pass over the gallery finds the relevant items, another counts the items that rank above each.
+    One pass over the gallery finds the similarities of the relevant items, another counts the items that rank above
+    each.
+
+    Args:
+        stream: Yields the similarities of query blocks.
+        labels: Of the queries of each block.
+        counts: How many relevant items these have.
+        most: How many any query of a block has.
+        own_positions: Of the queries in the gallery, which are not relevant to themselves; None: they are not in it.
+        targets: (M,) labels of the gallery.
+        is_gallery: (M,) bool, which of these are the gallery; None: all.
+        dtype: Of similarities.
     """
-
-    def same_class(number: int, offset: int, similarity: Tensor) -> Tensor:
-        columns = targets[offset : offset + similarity.shape[1]]
-        match = labels[number][:, None] == F.pad(columns, (0, similarity.shape[1] - len(columns)))
-        return match & (similarity > -torch.inf)
-
-    matches: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in labels]
-    for number, offset, similarity in stream():
-        row, column = same_class(number, offset, similarity).nonzero(as_tuple=True)
-        matches[number].append((row, column + offset, similarity[row, column]))
-    relevant = []
-    for pieces, count in zip(matches, counts, strict=True):
-        row, position, value = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        relevant.append(neighbors.relevant_items(row, position, value, count))
+    gallery = targets.argsort(stable=True)
+    if is_gallery is not None:
+        gallery = gallery[is_gallery[gallery]]
+    classes, positions = targets[gallery], []
+    for number, (label, count) in enumerate(zip(labels, counts, strict=True)):
+        position = full_list.relevant_positions(label, classes, gallery, most[number] + 1)
+        if own_positions is not None:
+            position = torch.where(position == own_positions[number][:, None], -1, position)
+        positions.append(torch.where(count[:, None] > 0, position, -1))
+    values = [torch.full_like(position, torch.inf, dtype=dtype) for position in positions]
+    numbers = range(len(labels))
+    for number, offset, similarity in stream(numbers):
+        neighbors.fill_scores(values[number], positions[number], similarity, offset)
+    given = zip(positions, values, counts, most, strict=True)
+    relevant = [full_list.sort_relevant(position, value, count, max(1, r)) for position, value, count, r in given]
     outranking = [item.total.new_zeros(len(item.total), item.position.shape[1] + 1) for item in relevant]
-    for number, offset, similarity in stream():
-        similarity.masked_fill_(same_class(number, offset, similarity), -torch.inf)
-        outranking[number] += neighbors.count_outranking(relevant[number], similarity, offset)
+    for number, offset, similarity in stream(numbers):
+        neighbors.leave_out(similarity, positions[number], offset)
+        outranking[number] += full_list.count_outranking(relevant[number], similarity, offset)
     return [mean_average_precision(r, o) for r, o in zip(relevant, outranking, strict=True)]

@@ -2,12 +2,15 @@
 
 Every matrix product has a shape and operands that follow from the sizes of the whole sets alone, short blocks being
 filled with zero rows. Similarities are therefore equal bit for bit however many processes share the queries, and ties
-are broken exactly: of two equally similar items the one with the lower gallery position comes first.
+are broken exactly: of two equally similar items the one with the lower gallery position comes first. The device says
+how large a tile of similarities is, and how the best of it are found (TILES); what is found does not depend on it, but
+for the rounding of its products.
 
-Legend: Q queries of a block, G gallery items of a block, D dimensions, k neighbours, R relevant items, P candidates.
+Legend: Q queries of a block, G gallery items of a block, D dimensions, k neighbours, K items in question, P candidates.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -15,12 +18,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dml_core import gather
+from dml_core.retrieval import topk
 
 BLOCK = 256  # rows of the smallest block; all block sizes are multiples of it
 GALLERY_BLOCK = 4096  # gallery rows of one matrix product: 256 x 4096 similarities stay in a processor's cache
 GROUP = 32  # columns of which only the maximum is compared, as long as that cannot enter the k best
 
 GalleryBlocks = Iterable[tuple[int, Tensor]]
+# Numbers of query blocks -> (number, offset of the gallery block, similarity (Q, G)) of each, by ascending offset.
+TileStream = Callable[[Sequence[int]], Iterator[tuple[int, int, Tensor]]]
+
+
+class Tiles(NamedTuple):
+    """The tiles of similarities that suit a device. Sizes are multiples of BLOCK.
+
+    Attributes:
+        queries: Rows of a tile, of a search that may choose them.
+        gallery: Most columns of a tile.
+        by_topk: Find the best of a tile by torch.topk (topk.py), without waiting for the host; else by `update`, which
+            looks at a tile in order to skip most of it.
+    """
+
+    queries: int
+    gallery: int
+    by_topk: bool
+
+
+# Type of device -> its tiles. On a GPU a thousand rows keep all of it busy, and the more columns there are, the fewer
+# times the best are merged: 512 MiB in float32.
+TILES = {"cpu": Tiles(BLOCK, GALLERY_BLOCK, by_topk=False), "cuda": Tiles(4 * BLOCK, 2**17, by_topk=True)}
+
+
+def tiles_of(device: torch.device) -> Tiles:
+    """Return the tiles that suit a device."""
+    return TILES["cpu" if device.type == "cpu" else "cuda"]
 
 
 class Neighbors(NamedTuple):
@@ -68,22 +99,44 @@ def gallery_blocks(shard: Tensor, total: int, rank: int, world: int) -> Iterator
         world: How many processes there are.
 
     Yields:
-        (offset, embeddings (g, D)) by ascending offset, g = GALLERY_BLOCK but for the last.
+        (offset, embeddings (g, D)) by ascending offset, g = `tiles_of(device).gallery` but for the last.
     """
-    rows_sent = 0
-    for offset in range(0, total, GALLERY_BLOCK):
-        size = min(GALLERY_BLOCK, total - offset)
-        block = shard.new_empty(size, shard.shape[1])
-        owner = torch.arange(offset, offset + size, device=shard.device) // block_rows(total) % world
-        for source in owner.unique().tolist():
-            rows = (owner == source).nonzero().flatten()
+    rows, size, rows_sent = block_rows(total), tiles_of(shard.device).gallery, 0
+    for offset in range(0, total, size):
+        if world == 1:
+            yield offset, shard[offset : offset + size]
+            continue
+        end = min(offset + size, total)
+        first, count = offset // rows, -(-(end - offset) // rows)
+        block = shard.new_empty(count, rows, shard.shape[1])
+        for source in range(world):
+            places = block[(source - first) % world :: world]
             if source == rank:
-                piece = shard[rows_sent : rows_sent + len(rows)]
-                rows_sent += len(rows)
+                piece = shard[rows_sent : rows_sent + len(places) * rows]
+                rows_sent += len(piece)
+                piece = pad_rows(piece, len(places) * rows)
             else:
-                piece = shard.new_empty(len(rows), shard.shape[1])
-            block[rows] = gather.broadcast(piece, source) if world > 1 else piece
-        yield offset, block
+                piece = shard.new_empty(len(places) * rows, shard.shape[1])
+            if len(places):
+                places.copy_(gather.broadcast(piece, source).view_as(places))
+        yield offset, block.flatten(0, 1)[: end - offset]
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keep TF32 out of float32 products on a GPU, also where the caller allows it for others.
+
+    It is allowed again by PyTorch's older switch, the only one that both its interfaces understand.
+    """
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32"
+    if allowed:
+        matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if allowed:
+            matmul.allow_tf32 = True
 
 
 def similarities(
@@ -107,13 +160,28 @@ def similarities(
         columns = pad_rows(embeddings, -(-size // BLOCK) * BLOCK)
         product = columns.new_empty(rows, len(columns))
         for number, query in enumerate(queries):
-            torch.mm(padded[number], columns.T, out=product)
+            with _full_float32():
+                torch.mm(padded[number], columns.T, out=product)
             product[:, size:] = -torch.inf
+            similarity = product[: len(query)]
             if own_positions is not None:
-                column = own_positions[number] - offset
-                row = ((column >= 0) & (column < size)).nonzero().flatten()
-                product[row, column[row]] = -torch.inf
-            yield number, offset, product[: len(query)]
+                leave_out(similarity, own_positions[number][:, None], offset)
+            yield number, offset, similarity
+
+
+def leave_out(similarity: Tensor, position: Tensor, offset: int) -> None:
+    """Set the similarities of some items to -inf, in place.
+
+    Args:
+        similarity: (Q, G), of the gallery positions offset ... offset + G.
+        position: (Q, K) of the items in the gallery; those outside this block are passed over.
+        offset: Gallery position of the first column.
+    """
+    column = position - offset
+    outside = (column < 0) | (column >= similarity.shape[1])
+    # The least of what is there and what is written: an item outside writes inf, which changes nothing.
+    written = similarity.new_full(outside.shape, -torch.inf).masked_fill_(outside, torch.inf)
+    similarity.scatter_reduce_(1, column.clamp(0, similarity.shape[1] - 1), written, "amin")
 
 
 def empty_neighbors(queries: Tensor, k: int) -> Neighbors:
@@ -188,38 +256,85 @@ def _position_in_run(row: Tensor, count: Tensor) -> Tensor:
     return torch.arange(len(row), device=row.device) - start[row]
 
 
+def find_best(
+    stream: TileStream, queries: Sequence[Tensor], depth: Sequence[int], device: torch.device, world: int = 1
+) -> list[Neighbors]:
+    """Find the gallery items of greatest similarity with each query. Call on every rank.
+
+    Args:
+        stream: Yields the similarities of some of the query blocks, the same each time that it is called.
+        queries: Blocks (Q, D), of which only sizes and types count.
+        depth: For each block, how many neighbours its queries get.
+        device: That of the similarities.
+        world: How many processes search in step.
+
+    Returns:
+        For each block the neighbours, best first, ties by gallery position.
+    """
+    numbers: Sequence[int] = range(len(queries))
+    if not tiles_of(device).by_topk:
+        best = [empty_neighbors(block, k) for block, k in zip(queries, depth, strict=True)]
+        for number, offset, similarity in stream(numbers):
+            update(best[number], similarity, offset)
+        return best
+    kept = [empty_neighbors(block, k + topk.SPARE) for block, k in zip(queries, depth, strict=True)]
+    for number, offset, similarity in stream(numbers):
+        topk.keep_best(*kept[number], similarity, offset)
+    tied = [topk.settle(*block) for block in kept]
+    best = [Neighbors(*(x[:, :k] for x in block)) for block, k in zip(kept, depth, strict=True)]
+    # The only time that the host waits for the device: which blocks have tied rows, and is it any of any rank?
+    in_blocks = torch.stack([rows.any() for rows in tied]).tolist() if tied else []
+    numbers = [number for number, is_tied in enumerate(in_blocks) if is_tied]
+    count = torch.tensor(len(numbers), device=device)
+    if not (gather.all_sum(count) if world > 1 else count):
+        return best
+    first_equal = {n: empty_neighbors(queries[n].double(), depth[n]) for n in numbers}
+    for n, offset, similarity in stream(numbers):
+        topk.keep_first_equal(*first_equal[n], similarity, best[n].similarity[:, -1:], offset)
+    for n in numbers:
+        topk.fill_ties(*best[n], *first_equal[n], tied[n])
+    return best
+
+
 @torch.no_grad()
 def nearest(queries: Tensor, gallery: GalleryBlocks, k: int, own_positions: Tensor | None = None) -> Neighbors:
     """Find the k gallery items of greatest inner product with each query.
 
     Args:
         queries: (Q, D).
-        gallery: Blocks (offset, embeddings (G, D)) by ascending offset, finite and of the queries' type; blocks of
-            GALLERY_BLOCK items are fastest.
+        gallery: Blocks (offset, embeddings (G, D)) by ascending offset, finite and of the queries' type and device; the
+            whole gallery may be one block, [(0, gallery)], as large ones are cut. On a GPU they are looked at twice
+            where ties need it, so that an iterator is not enough.
         k: How many neighbours a query gets.
         own_positions: (Q,) gallery position of each query itself, which is left out of its neighbours.
 
     Returns:
         The neighbours (Q, k), best first, ties by gallery position; empty places where the gallery has fewer items.
     """
-    blocks = queries.split(BLOCK)
-    own_blocks = None if own_positions is None else own_positions.split(BLOCK)
-    best = [empty_neighbors(block, k) for block in blocks]
-    for number, offset, similarity in similarities(blocks, gallery, own_blocks, BLOCK):
-        update(best[number], similarity, offset)
+    tiles = tiles_of(queries.device)
+    blocks = queries.split(tiles.queries)
+    own_blocks = None if own_positions is None else own_positions.split(tiles.queries)
+
+    def stream(numbers: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
+        left_out = None if own_blocks is None else [own_blocks[n] for n in numbers]
+        cut = ((at + i * tiles.gallery, x) for at, block in gallery for i, x in enumerate(block.split(tiles.gallery)))
+        for index, offset, similarity in similarities([blocks[n] for n in numbers], cut, left_out, tiles.queries):
+            yield numbers[index], offset, similarity
+
+    best = find_best(stream, blocks, [k] * len(blocks), queries.device)
     return Neighbors(torch.cat([b.similarity for b in best]), torch.cat([b.position for b in best]))
 
 
-def fill_scores(score: Tensor, best: Neighbors, similarity: Tensor, offset: int) -> None:
-    """Copy the scores of the K best neighbours from a block of another similarity, in place.
+def fill_scores(score: Tensor, position: Tensor, similarity: Tensor, offset: int) -> None:
+    """Copy the scores of some items from a block of similarities, in place.
 
     Args:
-        score: (Q, K), in which those of the neighbours in this block are set.
-        best: The neighbours, at least K.
+        score: (Q, K), in which those of the items in this block are set.
+        position: (Q, K) of the items in the gallery; -1: none.
         similarity: (Q, G), of the gallery positions offset ... offset + G.
         offset: Gallery position of the first column.
     """
-    column = best.position[:, : score.shape[1]] - offset
+    column = position - offset
     inside = (column >= 0) & (column < similarity.shape[1])
     score.copy_(torch.where(inside, similarity.gather(1, column.clamp(0, similarity.shape[1] - 1)), score))
 
@@ -230,82 +345,3 @@ def reorder(best: Neighbors, score: Tensor) -> Neighbors:
     score, order = score.sort(dim=1, descending=True, stable=True)
     similarity = torch.cat([score, best.similarity[:, k:]], 1)
     return Neighbors(similarity, torch.cat([best.position[:, :k].gather(1, order), best.position[:, k:]], 1))
-
-
-class Relevant(NamedTuple):
-    """The same-class items of each query, the worst first.
-
-    Attributes:
-        similarity: (Q, R) ascending, filled up with inf.
-        position: (Q, R) in the gallery, descending among equals, filled up with -1.
-        total: (Q,) how many there are.
-    """
-
-    similarity: Tensor
-    position: Tensor
-    total: Tensor
-
-
-def relevant_items(row: Tensor, position: Tensor, value: Tensor, total: Tensor) -> Relevant:
-    """Sort the relevant items of a query block.
-
-    Args:
-        row: (P,) query of each item.
-        position: (P,) its gallery position; ascending among the items of a row.
-        value: (P,) its similarity.
-        total: (Q,) how many items a query has.
-
-    Returns:
-        The items by query.
-    """
-    order = row.argsort(stable=True)
-    row, shape = row[order], (len(total), max(1, int(total.max())))
-    # Filled from the right, so that positions descend along a row and the stable sort leaves equals that way.
-    column = shape[1] - 1 - _position_in_run(row, total)
-    values, positions = value.new_full(shape, torch.inf), torch.full(shape, -1, device=row.device)
-    values[row, column], positions[row, column] = value[order], position[order]
-    values, order = values.sort(dim=1, stable=True)
-    return Relevant(values, positions.gather(1, order), total)
-
-
-def count_outranking(relevant: Relevant, similarity: Tensor, offset: int) -> Tensor:
-    """Count how many columns of a gallery block rank above exactly the first 0, 1, ..., R relevant items.
-
-    Args:
-        relevant: The relevant items of the queries.
-        similarity: (Q, G), of the gallery positions offset ... offset + G.
-        offset: Gallery position of the first column.
-
-    Returns:
-        (Q, R + 1) counts.
-    """
-    items = relevant.similarity.shape[1]
-    first = torch.searchsorted(relevant.similarity, similarity.contiguous())
-    tied = relevant.similarity.gather(1, first.clamp(max=items - 1)) == similarity
-    row, column = tied.nonzero(as_tuple=True)
-    first[row, column] = _end_of_later(relevant, row, similarity[row, column], column + offset, first[row, column])
-    row_start = torch.arange(len(first), device=first.device)[:, None] * (items + 1)
-    return (first + row_start).flatten().bincount(minlength=len(first) * (items + 1)).view(-1, items + 1)
-
-
-def _end_of_later(relevant: Relevant, row: Tensor, value: Tensor, position: Tensor, low: Tensor) -> Tensor:
-    """Skip relevant items as similar as a candidate but later in the gallery, which the candidate outranks.
-
-    A bisection per candidate: comparing each with all relevant items would need P x R memory when many tie.
-
-    Args:
-        relevant: The relevant items of the queries.
-        row: (P,) query of each candidate.
-        value: (P,) its similarity.
-        position: (P,) its gallery position.
-        low: (P,) where the relevant items of that similarity start.
-
-    Returns:
-        (P,) where those later in the gallery end.
-    """
-    high = torch.full_like(low, relevant.similarity.shape[1])
-    for _ in range(relevant.similarity.shape[1].bit_length()):
-        middle = ((low + high) // 2).clamp(max=relevant.similarity.shape[1] - 1)
-        later = (relevant.similarity[row, middle] == value) & (relevant.position[row, middle] > position) & (low < high)
-        low, high = torch.where(later, middle + 1, low), torch.where(later, high, middle)
-    return low

@@ -8,7 +8,7 @@ Legend: Q queries, R same-class items of a query.
 import torch
 from torch import Tensor
 
-from dml_core.retrieval.neighbors import Relevant
+from dml_core.retrieval.full_list import Relevant
 
 
 def recall_at_k(relevant: Tensor, k: int) -> Tensor:
@@ -71,7 +71,7 @@ def mean_average_precision(relevant: Relevant, outranking: Tensor) -> Tensor:
     Args:
         relevant: The relevant items of the queries.
         outranking: (Q, R + 1) how many irrelevant items rank above exactly the first 0, ..., R of them, as
-            `neighbors.count_outranking` counts.
+            `full_list.count_outranking` counts.
 
     Returns:
         (Q,) float64.

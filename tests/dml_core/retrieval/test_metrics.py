@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dml_core.retrieval.metrics import (
 )
 from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, owned_rows
 from tests import ranks
+from tests.dml_core.retrieval.gpu_way import search_as_a_gpu
 
 NAMES = {"precision_at_1": "recall_at_1", "mean_average_precision_at_r": "map_at_r", "r_precision": "r_precision"}
 
@@ -105,7 +107,13 @@ def test_full_list_map_equals_accuracy_calculator() -> None:
 
 @pytest.mark.parametrize("make", [clustered, lambda n, c, seed: corners(n, c, 16, seed)], ids=["random", "ties"])
 @pytest.mark.parametrize("size", [2, 40, BLOCK - 1, BLOCK, BLOCK + 1])
-def test_equal_to_the_definitions(make: Callable, size: int) -> None:
+@pytest.mark.parametrize("as_a_gpu", [False, True])
+def test_equal_to_the_definitions(make: Callable, size: int, as_a_gpu: bool) -> None:
+    with search_as_a_gpu() if as_a_gpu else nullcontext():
+        compare_with_the_definitions(make, size)
+
+
+def compare_with_the_definitions(make: Callable, size: int) -> None:
     query, labels = make(size, 7, seed=2)
     query = query.double()
     metrics = retrieval_metrics(query, labels, extra=("map", "cmc"))
@@ -141,7 +149,13 @@ def test_structure_of_ones_is_the_plain_ranking() -> None:
 
 @pytest.mark.parametrize("rerank", [None, 7])
 @pytest.mark.parametrize("size", [40, 600])
-def test_a_gallery_among_the_queries_is_that_gallery_apart(size: int, rerank: int | None) -> None:
+@pytest.mark.parametrize("as_a_gpu", [False, True])
+def test_a_gallery_among_the_queries_is_that_gallery_apart(size: int, rerank: int | None, as_a_gpu: bool) -> None:
+    with search_as_a_gpu() if as_a_gpu else nullcontext():
+        compare_with_the_gallery_apart(size, rerank)
+
+
+def compare_with_the_gallery_apart(size: int, rerank: int | None) -> None:
     points, labels = clustered(size, 6)
     mask = torch.rand(size, generator=torch.Generator().manual_seed(1)) < 0.3
     extra = () if rerank else ("map", "cmc")
@@ -168,6 +182,8 @@ def test_ties_follow_the_gallery(size: int, classes: int, copies: int, seed: int
     points, labels = points.repeat(copies, 1), labels.repeat(copies).roll(1)
     metrics = retrieval_metrics(points, labels, extra=("map", "cmc"))
     assert metrics == pytest.approx(naive(points, labels), abs=1e-12)
+    with search_as_a_gpu():
+        assert retrieval_metrics(points, labels, extra=("map", "cmc")) == metrics
 
 
 @settings(max_examples=25, deadline=None)
@@ -273,7 +289,7 @@ def test_clustering_is_refused_in_shards() -> None:
 
 
 def test_memory_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    largest, product = [0], torch.mm
+    largest, product = [0], torch.mm  # numbers of the largest product
 
     def watched(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         largest[0] = max(largest[0], out.numel())
@@ -301,7 +317,12 @@ def cases() -> dict[str, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | No
     }
 
 
-def evaluate_in_group(folder: Path) -> None:
+def evaluate_in_group(folder: Path, as_a_gpu: bool) -> None:
+    with search_as_a_gpu() if as_a_gpu else nullcontext():
+        evaluate_shards(folder)
+
+
+def evaluate_shards(folder: Path) -> None:
     rank, world = gather.rank(), gather.world_size()
     results = {}
     for name, (query, other) in cases().items():
@@ -320,9 +341,10 @@ def evaluate_in_group(folder: Path) -> None:
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
 
 
-def test_any_number_of_processes_gives_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_a_gpu", [False, True])
+def test_any_number_of_processes_gives_the_same_bits(as_a_gpu: bool, tmp_path: Path) -> None:
     for world in (4, 2, 1):
-        ranks.run(evaluate_in_group, world, tmp_path)
+        ranks.run(evaluate_in_group, world, tmp_path, as_a_gpu)
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert len(results) == 4 + 2 + 1
     for metrics in results.values():
@@ -365,3 +387,18 @@ def test_clustering_in_shards_is_that_of_the_whole_set(tmp_path: Path) -> None:
 def test_a_shard_of_another_set_is_refused_for_clustering() -> None:
     with pytest.raises(ValueError, match="2 rows, which are not this rank's of 3 labels"):
         sharded_clustering_metrics(torch.ones(2, 2), torch.zeros(3))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(2, 400), st.integers(1, 30), st.sampled_from([None, 1, 9]), st.booleans(), st.integers(0, 999))
+def test_a_gpu_measures_what_a_processor_does(
+    size: int, classes: int, rerank: int | None, ties: bool, seed: int
+) -> None:
+    make = (lambda n, s: corners(n, classes, 4, s)) if ties else (lambda n, s: clustered(n, classes, seed=s))
+    (query, labels), (gallery, targets) = make(size, seed), make(size + 5, seed + 1)
+    structure, ks = structures(query), (1, 5, size, 2 * size)
+    for other in ((), (gallery.double(), targets)):
+        arguments = {"structure": structure, "rerank": rerank} if rerank else {"extra": ("map", "cmc")}
+        expected = retrieval_metrics(query.double(), labels, *other, ks=ks, **arguments)
+        with search_as_a_gpu():
+            assert retrieval_metrics(query.double(), labels, *other, ks=ks, **arguments) == expected

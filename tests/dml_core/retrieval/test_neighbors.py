@@ -5,16 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from dml_core.retrieval.neighbors import (
-    BLOCK,
-    GALLERY_BLOCK,
-    block_rows,
-    count_outranking,
-    nearest,
-    owned_rows,
-    relevant_items,
-    similarities,
-)
+from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, block_rows, leave_out, nearest, owned_rows, similarities
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -114,19 +105,9 @@ def test_larger_query_blocks() -> None:
     assert (torch.cat(blocks)[:, 300:] == -torch.inf).all()
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 80), st.integers(1, 4), st.integers(0, 999))
-def test_outranked_counts_irrelevant_items_above_each_relevant_one(q: int, size: int, dim: int, seed: int) -> None:
-    similarity = signs(q, dim, seed=seed) @ signs(size, dim, seed=seed + 1).T
-    same = torch.rand(q, size, generator=torch.Generator().manual_seed(seed)) < 0.3
-    row, column = same.nonzero(as_tuple=True)
-    offset = 10
-    relevant = relevant_items(row, column + offset, similarity[row, column], same.sum(1))
-    counts = count_outranking(relevant, similarity.masked_fill(same, -torch.inf), offset).flip(1).cumsum(1).flip(1)
-    for i in range(q):
-        ranking = [j + offset for j in similarity[i].sort(descending=True, stable=True).indices.tolist()]
-        items = [j for j in ranking if same[i, j - offset]]
-        assert relevant.position[i, : len(items)].tolist() == items[::-1]
-        for place, item in enumerate(reversed(items)):
-            above = [j for j in ranking[: ranking.index(item)] if not same[i, j - offset]]
-            assert counts[i, place + 1] == len(above)
+def test_items_are_left_out_of_the_block_that_has_them() -> None:
+    similarity = torch.arange(12.0).view(2, 6)
+    position = torch.tensor([[9, 10, 10, 15, 16], [-1, -1, 12, 20, 3]])
+    leave_out(similarity, position, 10)
+    assert similarity.isinf().nonzero().tolist() == [[0, 0], [0, 5], [1, 2]]
+    assert similarity[0, 1:5].tolist() == [1, 2, 3, 4] and similarity[1, 5] == 11

@@ -58,7 +58,7 @@ def reordered_top(query: Tensor, s: Tensor, gallery: Tensor, top: Tensor, rows: 
     best = Neighbors(torch.zeros(top.shape, dtype=query.dtype).masked_fill(top < 0, -torch.inf), top)
     product = best.similarity.clone()
     for number, block in enumerate(gallery.split(rows)):
-        fill_scores(product, best, query_vectors(query, s) @ index_vectors(block).T, number * rows)
+        fill_scores(product, best.position, query_vectors(query, s) @ index_vectors(block).T, number * rows)
     product, position = reorder(best, product)
     return ((s * query * query).sum(1, keepdim=True) - product).sqrt(), position
 
