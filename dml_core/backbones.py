@@ -87,7 +87,10 @@ def build(name: str, weights: str, read: bool = True) -> Backbone:
         network = _group_norm(network)
     elif weights != "imagenet" and read:
         _read_weights(network, Path(weights))
-    return Backbone(network, dim, mean, std)
+    backbone = Backbone(network, dim, mean, std)
+    if name == "small":
+        backbone.memory_format = torch.channels_last  # by a fifth faster on a processor, unlike large networks
+    return backbone
 
 
 def small_network() -> nn.Module:
