@@ -1,7 +1,7 @@
 """Batches of pictures, decoded and augmented in the order of a plan, and their way to the device."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -18,11 +18,13 @@ from dml_core.data.transforms import (
     Resize,
     crop_box,
     evaluation_view,
+    is_mirrored,
     shift,
     shift_maps,
 )
 
 Augmentation = Literal["crop", "shift", "none"]
+Key = TypeVar("Key")
 Item = TypeVar("Item")
 
 
@@ -56,7 +58,7 @@ class Views(Dataset[Tensor]):
         if self.images.places is not None:
             places = self.images.places[places]
         squares = self.resident.index_select(0, send(torch.from_numpy(places), self.resident.device))[:, None]
-        return self._shifted(squares, rows).expand(-1, 3, -1, -1)
+        return self.shifted(squares, rows).expand(-1, 3, -1, -1)
 
     def batches(self, rows: Iterable[Rows], processes: int = 0, pinned: bool = False) -> Iterator[Tensor]:
         """Yield one batch for each entry of `rows`, in that order.
@@ -79,40 +81,64 @@ class Views(Dataset[Tensor]):
         Raises:
             BadPicture: Pictures cannot be read; the error names all of them.
         """
-        seeds, views, bad = _seeds(rows), list[Tensor](), list[tuple[str, str]]()
-        crops = draw_uniform(seeds, CROP_NUMBERS) if seeds and self.augmentation == "crop" else None
-        for number, (sample, _) in enumerate(rows):
-            try:
-                if crops is None:
-                    view = self.evaluation.transform(self.images.picture(sample, self.size))
-                else:
-                    view = self._crop(sample, crops[number])
-            except BadPicture as error:
-                bad += error.bad
-            else:
-                views.append(view.permute(1, 2, 0))
-        if bad:
-            raise BadPicture(bad)
-        if crops is None and seeds and self.augmentation == "shift":
-            return [*self._shifted(torch.stack(views).permute(0, 3, 1, 2), rows).permute(0, 2, 3, 1)]
-        return views
+        crops = drawn_crops(rows, self.augmentation)
 
-    def _crop(self, sample: int, numbers: np.ndarray) -> Tensor:
-        """Return a random crop of a picture, or its mirror image, uint8 (3, S, S). numbers: (CROP_NUMBERS,)."""
+        def view(row: int) -> Tensor:
+            return self.view(rows[row][0], None if crops is None else crops[row]).permute(1, 2, 0)
 
-        def part(height: int, width: int) -> Box:
+        views = each_readable(view, range(len(rows)))
+        if self.augmentation != "shift":
+            return views
+        return [*self.shifted(torch.stack(views).permute(0, 3, 1, 2), rows).permute(0, 2, 3, 1)]
+
+    def view(self, sample: int, numbers: np.ndarray | None) -> Tensor:
+        """Return a picture's middle square or, given numbers (CROP_NUMBERS,), a random crop: uint8 (3, S, S)."""
+        if numbers is None:
+            return self.evaluation.transform(self.images.picture(sample, self.size))
+
+        def box(height: int, width: int) -> Box:
             return crop_box(numbers, height, width)
 
-        view = self.resize(self.images.picture(sample, self.size, part))
-        return view.flip(2) if numbers[-1] < 0.5 else view
+        return self._resized(self.images.picture(sample, self.size, box), is_mirrored(numbers))
 
-    def _shifted(self, squares: Tensor, rows: Rows) -> Tensor:
+    def part(self, sample: int, box: Box, mirrored: bool) -> Tensor:
+        """Return a part of a picture as a view, uint8 (3, S, S)."""
+        return self._resized(self.images.picture(sample, self.size, lambda *_: box), mirrored)
+
+    def _resized(self, part: Tensor, mirrored: bool) -> Tensor:
+        view = self.resize(part)
+        return view.flip(2) if mirrored else view
+
+    def shifted(self, squares: Tensor, rows: Rows) -> Tensor:
         """Return pictures (b, C, S, S), changed at random where rows have seeds and that is the augmentation."""
         seeds = _seeds(rows)
         if not seeds or self.augmentation != "shift":
             return squares
         maps = torch.from_numpy(shift_maps(draw_uniform(seeds, SHIFT_NUMBERS), self.size))
         return shift(squares, send(maps, squares.device))
+
+
+def drawn_crops(rows: Rows, augmentation: Augmentation) -> np.ndarray | None:
+    """Return the numbers (b, CROP_NUMBERS) of the crops of a batch; None where nothing is cropped at random."""
+    seeds = _seeds(rows)
+    return draw_uniform(seeds, CROP_NUMBERS) if seeds and augmentation == "crop" else None
+
+
+def each_readable(function: Callable[[Key], Item], keys: Iterable[Key]) -> list[Item]:
+    """Map a function that reads a picture.
+
+    Raises:
+        BadPicture: Pictures cannot be read; the error names all of them.
+    """
+    results, bad = list[Item](), list[tuple[str, str]]()
+    for key in keys:
+        try:
+            results.append(function(key))
+        except BadPicture as error:
+            bad += error.bad
+    if bad:
+        raise BadPicture(bad)
+    return results
 
 
 def _seeds(rows: Rows) -> list[int]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # a set's lists are read without either
 
 MAX_PIXELS = 100_000_000
 WHITE = (255, 255, 255)
+# In all these ways Pillow's decoders fail on damaged files.
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError, struct.error)
 ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values with which rows are columns
 
 
@@ -82,8 +84,7 @@ def decode(content: bytes, size: int, name: str, part: Callable[[int, int], Box]
             return torch.from_numpy(_rgb(image.crop((left, top, right, bottom)))).permute(2, 0, 1)
     except UnidentifiedImageError:
         raise BadPicture([(name, "not a picture" if content else "empty file")]) from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError, struct.error) as error:
-        # Pillow's decoders fail in all these ways on damaged files.
+    except DAMAGE as error:
         raise BadPicture([(name, (str(error) or type(error).__name__).splitlines()[0])]) from None
 
 

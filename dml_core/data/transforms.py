@@ -36,14 +36,18 @@ class View(NamedTuple):
     side: int
 
 
+def middle_square(height: int, width: int) -> Box:
+    """Return the middle square of a picture of so many pixels."""
+    side = min(height, width)
+    return Box(round((height - side) / 2), round((width - side) / 2), side, side)
+
+
 class MiddleSquare(nn.Module):
     """Crop the middle square of a picture (3, H, W). Before a resize, so that a thin strip stays small."""
 
     def forward(self, picture: Tensor) -> Tensor:
-        height, width = picture.shape[1:]
-        side = min(height, width)
-        top, left = round((height - side) / 2), round((width - side) / 2)
-        return picture[:, top : top + side, left : left + side]
+        top, left, height, width = middle_square(*picture.shape[1:])
+        return picture[:, top : top + height, left : left + width]
 
 
 class Resize(nn.Module):
@@ -90,6 +94,11 @@ def crop_box(numbers: np.ndarray, height: int, width: int) -> Box:
             return Box(int(down * (height - h + 1)), int(right * (width - w + 1)), h, w)
     h, w = min(height, round(width / MIN_CROP_RATIO)), min(width, round(height / MIN_CROP_RATIO))
     return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def is_mirrored(numbers: np.ndarray) -> bool:
+    """Whether a random crop is a mirror image. numbers: (CROP_NUMBERS,), see crop_box."""
+    return bool(numbers[-1] < 0.5)
 
 
 def shift_maps(numbers: np.ndarray, size: int) -> np.ndarray:

@@ -105,12 +105,14 @@ def resolve_devices(config: Config, here: bool = False, console: Console | None 
         raise ValueError(
             f"workers={config.workers}: each needs a CPU, the cluster has {has.cpus}{_autoscaler_hint(config)}"
         )
+    if config.data.decode == "gpu" and not use_gpu:
+        raise ValueError("data.decode=gpu: this run uses no GPU (use_gpu); allowed: cpu")
     if console and (line := idle_gpus(config, has.gpus)):
         console.print(line, style="yellow", highlight=False)
     precision = config.precision or ("bf16" if use_gpu else "float32")
     data = config.data
     if data.loader == "auto":
-        can_stream = data.name != "glyphs" and data.loader_processes is None
+        can_stream = data.name != "glyphs" and data.loader_processes is None and data.decode == "cpu"
         cluster = use_gpu and not here and can_stream
         spare = cluster and _has_nodes_without_gpu()
         data = data.model_copy(update={"loader": "ray" if spare else "torch"})

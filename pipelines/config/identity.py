@@ -16,7 +16,8 @@ FREE_KEYS = (
 )
 # Of these and the keys of how pictures are found and computed with, those that may differ when a report looks at a
 # trained model; which run it is, and what was measured of it, is that of the run.
-REPORT_KEYS = {*FREE_KEYS, "precision", "data.on_bad_image", "data.table"} - {"name", "storage", "metrics"}
+REPORT_KEYS = {*FREE_KEYS, "precision", *("data.on_bad_image", "data.table", "data.decode")}
+REPORT_KEYS -= {"name", "storage", "metrics"}
 
 
 def with_absolute_paths(config: Config) -> Config:

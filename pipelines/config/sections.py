@@ -99,6 +99,11 @@ class Data(Section):
     """Number of decoding processes of each training worker's DataLoader. none: as many as the worker has CPUs to
     spare."""
 
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Who decodes the JPEGs that the `torch` loader's processes read: those processes (`cpu`), or the GPU that trains
+    (`gpu`), with nvJPEG, for machines with few CPUs a GPU. Pixels of the two differ by rounding. Other pictures are
+    always decoded by CPUs."""
+
     @property
     def augmentation(self) -> Literal["crop", "shift", "none"]:
         """What training views are made by."""
@@ -154,6 +159,10 @@ class Data(Section):
             raise ValueError("on_bad_image=skip cannot act on data.name=glyphs, whose pictures are embedded")
         if name == "glyphs" and self.loader == "ray":
             raise ValueError("loader=ray cannot act on data.name=glyphs, of which nothing is decoded")
+        if self.decode == "gpu" and name == "glyphs":
+            raise ValueError("decode=gpu cannot act on data.name=glyphs, of which nothing is decoded; allowed: cpu")
+        if self.decode == "gpu" and self.loader == "ray":
+            raise ValueError("decode=gpu cannot act with data.loader=ray, whose tasks decode; allowed: cpu")
         if self.loader_processes is not None and self.loader == "ray":
             raise ValueError("loader_processes cannot act with data.loader=ray, whose tasks decode; it is for torch")
         return self

@@ -14,6 +14,7 @@ import pyarrow.fs
 import torch
 from torch import Tensor
 
+from dml_core.data.jpegs import JpegViews
 from dml_core.data.loading import Views, sent_ahead
 from dml_core.data.sampling import Rows, blocks
 from dml_core.gather import all_sum, gather, rank, world_size
@@ -46,7 +47,7 @@ class Features:
 def cached_features(
     config: Config,
     learner: Learner,
-    views: "Views | StreamedViews",
+    views: "Views | JpegViews | StreamedViews",
     folder: Path,
     device: torch.device,
     writes: bool,
@@ -83,7 +84,7 @@ def cached_features(
 
 def _compute(
     learner: Learner,
-    views: "Views | StreamedViews",
+    views: "Views | JpegViews | StreamedViews",
     path: Path,
     device: torch.device,
     writes: bool,
@@ -114,11 +115,13 @@ def _compute(
             file.flush()
 
 
-def _key(config: Config, learner: Learner, views: "Views | StreamedViews") -> str:
+def _key(config: Config, learner: Learner, views: "Views | JpegViews | StreamedViews") -> str:
     """Hash what features depend on: pictures, backbone with its weights, transform, precision."""
     h = hashlib.sha256(views.images.digest(stamps=True).encode())
     size = config.data.image_size
     h.update(f"{config.backbone.name}|{size}|{VIEW.format(size)}|{config.precision}".encode())
+    if config.data.decode != "cpu":  # whose files have the key of earlier versions
+        h.update(f"|decode={config.data.decode}".encode())
     for name, tensor in learner.backbone.state_dict().items():
         h.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:24]

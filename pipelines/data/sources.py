@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dml_core.data.datasets import LabelledImages
+from dml_core.data.jpegs import JpegViews
 from dml_core.data.loading import Views, sent_ahead
 from dml_core.data.sampling import Rows
 from dml_core.learner import Learner
@@ -80,7 +81,7 @@ class Sources:
         pinned = self.device.type == "cuda"
         return sent_ahead(self.of(images).batches(rows, self.processes, pinned), self.device)
 
-    def of(self, images: LabelledImages) -> "Views | StreamedViews | Features":
+    def of(self, images: LabelledImages) -> "Views | JpegViews | StreamedViews | Features":
         """Return what gives batches of a set: its views, or the features of a frozen backbone, computed when needed."""
         if not self.config.backbone.frozen:
             return self._views(images)
@@ -109,9 +110,12 @@ class Sources:
                 self.config, self.learner, views, folder, self.device, self.writes, self.processes, note
             )
 
-    def _views(self, images: LabelledImages) -> "Views | StreamedViews":
+    def _views(self, images: LabelledImages) -> "Views | JpegViews | StreamedViews":
+        data = self.config.data
+        if data.decode == "gpu":
+            return JpegViews(images, data.image_size, data.augmentation, self.device)
         views = views_of(self.config, images, self._resident(images))
-        if self.config.data.loader != "ray" or not images.files:
+        if data.loader != "ray" or not images.files:
             return views
         from pipelines.data.streaming import StreamedViews  # Ray, which takes seconds
 
