@@ -4,7 +4,10 @@ The calculator has two modes: R looks at as many neighbours as the largest class
 all, its default (k=None), ranks the whole set for every query and needs about 29 GB for 20,000 images, 7 GB for 10,000.
 
 python benchmarks/retrieval.py [--size N] [--dim D] [--images PER_CLASS] [--repeats N] [--threads N] [--calculator MODE]
+python benchmarks/retrieval.py --device cuda [--size N] [--dim D] [--images PER_CLASS] [--repeats N]
 python benchmarks/retrieval.py --processes P [--size N] [--dim D] [--images PER_CLASS] [--sample S] --calculator none
+
+With --device cuda, both run on the GPU, and the most memory that the search takes, the embeddings included, is printed.
 
 With --processes a group of P processes (gloo, a thread each) holds the set in shards, as the workers of a training do,
 and each makes its own rows only. The bare product runs in the same processes in the middle of the search: after one
@@ -39,22 +42,61 @@ from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, block_rows, owned
 
 METRICS = ("precision_at_1", "mean_average_precision_at_r", "r_precision")
 TILE = 1024  # rows and columns of the product that is the fastest of 256, 1024, 4096 by 1024, 4096, 16384
+GPU_TILE = (4096, 65_536)  # rows and columns of the product on a GPU
 CHECKED = 20_000  # embeddings that are also searched by one process
 
 
-def embeddings(size: int, dim: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+def embeddings(size: int, dim: int, images: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Noisy class centres in a shuffled order: (size, dim) and labels (size,)."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(size)[torch.randperm(size, generator=generator)] // images
-    centers = torch.randn(int(labels.max()) + 1, dim, generator=generator)
-    return F.normalize(centers[labels] + 3 * torch.randn(size, dim, generator=generator)), labels
+    generator = torch.Generator(device).manual_seed(0)
+    labels = torch.randperm(size, generator=generator, device=device) // images
+    centers = torch.randn(int(labels.max()) + 1, dim, generator=generator, device=device)
+    noise = torch.randn(size, dim, generator=generator, device=device)
+    return F.normalize(noise.mul_(3).add_(centers[labels])), labels
 
 
 def bare_product(z: torch.Tensor) -> None:
     """All similarities, in the blocks that are the fastest, thrown away."""
-    product = torch.empty(BLOCK, len(z))
-    for query in z.split(BLOCK):
-        torch.mm(query, z.T, out=product[: len(query)])
+    rows, columns = (BLOCK, len(z)) if z.device.type == "cpu" else GPU_TILE
+    product = z.new_empty(rows * min(columns, len(z)))
+    for query in z.split(rows):
+        for gallery in z.split(columns):
+            tile = product[: len(query) * len(gallery)].view(len(query), len(gallery))
+            torch.mm(query, gallery.T, out=tile)
+
+
+class SearchTime(NamedTuple):
+    """What the metrics of a set take, and its bare product: the median of some runs, taken in turn.
+
+    Attributes:
+        metrics, product: Seconds.
+        ratio: Of the metrics' seconds to the product's.
+        gib: Most memory of the GPU while the metrics were computed, with the embeddings; 0 on a processor.
+        map_at_r: Of the set.
+    """
+
+    metrics: float
+    product: float
+    ratio: float
+    gib: float
+    map_at_r: float
+
+
+def measure_search(size: int, dim: int, images: int, device: str, repeats: int) -> SearchTime:
+    """Measure the exact metrics within a set of clustered float32 embeddings (size, dim), `images` a class."""
+    z, labels = embeddings(size, dim, images, device)
+    for warm_up in (z[:5000], z[: GPU_TILE[0]]):  # libraries are loaded, and memory is there
+        retrieval_metrics(warm_up, labels[: len(warm_up)])
+        bare_product(warm_up)
+    products, searches, metrics, peak = [], [], dict[str, float](), 0
+    for _ in range(repeats):
+        products.append(seconds(lambda: bare_product(z)))
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        searches.append(seconds(lambda: metrics.update(retrieval_metrics(z, labels))))
+        peak = 0 if device == "cpu" else max(peak, torch.cuda.max_memory_allocated())
+    search, product = statistics.median(searches), statistics.median(products)
+    return SearchTime(search, product, search / product, peak / 2**30, metrics["map_at_r"])
 
 
 class Spent(NamedTuple):
@@ -73,8 +115,13 @@ def spent() -> Spent:
 
 
 def seconds(task: Callable[[], object]) -> float:
+    """By the clock, with what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     task()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -248,11 +295,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("size", 20000), ("dim", 512), ("images", 10), ("repeats", 3), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--calculator", choices=("R", "all", "none"), default="R")
     parser.add_argument("--processes", type=int, default=None)
     parser.add_argument("--sample", type=int, default=None)
     arguments = parser.parse_args()
-    if arguments.processes is None:
+    if arguments.device != "cpu":
+        if arguments.processes:
+            parser.error("--device cuda needs no --processes: they are CPUs'")
+        given = arguments.size, arguments.dim, arguments.images
+        time_of = measure_search(*given, arguments.device, arguments.repeats)
+        print(f"{given[0]:,} x {given[1]}, {given[2]} a class, on {torch.cuda.get_device_name()}")
+        print(f"matrix product     {time_of.product:9.3f} s")
+        print(f"retrieval_metrics  {time_of.metrics:9.3f} s   {time_of.ratio:.2f} x matrix product")
+        print(f"peak memory        {time_of.gib:9.2f} GiB   map_at_r {time_of.map_at_r:.4f}")
+    elif arguments.processes is None:
         by_threads(arguments)
     elif arguments.calculator != "none":
         parser.error("--processes needs --calculator none: AccuracyCalculator knows no shards")

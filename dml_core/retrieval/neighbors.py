@@ -285,8 +285,7 @@ def find_best(
     # The only time that the host waits for the device: which blocks have tied rows, and is it any of any rank?
     in_blocks = torch.stack([rows.any() for rows in tied]).tolist() if tied else []
     numbers = [number for number, is_tied in enumerate(in_blocks) if is_tied]
-    count = torch.tensor(len(numbers), device=device)
-    if not (gather.all_sum(count) if world > 1 else count):
+    if not (gather.all_sum(torch.tensor(len(numbers), device=device)) if world > 1 else numbers):
         return best
     first_equal = {n: empty_neighbors(queries[n].double(), depth[n]) for n in numbers}
     for n, offset, similarity in stream(numbers):
