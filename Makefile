@@ -17,8 +17,10 @@ train: setup
 	$(BIN)/dml train $(ARGS)
 
 # Tests wait for processes that they start, so that there is work for more of them at a time than a small machine has cores.
+# Those of tests/cuda come last, in a process that sees the GPUs; without one they are skipped.
 test: setup
 	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest tests/cuda
 
 # Lost machines, killed sweeps and job servers: what takes a minute or more each, by its nature.
 test-slow: setup

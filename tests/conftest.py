@@ -23,8 +23,12 @@ ROOT = Path(__file__).parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same tests on every machine: without its GPUs, in this process and in all that it starts. Where Ray shall count
-# invented GPUs it starts without this variable, in a process of its own.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# invented GPUs it starts without this variable, in a process of its own. `pytest tests/cuda` alone sees the GPUs.
+if any("tests/cuda" in argument for argument in sys.argv):
+    os.environ["TESTS_OF_CUDA"] = "1"  # for processes of xdist, which have no arguments
+if "TESTS_OF_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    collect_ignore = ["cuda"]
 # Ray's workers do not give way to everything else on this machine, and Ray does not look at memory all the time.
 os.environ.update(RAY_worker_niceness="0", RAY_memory_monitor_refresh_ms="0", RAY_event_stats="0")
 # Processes share the cores, so that threads of one would wait for each other.
