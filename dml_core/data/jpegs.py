@@ -131,7 +131,8 @@ class JpegViews(Dataset[Encoded]):
                 batch[jpeg.row] = view_of(picture, jpeg, self.size)
 
         def by_processor(jpeg: Jpeg) -> None:
-            batch[jpeg.row] = self.by_processor.part(rows[jpeg.row][0], jpeg.box, jpeg.mirrored).to(self.device)
+            view = self.by_processor.part(rows[jpeg.row][0], lambda *_: jpeg.box, jpeg.mirrored)
+            batch[jpeg.row] = view.to(self.device)
 
         each_readable(by_processor, damaged)
         others = sorted({*range(len(rows))} - {jpeg.row for jpeg in encoded.jpegs})

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -96,17 +97,11 @@ class Views(Dataset[Tensor]):
         if numbers is None:
             return self.evaluation.transform(self.images.picture(sample, self.size))
 
-        def box(height: int, width: int) -> Box:
-            return crop_box(numbers, height, width)
+        return self.part(sample, partial(crop_box, numbers), is_mirrored(numbers))
 
-        return self._resized(self.images.picture(sample, self.size, box), is_mirrored(numbers))
-
-    def part(self, sample: int, box: Box, mirrored: bool) -> Tensor:
-        """Return a part of a picture as a view, uint8 (3, S, S)."""
-        return self._resized(self.images.picture(sample, self.size, lambda *_: box), mirrored)
-
-    def _resized(self, part: Tensor, mirrored: bool) -> Tensor:
-        view = self.resize(part)
+    def part(self, sample: int, box: Callable[[int, int], Box], mirrored: bool) -> Tensor:
+        """Return a part of a picture (height, width) as a view, uint8 (3, S, S)."""
+        view = self.resize(self.images.picture(sample, self.size, box))
         return view.flip(2) if mirrored else view
 
     def shifted(self, squares: Tensor, rows: Rows) -> Tensor:

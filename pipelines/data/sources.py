@@ -1,7 +1,7 @@
 """Where batches come from: decoded pictures or, with a frozen backbone, its cached features."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,7 +79,8 @@ class Sources:
     def batches(self, images: LabelledImages, rows: Iterable[Rows]) -> Iterator[torch.Tensor]:
         """Yield batches of a set on this worker's device, one for each entry of `rows`: images, or features."""
         pinned = self.device.type == "cuda"
-        return sent_ahead(self.of(images).batches(rows, self.processes, pinned), self.device)
+        processes = min(self.processes, len(rows)) if isinstance(rows, Sized) else self.processes  # one a batch
+        return sent_ahead(self.of(images).batches(rows, processes, pinned), self.device)
 
     def of(self, images: LabelledImages) -> "Views | JpegViews | StreamedViews | Features":
         """Return what gives batches of a set: its views, or the features of a frozen backbone, computed when needed."""
