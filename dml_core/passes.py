@@ -7,6 +7,7 @@ memory, hence the same bits. docs/benchmarks.md has what a prototype took on an 
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -324,7 +325,9 @@ def warm_up(task: Callable[[], object]) -> None:
 def waits_refused() -> Iterator[None]:
     """Have operators that wait for the GPU raise RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

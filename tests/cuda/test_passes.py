@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from dml_core import backbones, base_losses, heads
 from dml_core.gather import own_rows, rank, world_size
 from dml_core.learner import Learner, Weights
-from dml_core.passes import GraphRecorder, RecordedPasses
+from dml_core.passes import GraphRecorder, RecordedLoss, RecordedPasses
 from dml_core.ranking.intensity import IntensityRanking
 from tests import ranks
 
@@ -32,14 +34,14 @@ def learner_on_gpu() -> Learner:
     return Learner(backbone, heads.linear(512, DIM), loss, Weights(0.2, 0.2), sgar=sgar).cuda()
 
 
-def train(learner: Learner, slices: int, bf16: bool, steps: int = 4) -> list[Tensor]:
+def train(learner: Learner, slices: int, bf16: bool, noise: torch.Generator) -> list[Tensor]:
     """Weights, losses and features on the CPU."""
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-3)
     generator, losses = torch.Generator().manual_seed(1), []
     labels = torch.arange(BATCH, device="cuda") // 4
-    for step in range(steps):
+    for step in range(4):
         images = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator).cuda()
-        noise = torch.Generator("cuda").manual_seed(step)
+        noise.manual_seed(step)
         optimizer.zero_grad()
         given = own_rows(images, slices), own_rows(labels, slices), 0, noise, slices
         terms = learner.backward(*given, lambda function, *rows: map(autocast(bf16)(function), *rows))
@@ -50,7 +52,7 @@ def train(learner: Learner, slices: int, bf16: bool, steps: int = 4) -> list[Ten
     return [tensor.cpu() for tensor in (*learner.state_dict().values(), torch.stack(losses), features)]
 
 
-def record(learner: Learner, bf16: bool, said: list[str]) -> None:
+def record(learner: Learner, bf16: bool, said: list[str], noise: torch.Generator) -> None:
     def in_precision(cache_enabled: bool = True) -> torch.autocast:
         return autocast(bf16, cache_enabled)
 
@@ -58,6 +60,7 @@ def record(learner: Learner, bf16: bool, said: list[str]) -> None:
     learner.passes = RecordedPasses(
         learner.backbone, None, INFERENCE, in_precision, parameters, said.append, GraphRecorder()
     )
+    learner.run_loss = RecordedLoss([noise], said.append, GraphRecorder([noise]))
 
 
 @pytest.mark.parametrize(("slices", "precision"), [*itertools.product((1, 2, 4, 8), PRECISIONS)])
@@ -65,11 +68,33 @@ def test_graphs_give_the_bits_of_kernels(slices: int, precision: str) -> None:
     bf16, said = PRECISIONS[precision], list[str]()
     eager = learner_on_gpu()
     graphs = copy.deepcopy(eager)
-    record(graphs, bf16, said)
-    expected = train(eager, slices, bf16)
-    for one, other in zip(train(graphs, slices, bf16), expected, strict=True):
+    noise = torch.Generator("cuda")
+    record(graphs, bf16, said, noise)
+    expected = train(eager, slices, bf16, noise)
+    for one, other in zip(train(graphs, slices, bf16, noise), expected, strict=True):
         assert torch.equal(one, other)
     assert not said and isinstance(graphs.passes, RecordedPasses) and graphs.passes.inference is not None
+    assert isinstance(graphs.run_loss, RecordedLoss) and graphs.run_loss.recorded is not None
+
+
+def test_features_of_bf16_and_their_gradient_are_near_those_of_float32() -> None:
+    learner, gradients, losses = learner_on_gpu(), list[Tensor](), list[float]()
+    images = torch.randint(
+        0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    for precision in PRECISIONS.values():
+        learner.zero_grad()
+        noise, labels = torch.Generator("cuda").manual_seed(0), torch.arange(BATCH, device="cuda") // 4
+        each = partial(in_each, autocast(precision))
+        losses.append(float(learner.backward(images.cuda(), labels, 0, noise, 4, each).loss))
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters() if p.grad is not None]))
+    exact, rounded = gradients
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+def in_each(context: torch.autocast, function: Callable[..., object], *rows: Iterable[Tensor]) -> Iterator[object]:
+    return map(context(function), *rows)
 
 
 def test_a_network_that_waits_for_the_device_runs_on() -> None:
@@ -85,8 +110,9 @@ def test_a_network_that_waits_for_the_device_runs_on() -> None:
     learners = learner_on_gpu(), learner_on_gpu()
     for learner in learners:
         learner.backbone.network = Waits(learner.backbone.network)
-    record(learners[1], False, said)
-    expected, weights = (train(learner, 4, False) for learner in learners)
+    noise = torch.Generator("cuda")
+    record(learners[1], False, said, noise)
+    expected, weights = (train(learner, 4, False, noise) for learner in learners)
     for one, other in zip(weights, expected, strict=True):
         assert torch.equal(one, other)
     assert len(said) == 1 and "cannot be a CUDA graph" in said[0]
@@ -95,8 +121,9 @@ def test_a_network_that_waits_for_the_device_runs_on() -> None:
 def run_rank(folder: Path) -> None:
     said: list[str] = []
     learner = learner_on_gpu()
-    record(learner, True, said)
-    tensors = train(learner, 4, True)
+    noise = torch.Generator("cuda")
+    record(learner, True, said, noise)
+    tensors = train(learner, 4, True, noise)
     assert not said
     torch.save(tensors, folder / f"{world_size()}_{rank()}.pt")
 
