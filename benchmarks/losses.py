@@ -1,12 +1,13 @@
 """Time and memory of the loss terms, beside a loop written from the paper and the library's own route.
 
-    python benchmarks/losses.py [--threads 2] [--batch 128 1024] [--repeat 20] [--classes 20000] [--only PATTERN]
+    python benchmarks/losses.py [--device cuda] [--threads 2] [--batch 128 1024] [--repeat 20] [--classes 20000]
+                                [--only PATTERN]
 
 Milliseconds of forward and backward, median (best) of the repeats; D = 512, K = 4 images a class, C = 100 classes or
-B / 4, M = 3 draws, N = 5 intensities. Memory is what the peak of the process grew by, in units of the input.
-`--classes 200000` shows the neighbor correction at that size. The first line tells how fast the machine is; the last
-what a method's milliseconds are to be compared with: one step of a ResNet-50 on 128 pictures of 224 pixels, taken as
-16 times that on 8.
+B / 4, M = 3 draws, N = 5 intensities. Memory is what the peak of the process, or of the GPU, grew by, in units of the
+input. `--classes 200000` shows the neighbor correction at that size. The first line tells how fast the machine is; the
+last what a method's milliseconds are to be compared with: one step of a ResNet-50 on 128 pictures of 224 pixels, taken
+as 16 times that on 8. Loops, and what the library lists, are left out where they would take minutes.
 """
 
 import argparse
@@ -34,26 +35,57 @@ DIM, IMAGES, DRAWS, INTENSITIES = 512, 4, 3, 5
 Step = Callable[[], Tensor | None]
 
 
-def timed(step: Step, repeat: int) -> str:
+def wait(device: str) -> None:
+    """Wait until all work on the device is done."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def timed(step: Step, repeat: int, device: str = "cpu") -> str:
     """Median and best, in ms; slow steps are repeated less often."""
     times: list[float] = []
     while len(times) < repeat + 2 and sum(times) < 5:
+        wait(device)
         start = time.perf_counter()
         loss = step()
         if loss is not None and loss.requires_grad:
             loss.backward()
+        wait(device)
         times.append(time.perf_counter() - start)
     times = times[2:] or times  # without the first two, where there are more
     return f"{statistics.median(times) * 1e3:.1f} ({min(times) * 1e3:.1f})"
 
 
-def grown(step: Callable[[], object]) -> int:
-    """Bytes that the peak of resident memory lies above what was resident before."""
+def grown(step: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that the peak of resident memory, or of a GPU's, lies above what was in use before."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     step()
     return status("VmHWM") - before
+
+
+def correction(classes: int, device: str = "cpu") -> tuple[float, int, int]:
+    """Correct the variances of classes of 1 to 59 images: seconds, bytes that memory grew by, bytes given."""
+    torch.manual_seed(0)
+    mean, variance = torch.randn(classes, DIM).to(device), torch.rand(classes, DIM).to(device)
+    count = torch.randint(1, 60, (classes,)).to(device)
+    neighbor_correction(mean[:100], variance[:100], count[:100])  # loads the device's libraries
+    wait(device)
+    start, seconds = time.perf_counter(), list[float]()
+
+    def step() -> None:
+        neighbor_correction(mean, variance, count)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+
+    memory = grown(step, device)
+    return seconds[0], memory, mean.nbytes + variance.nbytes
 
 
 def status(key: str) -> int:
@@ -133,20 +165,28 @@ def loop_variation(z: Tensor, labels: Tensor, classes: int) -> None:
     ((sorted_by_class - mean * onehot).square().sum(0) / onehot.sum(0)).sum()
 
 
-def terms(batch: int) -> dict[str, tuple[Step, Step | None, Step | None]]:
+def terms(batch: int, device: str = "cpu") -> dict[str, tuple[Step, Step | None, Step | None]]:
     """Name -> (ours, the loop, the library)."""
+    with torch.device(device):
+        steps = terms_on(batch, device)
+    slow = batch > 1024 or device != "cpu"  # for a loop over the anchors
+    return {name: (ours, None if slow else loop, library) for name, (ours, loop, library) in steps.items()}
+
+
+def terms_on(batch: int, device: str) -> dict[str, tuple[Step, Step | None, Step | None]]:
+    """`terms`, while new tensors are on the device."""
     torch.manual_seed(0)
     classes = max(100, batch // IMAGES)
     labels = torch.arange(batch) // IMAGES
     z = (torch.randn(classes, DIM)[labels] + 1.5 * torch.randn(batch, DIM)).requires_grad_()
     variance, s = torch.rand(classes, DIM), (torch.rand(batch, DIM) + 0.5).requires_grad_()
     projection = torch.nn.init.orthogonal_(torch.empty(DIM, DIM)).requires_grad_()
-    generator = torch.Generator()
+    generator = torch.Generator(device)
     synthetic = (z + torch.randn(DRAWS, batch, DIM)).flatten(0, 1).detach().requires_grad_()
     everyone = labels.repeat(1 + DRAWS)
 
     def ours(name: str) -> Step:
-        loss = base_losses.build(name, classes, DIM)
+        loss = base_losses.build(name, classes, DIM).to(device)
         return lambda: loss(z, labels, synthetic)
 
     def library(loss, miner) -> Step:
@@ -158,7 +198,8 @@ def terms(batch: int) -> dict[str, tuple[Step, Step | None, Step | None]]:
 
     proxies = losses.ProxyAnchorLoss(classes, DIM)
     multi = base_losses.build("multi_similarity", classes, DIM)
-    semihard = miners.TripletMarginMiner(type_of_triplets="semihard") if batch < 512 else None
+    small = batch < 512  # the library's lists are short
+    semihard = miners.TripletMarginMiner(type_of_triplets="semihard")
 
     def iaa() -> Tensor:
         drawn, _ = gaussian.synthesize(z, labels, variance, 0.7, DRAWS, generator)
@@ -184,7 +225,14 @@ def terms(batch: int) -> dict[str, tuple[Step, Step | None, Step | None]]:
         "boosted triplet": (
             ours("triplet"),
             lambda: loop_triplet(z, labels, synthetic),
-            library(losses.TripletMarginLoss(0.2), semihard) if semihard else None,
+            library(losses.TripletMarginLoss(0.2), semihard) if small else None,
+        ),
+        "boosted margin": (
+            ours("margin"),
+            None,
+            library(losses.MarginLoss(learn_beta=True, num_classes=classes), miners.DistanceWeightedMiner())
+            if small
+            else None,
         ),
         "boosted proxy-anchor": (
             ours("proxy_anchor"),
@@ -202,8 +250,24 @@ def row(name: str, *cells: object) -> None:
     print(f"| {name:<42} |" + "".join(f" {cell!s:>19} |" for cell in cells), flush=True)
 
 
+def print_terms(device: str, batches: list[int], repeat: int, only: str = "") -> None:
+    """Print a row for each loss term that has `only` in its name, at each batch size."""
+    for batch in batches:
+        for name, steps in terms(batch, device).items():
+            if only in name:
+                row(f"{name}, B={batch}", *(timed(step, repeat, device) if step else "" for step in steps))
+
+
+def print_correction(device: str, sizes: list[int]) -> None:
+    """Print time and memory of the neighbor correction of so many classes."""
+    for classes in sizes:
+        seconds, memory, given = correction(classes, device)
+        row(f"correction of {classes} classes", f"{seconds * 1e3:.0f}", "", f"{memory / given:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, nargs="*", default=[128, 1024])
     parser.add_argument("--repeat", type=int, default=20)
@@ -211,41 +275,30 @@ def main() -> None:
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device, repeat = options.device, options.repeat
 
-    row(f"{options.threads} threads, ms", "ours", "loop", "library")
+    where = f"{options.threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    row(f"{where}, ms", "ours", "loop", "library")
     row("-" * 42, *["-" * 19] * 3)
-    square = torch.randn(2048, 2048)
-    row(
-        "a product of 2048 x 2048 (17.2 GFLOP)",
-        timed(partial(torch.mm, square, square, out=torch.empty_like(square)), options.repeat),
-        "",
-        "",
-    )
-    for batch in options.batch:
-        for name, steps in terms(batch).items():
-            if options.only in name:
-                row(f"{name}, B={batch}", *(timed(step, options.repeat) if step else "" for step in steps))
+    square = torch.randn(2048, 2048, device=device)
+    product = partial(torch.mm, square, square, out=torch.empty_like(square))
+    row("a product of 2048 x 2048 (17.2 GFLOP)", timed(product, repeat, device), "", "")
+    print_terms(device, options.batch, repeat, options.only)
 
     row("", "ours", "loop", "memory / input")
     for samples, classes in ((1000, 100), (8054, 98)):
         name = f"variation {samples} x {classes} x {DIM}"
         if options.only in name:
-            z, labels = torch.randn(samples, DIM), torch.arange(samples) % classes
-            update = ClassVariation(classes, DIM).update
+            z, labels = torch.randn(samples, DIM, device=device), torch.arange(samples, device=device) % classes
+            update = ClassVariation(classes, DIM).to(device).update
             update(z, labels)
-            memory = grown(partial(update, z, labels)) / z.nbytes
-            loop = timed(partial(loop_variation, z, labels, classes), 3) if samples < 5000 else ""
-            row(name, timed(partial(update, z, labels), options.repeat), loop, f"{memory:.2f}")
-    for classes in options.classes:
-        name = f"correction of {classes} classes"
-        if options.only in name:
-            mean, variance = torch.randn(classes, DIM), torch.rand(classes, DIM)
-            count, start = torch.randint(1, 60, (classes,)), time.perf_counter()
-            memory = grown(partial(neighbor_correction, mean, variance, count)) / mean.nbytes / 2
-            row(name, f"{(time.perf_counter() - start) * 1e3:.0f}", "", f"{memory:.2f}")
+            memory = grown(partial(update, z, labels), device) / z.nbytes
+            loop = timed(partial(loop_variation, z, labels, classes), 3, device) if samples < 5000 else ""
+            row(name, timed(partial(update, z, labels), repeat, device), loop, f"{memory:.2f}")
+    print_correction(device, [n for n in options.classes if options.only in f"correction of {n} classes"])
     if options.only in "ResNet-50":
-        network, images = torchvision.models.resnet50(), torch.randn(8, 3, 224, 224)
-        row("ResNet-50 step, B=8 of 128", timed(lambda: network(images).sum(), 5), "", "")
+        network, images = torchvision.models.resnet50().to(device), torch.randn(8, 3, 224, 224, device=device)
+        row("ResNet-50 step, B=8 of 128", timed(lambda: network(images).sum(), 5, device), "", "")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ But:
 - Distances are scaled to [0, 1] over the real candidates of a row. The published code has its masking constant in the
   row, which makes every scaled distance about 0.
 - alpha reaches n_k = tau, as in the paper; the published code stops before it.
-- Above `BRUTE_FORCE_LIMIT` candidates Faiss finds the neighbors, and the ends of the scale are taken over the neighbors
-  and about `SAMPLE_SIZE` evenly spaced candidates.
+- Above `SAMPLE_SIZE` candidates the least and the greatest distance of variances are those to the neighbors and to
+  evenly spaced candidates, at least half as many, which saves half of the time. All else is exact.
 - The full covariance is an option of ours; a distance between two is the Frobenius norm.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,33 @@ from torch import Tensor, nn
 from dml_core.gather import all_max, all_sum
 
 CHUNK = 2**17  # numbers: a chunk of embeddings in float64 stays in the cache
-BLOCK = 2**21  # numbers: a block of the class-to-class distances
-VARIANCE_CHUNK = 2**22  # numbers: the variances of a block's neighbors, or the outer products of a chunk
+VARIANCE_CHUNK = 2**22  # numbers: the outer products of a chunk
 PRODUCT_BITS = 22  # of the two integers that a number is for a full covariance
 PRODUCT_ROWS = 2**9  # of a chunk: float64 holds the sums of products of such integers
-BRUTE_FORCE_LIMIT = 2**14  # candidates: above, Faiss searches
-EXACT_SEARCH_LIMIT = 2**16  # candidates: above, Faiss searches an inverted file, which may miss some
-SAMPLE_SIZE = 2**11  # candidates
+SAMPLE_SIZE = 2**14  # candidates
+
+
+class Tiles(NamedTuple):
+    """How much of the correction is computed at a time.
+
+    Attributes:
+        rows: Of a tile of the class-to-class distances.
+        columns: Of it.
+        numbers: The variances of the neighbors of some classes.
+    """
+
+    rows: int
+    columns: int
+    numbers: int
+
+
+# Type of device -> its tiles: 4 MiB stay in a processor's cache, 512 MiB keep all of a GPU busy.
+TILES = {"cpu": Tiles(256, 2**12, 2**22), "cuda": Tiles(2**12, 2**15, 2**25)}
+
+
+def tiles_of(device: torch.device) -> Tiles:
+    """Return the tiles that suit a device."""
+    return TILES["cpu" if device.type == "cpu" else "cuda"]
 
 
 class ClassVariation(nn.Module):
@@ -276,9 +296,10 @@ def neighbor_correction(
     gamma: float = 0.1,
     tau: float = 40,
 ) -> Tensor:
-    """Correct the variance of each class by those of similar classes. Memory: O(C D).
+    """Correct the variance of each class by those of similar classes.
 
-    Only classes of two samples or more can be neighbors; where there are none, nothing is corrected.
+    Only classes of two samples or more can be neighbors; where there are none, nothing is corrected. Time: O(C^2 D).
+    Memory beside the result: O(C D), twice that of `mean` or `variance`, and some tiles (`TILES`), on a GPU 1 GiB.
 
     Args:
         mean: (C, D).
@@ -293,32 +314,25 @@ def neighbor_correction(
         The corrected variances, shaped like `variance`.
     """
     alpha = neighbor_weight(count.double(), beta, tau)[:, None]
-    candidates = torch.where(count > 1)[0]
-    if len(candidates) == 0:
-        return variance.clone()
+    candidates, corrected_classes = torch.where(count > 1)[0], torch.where(alpha[:, 0] > 0)[0]
+    corrected = variance.clone().flatten(1)
+    if len(candidates) == 0 or len(corrected_classes) == 0:
+        return corrected.view_as(variance)
     location, spread, n = mean.square(), variance.flatten(1), count.double()
-    overall = sum(n[part] @ spread[part].double() for part in candidates.split(BRUTE_FORCE_LIMIT)) / n[candidates].sum()
-    use_brute_force = len(candidates) <= BRUTE_FORCE_LIMIT
-    reference = candidates if use_brute_force else candidates[:: len(candidates) // SAMPLE_SIZE]
-    location_distances, spread_distances = (squared_distances_to(x[reference]) for x in (location, spread))
-    find_nearest = None if use_brute_force else faiss_search(location, candidates)
+    size = max(1, tiles_of(mean.device).numbers // ((neighbors + 1) * spread.shape[1]))
+    overall = sum(n[part] @ spread[part].double() for part in candidates.split(size)) / n[candidates].sum()
+    near_all, farthest = nearest_classes(location, corrected_classes, candidates, neighbors)
+    sample = candidates[:: -(-len(candidates) // SAMPLE_SIZE)].contiguous()
+    most_alike, least_alike = nearest_classes(spread, corrected_classes, sample, 1)
 
-    corrected = spread.clone()
-    rows_at_once = min(BLOCK // len(reference), VARIANCE_CHUNK // ((neighbors + 1) * spread.shape[1]))
-    for rows in torch.where(alpha[:, 0] > 0)[0].split(max(1, rows_at_once)):
-        to_locations, to_spreads = location_distances(location[rows]), spread_distances(spread[rows])
-        if find_nearest is None:
-            near = candidates[to_locations.topk(min(neighbors + 1, len(candidates)), largest=False).indices]
-        else:
-            near = find_nearest(location[rows], neighbors + 1)
-        kept = (near >= 0) & (near != rows[:, None])
-        kept &= kept.cumsum(1) <= neighbors  # one more is searched than is kept, as one may be the class itself
-        near_spread = spread[near]
+    found = corrected_classes, near_all, farthest, most_alike, least_alike
+    for rows, near, far_location, alike, far_spread in zip(*(x.split(size) for x in found)):
+        kept, near_spread = near != rows[:, None], spread[near]
         location_distance = (location[near] - location[rows, None]).norm(dim=2)
         spread_distance = (near_spread - spread[rows, None]).norm(dim=2)
-        to_other_spreads = to_spreads.masked_fill(reference == rows[:, None], torch.inf)
-        distance = unit_scale(location_distance, kept, None, to_locations.amax(1)).square()
-        distance += unit_scale(spread_distance, kept, to_other_spreads.amin(1), to_spreads.amax(1)).square()
+        least = (spread[alike] - spread[rows, None]).norm(dim=2)
+        distance = unit_scale(location_distance, kept, None, far_location).square()
+        distance += unit_scale(spread_distance, kept, least, far_spread).square()
         weights = n[near] * torch.exp(-distance / 2) * kept
         total = weights.sum(1, keepdim=True)
         local = torch.einsum("rk, rkd -> rd", (weights / total).to(near_spread.dtype), near_spread)
@@ -327,57 +341,71 @@ def neighbor_correction(
     return corrected.view_as(variance)
 
 
-def squared_distances_to(y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that maps x (R, D) to its squared distances (R, S) to y (S, D), by one matrix product."""
-    center = y.mean(0)
-    y = y - center
-    norms = y.square().sum(1)
-    return lambda x: torch.addmm(norms, x - center, y.T, alpha=-2).add_((x - center).square().sum(1, keepdim=True))
+def nearest_classes(x: Tensor, rows: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the nearest other candidates of some classes, and how far the farthest is, by products of tiles.
+
+    Args:
+        x: (C, D) a point of each class.
+        rows: (Q,) classes.
+        candidates: (S,) classes to search among, ascending.
+        k: How many to find.
+
+    Returns:
+        (Q, min(k, S)) the nearest candidates, nearest first; the class itself in places for which there are too few.
+        (Q,) squared distance to the farthest.
+    """
+    size, columns, _ = tiles_of(x.device)
+    y = x[candidates]
+    center = y.mean(0)  # distances stay, rounding errors shrink
+    norms = y.sub_(center).square().sum(1)
+    near_all, farthest = [], []
+    for part in rows.split(size):
+        query = x[part] - center
+        own = torch.searchsorted(candidates, part)[:, None]
+        own.masked_fill_(candidates[own.clamp(max=len(candidates) - 1)] != part[:, None], -1)
+        tiles = []
+        for offset in range(0, len(candidates), columns):
+            tile = slice(offset, offset + columns)
+            distance = torch.addmm(norms[tile], query, y[tile].T, alpha=-2)  # less the squared norm of the query
+            far = distance.amax(1, keepdim=True)
+            leave_out(distance, own - offset)
+            best = distance.topk(min(k, distance.shape[1]), largest=False) if k > 1 else distance.min(1, keepdim=True)
+            tiles.append((best.values, best.indices + offset, far))
+        values, positions, far = (torch.cat(parts, 1) for parts in zip(*tiles))
+        best = values.topk(min(k, values.shape[1]), largest=False)
+        near = candidates[positions.gather(1, best.indices)]
+        near_all.append(torch.where(best.values < torch.inf, near, part[:, None]))
+        farthest.append(far.amax(1) + query.square().sum(1))
+    return torch.cat(near_all), torch.cat(farthest)
 
 
-def unit_scale(distance: Tensor, kept: Tensor, lowest: Tensor | None, highest: Tensor) -> Tensor:
+def leave_out(distance: Tensor, column: Tensor) -> None:
+    """Set a distance of each row to inf, in place.
+
+
+
+def unit_scale(distance: Tensor, kept: Tensor, least: Tensor | None, farthest: Tensor) -> Tensor:
     """Scale distances to [0, 1], from the least to the greatest distance of a row's candidates.
+    Args:
+        distance: (R, S).
+        column: (R, 1), those outside of which are none.
+    """
+    outside = (column < 0) | (column >= distance.shape[1])
+    written = distance.new_full(column.shape, torch.inf).masked_fill_(outside, -torch.inf)
+    distance.scatter_reduce_(1, column.clamp(0, distance.shape[1] - 1), written, "amax")
 
     Args:
         distance: (R, K) distances of some candidates.
         kept: (R, K) bool, which of them count.
-        lowest: (R,) least squared distance of all candidates; None: that candidate is among the kept ones.
-        highest: (R,) greatest squared distance of all candidates.
+        least: (R, 1) least distance of all candidates; None: that candidate is among the kept ones.
+        farthest: (R,) greatest squared distance of all candidates.
 
     Returns:
         (R, K) float64.
     """
-    low = distance.masked_fill(~kept, torch.inf).amin(1)
-    high = distance.masked_fill(~kept, 0).amax(1).maximum(highest.clamp_min(0).sqrt())
-    if lowest is not None:
-        low = low.minimum(lowest.clamp_min(0).sqrt())
-    span = (high - low).double()[:, None]
-    return torch.where(span > 0, (distance - low[:, None]) / span, 0)
-
-
-def faiss_search(location: Tensor, candidates: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """Build an index of the candidates' rows of `location` (C, D).
-
-    Args:
-        location: (C, D) points of all classes.
-        candidates: (S,) classes to search among.
-
-    Returns:
-        A function of queries (R, D) and k that returns the nearest candidates (R, k), -1 where there are fewer.
-    """
-    import faiss
-
-    cells = int(4 * len(candidates) ** 0.5)
-    is_exact = len(candidates) < EXACT_SEARCH_LIMIT
-    index: Any = faiss.index_factory(location.shape[1], "Flat" if is_exact else f"IVF{cells},Flat")
-    if not index.is_trained:
-        index.nprobe = max(16, cells // 64)
-        index.train(location[candidates].float().cpu().numpy())
-    for part in candidates.split(BRUTE_FORCE_LIMIT):
-        index.add(location[part].float().cpu().numpy())
-
-    def find_nearest(queries: Tensor, k: int) -> Tensor:
-        positions = torch.from_numpy(index.search(queries.float().cpu().numpy(), k)[1]).to(candidates.device)
-        return torch.where(positions >= 0, candidates[positions], -1)
-
-    return find_nearest
+    low = distance.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
+    if least is not None:
+        low = low.minimum(least)
+    high = distance.masked_fill(~kept, 0).amax(1, keepdim=True).maximum(farthest[:, None].clamp_min(0).sqrt())
+    span = (high - low).double()
+    return torch.where(span > 0, (distance - low) / span, 0)

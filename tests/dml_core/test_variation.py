@@ -11,7 +11,14 @@ from torch import Tensor
 
 from dml_core import variation
 from dml_core.gather import rank, world_size
-from dml_core.variation import ClassVariation, neighbor_correction, neighbor_weight
+from dml_core.variation import (
+    TILES,
+    ClassVariation,
+    Tiles,
+    nearest_classes,
+    neighbor_correction,
+    neighbor_weight,
+)
 from tests import ranks
 
 SHARED = Path(os.environ.get("DML_SHARED", Path(__file__).parents[3] / "shared"))
@@ -269,8 +276,8 @@ def test_neighbor_weight_of_few_samples():
     )
 
 
-def naive_correction(mean, variance, count, neighbors=25, beta=0.1, gamma=0.1, tau=40):
-    """Row by row, with all real candidates of a row in the scaling."""
+def naive_correction(mean, variance, count, neighbors=25, beta=0.1, gamma=0.1, tau=40, every=1):
+    """Row by row, with all real candidates of a row in the scaling, or of variances the neighbors and every n-th."""
     classes, out = len(mean), variance.copy()
     real = [i for i in range(classes) if count[i] > 1]
     overall = sum(count[i] * variance[i] for i in real) / sum(count[i] for i in real)
@@ -281,7 +288,8 @@ def naive_correction(mean, variance, count, neighbors=25, beta=0.1, gamma=0.1, t
         local = overall
         if candidates:
             near = np.argsort(by_mean, kind="stable")[:neighbors]
-            dm, dv = ((d - d.min()) / (np.ptp(d) or 1) for d in (by_mean, by_spread))
+            ends = [i in near or candidate in real[::every] for i, candidate in enumerate(candidates)]
+            dm, dv = ((d - d[e].min()) / (np.ptp(d[e]) or 1) for d, e in ((by_mean, slice(None)), (by_spread, ends)))
             w = np.array([count[candidates[i]] * np.exp(-(dm[i] ** 2) / 2 - dv[i] ** 2 / 2) for i in near])
             local = sum(w[:, None] * variance[[candidates[i] for i in near]].reshape(len(w), -1)) / w.sum()
             local = local.reshape(variance[k].shape)
@@ -309,26 +317,42 @@ def test_correction_equals_the_loop(classes, neighbors, shape):
     np.testing.assert_allclose(ours.numpy(), oracle, rtol=1e-6, atol=1e-9)
 
 
-def test_correction_in_float32_and_in_blocks(monkeypatch):
+def test_many_classes_are_scaled_by_a_sample(monkeypatch):
     mean, variance, count = statistics(60)
-    expected = neighbor_correction(mean, variance, count)
-    monkeypatch.setattr(variation, "BLOCK", 200)
-    blocks = neighbor_correction(mean.float(), variance.float(), count.float())
-    assert blocks.dtype == torch.float32
-    torch.testing.assert_close(blocks.double(), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(variation, "SAMPLE_SIZE", 15)
+    ours = neighbor_correction(mean, variance, count, 7)
+    every = -(-int((count > 1).sum()) // 15)
+    assert every > 1
+    oracle = naive_correction(mean.numpy(), variance.numpy(), count.tolist(), 7, every=every)
+    np.testing.assert_allclose(ours.numpy(), oracle, rtol=1e-6, atol=1e-9)
+    assert not np.allclose(oracle, naive_correction(mean.numpy(), variance.numpy(), count.tolist(), 7))
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_correction_through_faiss(exact, monkeypatch):
-    """With all candidates in the sample, the exact search gives the same numbers; the inverted file nearly so."""
-    mean, variance, count = statistics(500)
+@pytest.mark.parametrize("tiles", [Tiles(7, 11, 200), TILES["cuda"]], ids=["small", "of a GPU"])
+def test_correction_in_float32_and_in_tiles(tiles, monkeypatch):
+    mean, variance, count = statistics(60)
     expected = neighbor_correction(mean, variance, count, 5)
-    monkeypatch.setattr(variation, "BRUTE_FORCE_LIMIT", 10)
-    monkeypatch.setattr(variation, "SAMPLE_SIZE", int((count > 1).sum()))
-    monkeypatch.setattr(variation, "EXACT_SEARCH_LIMIT", 10**6 if exact else 10)
-    ours = neighbor_correction(mean, variance, count, 5)
-    same = ((ours - expected).abs() < 1e-6).all(1).double().mean()
-    assert same == 1 if exact else same > 0.8
+    monkeypatch.setitem(TILES, "cpu", tiles)
+    ours = neighbor_correction(mean.float(), variance.float(), count.float(), 5)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tiles", [Tiles(7, 11, 200), Tiles(64, 3, 200), TILES["cpu"]], ids=str)
+@pytest.mark.parametrize("k", [1, 6, 100])
+def test_nearest_classes_are_those_of_all_distances(k, tiles, monkeypatch):
+    """Of classes that are candidates themselves, and of others."""
+    monkeypatch.setitem(TILES, "cpu", tiles)
+    generator = torch.Generator().manual_seed(0)
+    x = 10 + torch.randn(50, DIM, generator=generator, dtype=torch.float64)
+    candidates, rows = torch.arange(0, 50, 2), torch.randperm(50, generator=generator)[:33].sort().values
+    near, farthest = nearest_classes(x, rows, candidates, k)
+    distance = torch.cdist(x[rows], x[candidates])
+    torch.testing.assert_close(farthest.sqrt(), distance.amax(1))
+    distance.masked_fill_(rows[:, None] == candidates, torch.inf)
+    best = distance.topk(min(k, len(candidates)), largest=False)
+    assert torch.equal(near, torch.where(best.values < torch.inf, candidates[best.indices], rows[:, None]))
+    assert (near[:, -1] == rows).any() == (k == 100)
 
 
 def test_order_of_the_classes_does_not_matter():
@@ -362,21 +386,3 @@ def test_degenerate_sets_give_finite_variances(count):
     mean, variance = torch.ones(3, DIM), torch.ones(3, DIM) * (n > 1)[:, None]
     ours = neighbor_correction(mean, variance, n)  # all means and variances are the same
     torch.testing.assert_close(ours, torch.ones(3, DIM) if max(count) > 1 else torch.zeros(3, DIM))
-
-
-def test_twenty_thousand_classes():
-    classes = 20_000
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(classes, 8, generator=generator)
-    variance = torch.rand(classes, 8, generator=generator)
-    count = torch.randint(1, 60, (classes,), generator=generator)
-    ours = neighbor_correction(mean, variance, count)
-    row = int(torch.where(count == 1)[0][0])
-    assert ours.isfinite().all()
-    squares = mean.double().square()
-    real = torch.where(count > 1)[0]
-    near = real[(squares[real] - squares[row]).norm(dim=1).topk(25, largest=False).indices]
-    low, high = variance[near].amin(0), variance[near].amax(0)
-    overall = (variance * count[:, None])[real].sum(0) / count[real].sum()
-    local = (ours[row] - 0.1 * overall) / 0.9
-    assert (local > low - 1e-4).all() and (local < high + 1e-4).all()
