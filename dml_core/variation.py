@@ -382,10 +382,6 @@ def nearest_classes(x: Tensor, rows: Tensor, candidates: Tensor, k: int) -> tupl
 def leave_out(distance: Tensor, column: Tensor) -> None:
     """Set a distance of each row to inf, in place.
 
-
-
-def unit_scale(distance: Tensor, kept: Tensor, least: Tensor | None, farthest: Tensor) -> Tensor:
-    """Scale distances to [0, 1], from the least to the greatest distance of a row's candidates.
     Args:
         distance: (R, S).
         column: (R, 1), those outside of which are none.
@@ -393,6 +389,10 @@ def unit_scale(distance: Tensor, kept: Tensor, least: Tensor | None, farthest: T
     outside = (column < 0) | (column >= distance.shape[1])
     written = distance.new_full(column.shape, torch.inf).masked_fill_(outside, -torch.inf)
     distance.scatter_reduce_(1, column.clamp(0, distance.shape[1] - 1), written, "amax")
+
+
+def unit_scale(distance: Tensor, kept: Tensor, least: Tensor | None, farthest: Tensor) -> Tensor:
+    """Scale distances to [0, 1], from the least to the greatest distance of a row's candidates.
 
     Args:
         distance: (R, K) distances of some candidates.
