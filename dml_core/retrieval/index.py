@@ -6,6 +6,9 @@ vectors, and more are fetched until no other item can belong to the k best. A `f
 `neighbors.nearest` does in float64, ties by position, however the items are dealt to shards. `ivf` and `hnsw` rank what
 they find in the same way.
 
+On a GPU: the cells of `ivf` are trained there where Faiss's build sees one. An index that many queries ask is copied
+there by `copy_to_gpu`, a flat one for torch, `ivf` for Faiss: what they find is scored anew all the same.
+
 Legend: Q queries, D dimensions, k neighbours.
 """
 
@@ -16,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dml_core.retrieval.neighbors import Neighbors
+from dml_core.retrieval.neighbors import Neighbors, nearest
 
 EXTRA_CANDIDATES = 16  # beyond k, in the first search
 CHUNK = 2**22  # numbers: the vectors of the candidates of a chunk of queries
 UNIT_ROUNDOFF = 2**-24  # of float32, relative
+LARGEST_ON_GPU = 2048  # neighbours, and cells of a query, that Faiss's GPU indexes allow
 LARGEST_NORM = math.sqrt(2)  # of stored vectors: 1 for unit embeddings, at most this for index_vectors of them
 
 
@@ -54,7 +58,7 @@ def default_cells(rows: int) -> int:
 
 
 def build(vectors: Any, kind: str, options: IndexOptions) -> Any:
-    """Build a Faiss index, with the same bits each time on one thread.
+    """Build a Faiss index, with the same bits each time on one thread; where `gpu_count` is not 0, GPUs train ivf.
 
     Args:
         vectors: (N, D) array or tensor.
@@ -63,7 +67,7 @@ def build(vectors: Any, kind: str, options: IndexOptions) -> Any:
         options: Options of the kind, as KINDS names them.
 
     Returns:
-        The Faiss index.
+        The Faiss index, of the processor.
     """
     import faiss
 
@@ -75,7 +79,12 @@ def build(vectors: Any, kind: str, options: IndexOptions) -> Any:
     elif kind == "ivf":
         cells = options.nlist or default_cells(rows)
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
+        if gpu_count():  # they compare points with centres, the processor does the rest of k-means
+            index.clustering_index = on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(dim))
         index.train(vectors)
+        if gpu_count():
+            index.clustering_index = None
+            del on_gpus
         # An eighth of the cells, a sixth of the time: 97% recall in classes of a hundred items, structure-aware 95%,
         # where a sixteenth misses twice as much. Never fewer than eight: the cells of small sets hold few items.
         index.nprobe = min(cells, options.nprobe or max(8, cells // 8))
@@ -86,6 +95,13 @@ def build(vectors: Any, kind: str, options: IndexOptions) -> Any:
         index.hnsw.efSearch = options.ef_search or 128
     index.add(vectors)
     return index
+
+
+def gpu_count() -> int:
+    """Return how many GPUs Faiss sees; 0 where its build knows none."""
+    import faiss
+
+    return faiss.get_num_gpus()
 
 
 def write(index: Any, path: str) -> None:
@@ -102,11 +118,65 @@ def open_mapped(path: str) -> Any:
     return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
 
 
+class VectorsOnDevice:
+    """The vectors of a flat index on a device, searched exactly by neighbors.nearest. `search` takes it as an index."""
+
+    def __init__(self, index: Any, device: torch.device):
+        """Copy the vectors of a flat Faiss index."""
+        self.vectors = torch.from_numpy(index.reconstruct_n(0, index.ntotal)).to(device)
+        self.ntotal, self.d = index.ntotal, index.d
+
+    def search_and_reconstruct(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return similarity (Q, k), position (Q, k) and vectors (Q, k, D) of the k best items of queries (Q, D)."""
+        best = nearest(torch.from_numpy(queries).to(self.vectors.device), [(0, self.vectors)], k)
+        stored = self.vectors[best.position]
+        return best.similarity.cpu().numpy(), best.position.cpu().numpy(), stored.cpu().numpy()
+
+
+class IvfOnGpus:
+    """An ivf index copied to all GPUs that Faiss sees, which find what is read from the original. As for `search`."""
+
+    def __init__(self, index: Any):
+        """Copy an ivf index."""
+        import faiss
+
+        self.original, self.copy = index, faiss.index_cpu_to_all_gpus(index)
+        index.make_direct_map()  # from positions to places in cells
+        self.ntotal, self.d = index.ntotal, index.d
+
+    def search_and_reconstruct(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return similarity (Q, k), position (Q, k) and vectors (Q, k, D) of the k best items of queries (Q, D)."""
+        if k > LARGEST_ON_GPU:
+            return self.original.search_and_reconstruct(queries, k)
+        similarity, position = self.copy.search(queries, k)
+        stored = self.original.reconstruct_batch(position.clip(0).ravel()).reshape(*position.shape, self.d)
+        return similarity, position, stored
+
+
+def copy_to_gpu(index: Any, kind: str) -> Any:
+    """Copy an index to where many queries are answered soonest.
+
+    Args:
+        index: A Faiss index.
+        kind: Of KINDS.
+
+    Returns:
+        A copy for `search` on the GPU; the index itself where there is none for its kind, or too little memory.
+    """
+    if kind == "flat" and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        if 8 * index.ntotal * index.d <= free:  # as much again is left
+            return VectorsOnDevice(index, torch.device("cuda"))
+    if kind == "ivf" and gpu_count() and index.nprobe <= LARGEST_ON_GPU:
+        return IvfOnGpus(index)
+    return index
+
+
 def search(index: Any, queries: Any, k: int) -> Neighbors:
     """Find the k items of greatest inner product with each query.
 
     Args:
-        index: A Faiss index.
+        index: A Faiss index, or a copy of one by `copy_to_gpu`.
         queries: (Q, D) array or tensor.
         k: How many neighbours a query gets.
 

@@ -28,6 +28,8 @@ from pipelines.config.sections import Positive, Section
 from pipelines.models.checkpoint import model_fingerprint
 from pipelines.models.embedder import Embedder
 
+# Queries after which an index is copied to a GPU, if there is one: a copy takes about as long as a few answers.
+MANY_QUERIES = 8
 CACHED_ROW_GROUPS = 256  # of items.parquet, with up to 4,096 rows each: so many stay in memory
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
@@ -53,6 +55,7 @@ class About(Section):
         rows: Number of items.
         options: Of Faiss; those that were not left to their defaults.
         shards: Its files.
+        trained_on: Of ivf, what found its cells: GPUs, where Faiss saw some, or the processor.
         run: The model that embedded the items, as it was named.
         fingerprint: Of that model, see models.checkpoint.model_fingerprint.
         root: Of the items' paths; None: they have none, or it was not noted.
@@ -64,6 +67,7 @@ class About(Section):
     rows: Positive
     options: dict[str, int]
     shards: list[Shard]
+    trained_on: Literal["cpu", "gpu"] | None = None
     run: str
     fingerprint: str
     root: str | None = None
@@ -132,6 +136,7 @@ class Index:
     def __init__(self, folder: Path, about: About, shards: Sequence[FaissIndex]):
         """See open_index."""
         self.folder, self.about, self.shards = folder, about, shards
+        self.queries_asked = 0
         self.shard_offsets = np.cumsum([0, *(shard.rows for shard in about.shards[:-1])]).tolist()
         self.file = parquet.ParquetFile(folder / "items.parquet")
         group_rows = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
@@ -163,8 +168,15 @@ class Index:
         return Hits((constant - best.similarity).clamp(min=0).sqrt(), best.position)
 
     def _nearest(self, queries: Tensor, k: int) -> faiss_index.Neighbors:
-        by_shard = [faiss_index.search(shard, queries, k) for shard in self.shards]
+        self.queries_asked += len(queries)
+        shards = self.fast_shards if self.queries_asked >= MANY_QUERIES else self.shards
+        by_shard = [faiss_index.search(shard, queries, k) for shard in shards]
         return faiss_index.merge_shards(by_shard, self.shard_offsets, k)
+
+    @cached_property
+    def fast_shards(self) -> list[FaissIndex]:
+        """The shards, copied to a GPU if there is one for their kind."""
+        return [faiss_index.copy_to_gpu(shard, self.about.kind) for shard in self.shards]
 
     def items(self, ids: Sequence[int]) -> list[Item]:
         """Read the items of these ids, in their order."""

@@ -198,9 +198,14 @@ def _write_index(source: _Source, folder: Path, request: IndexRequest, console: 
     shards = [(source.file, rows, request, str(folder / name)) for name, rows in ranges.items()]
     with stage(console, f"building {len(shards)} shards"):
         if has_cluster():
-            hashes = _build_in_cluster(shards)
+            built = _build_in_cluster(shards)
         else:
-            hashes = call_interruptibly(lambda: [_build_shard(*shard) for shard in shards])
+            built = call_interruptibly(lambda: [_build_shard(*shard) for shard in shards])
+    trained_on: Literal["cpu", "gpu"] | None = None
+    if request.kind == "ivf":
+        trained_on = "gpu" if all(shard.gpus for shard in built) else "cpu"
+        by = "a GPU" if trained_on == "gpu" else "the processor, as Faiss sees no GPU"
+        console.print(f"cells of ivf: trained by {by}", highlight=False)
     with parquet.ParquetWriter(folder / "items.parquet", ITEM_COLUMNS) as items:
         for first, table in embeddings.tables(["path", "label"]):
             ids = pa.array(range(first, first + len(table)), pa.int64())
@@ -213,9 +218,10 @@ def _write_index(source: _Source, folder: Path, request: IndexRequest, console: 
         rows=embeddings.rows,
         options=request.chosen_options(),
         shards=[
-            Shard(name=name, rows=len(rows), sha256=sha256)
-            for (name, rows), sha256 in zip(ranges.items(), hashes, strict=True)
+            Shard(name=name, rows=len(rows), sha256=shard.sha256)
+            for (name, rows), shard in zip(ranges.items(), built, strict=True)
         ],
+        trained_on=trained_on,
         run=embeddings.model["run"],
         fingerprint=embeddings.model["fingerprint"],
         root=embeddings.root,
@@ -224,23 +230,31 @@ def _write_index(source: _Source, folder: Path, request: IndexRequest, console: 
     return about
 
 
-def _build_in_cluster(shards: list[tuple[str, range, IndexRequest, str]]) -> list[str]:
-    """Build shards as tasks of Ray. Return their sha256. Arguments as of _build_shard."""
+class _Built(NamedTuple):
+    """A shard's file: its sha256, and how many GPUs Faiss saw in the process that built it."""
+
+    sha256: str
+    gpus: int
+
+
+def _build_in_cluster(shards: list[tuple[str, range, IndexRequest, str]]) -> list[_Built]:
+    """Build shards as tasks of Ray, on a GPU each where Faiss can train on it. Arguments as of _build_shard."""
     import ray
 
-    build: Any = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_build_shard)
+    on_gpu = shards[0][2].kind == "ivf" and faiss_index.gpu_count() > 0 and ray.cluster_resources().get("GPU", 0) > 0
+    build: Any = ray.remote(num_cpus=1, num_gpus=int(on_gpu), scheduling_strategy="SPREAD")(_build_shard)
     try:
         return ray.get([build.remote(*shard) for shard in shards])
     except ray.exceptions.RayError as error:
         raise RunFailed(str(error).strip().splitlines()[-1]) from error
 
 
-def _build_shard(file: str, rows: range, request: IndexRequest, path: str) -> str:
-    """Write the shard of some rows of a file of embeddings. Return its sha256."""
+def _build_shard(file: str, rows: range, request: IndexRequest, path: str) -> _Built:
+    """Write the shard of some rows of a file of embeddings."""
     import faiss
 
     faiss.omp_set_num_threads(1)
     vectors = torch.from_numpy(Embeddings(file).vectors(rows.start, rows.stop))
     stored = index_vectors(vectors) if request.structure else vectors
     faiss_index.write(faiss_index.build(stored, request.kind, request.options), path)
-    return hash_file(Path(path))
+    return _Built(hash_file(Path(path)), faiss_index.gpu_count())

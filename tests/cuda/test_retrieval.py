@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dml_core import gather
-from dml_core.retrieval import neighbors
+from dml_core.retrieval import index, neighbors
 from dml_core.retrieval.metrics import retrieval_metrics, sharded_retrieval_metrics
 from dml_core.retrieval.neighbors import nearest, owned_rows
 from tests import ranks
@@ -121,3 +121,18 @@ def test_two_processes_on_one_gpu_give_the_bits_of_one(tmp_path: Path) -> None:
         ranks.run(evaluate_on_gpu, world, tmp_path)
     results = [torch.load(path) for path in tmp_path.iterdir()]
     assert len(results) == 3 and all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_an_index_on_the_gpu_answers_as_its_file(kind: str, tmp_path: Path) -> None:
+    """The cells are trained there too, where Faiss sees the GPU; the file is one of the processor."""
+    gallery, query = clustered(20_000, 500)[0], clustered(100, 500, seed=1)[0]
+    index.write(index.build(gallery, kind, index.IndexOptions()), str(tmp_path / "shard"))
+    opened = index.open_mapped(str(tmp_path / "shard"))
+    copy = index.copy_to_gpu(opened, kind)
+    assert (copy is opened) == (kind == "ivf" and not index.gpu_count())
+    expected, found = index.search(opened, query, 10), index.search(copy, query, 10)
+    if kind == "flat":
+        assert torch.equal(found.position, expected.position) and torch.equal(found.similarity, expected.similarity)
+    else:  # a cell as near as another may be left out
+        assert (found.position == expected.position).double().mean() > 0.99

@@ -11,6 +11,7 @@ from dml_core.retrieval import index
 from dml_core.retrieval.index import KINDS, IndexOptions, build, default_cells, merge_shards, open_mapped, search, write
 from dml_core.retrieval.neighbors import Neighbors, nearest
 from dml_core.retrieval.structure import index_vectors, query_vectors
+from tests.dml_core.retrieval.gpu_way import search_as_a_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +109,39 @@ def test_files_are_mapped(kind: str, tmp_path: Path) -> None:
     assert path in {entry.path for entry in psutil.Process().memory_maps()}
     for expected, result in zip(search(built, query, 10), search(opened, query, 10), strict=True):
         assert torch.equal(expected, result)
+
+
+def test_a_flat_index_on_a_device_answers_the_same() -> None:
+    gallery, query = torch.cat([clustered(900), signs(300)]), torch.cat([clustered(30, seed=2), signs(9, seed=2)])
+    built = build(gallery, "flat", IndexOptions())
+    copy = index.VectorsOnDevice(built, torch.device("cpu"))
+    for k in (1, 10, 1300):
+        expected = search(built, query, k)
+        with search_as_a_gpu():
+            found = search(copy, query, k)
+        assert torch.equal(found.similarity, expected.similarity) and torch.equal(found.position, expected.position)
+    assert index.copy_to_gpu(built, "hnsw") is built
+
+
+def test_gpus_of_faiss_train_and_search_the_same_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With Faiss's own copies of an index in this process in place of those on GPUs, which have its interface."""
+    gallery, query = clustered(2000), clustered(50, seed=2)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    write(build(gallery, "ivf", IndexOptions(nprobe=3)), str(tmp_path / "processor"))
+    copied = []
+
+    def copy(original: faiss.Index) -> faiss.Index:
+        copied.append(type(original))
+        return faiss.clone_index(original)
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", copy)
+    monkeypatch.setattr(index, "LARGEST_ON_GPU", 40)
+    write(build(gallery, "ivf", IndexOptions(nprobe=3)), str(tmp_path / "gpus"))
+    assert (tmp_path / "gpus").read_bytes() == (tmp_path / "processor").read_bytes()
+    opened = open_mapped(str(tmp_path / "gpus"))
+    on_gpus = index.copy_to_gpu(opened, "ivf")
+    assert isinstance(on_gpus, index.IvfOnGpus) and copied == [faiss.IndexFlatIP, faiss.IndexIVFFlat]
+    for k in (1, 10, 300):
+        found, expected = search(on_gpus, query, k), search(opened, query, k)
+        assert torch.equal(found.similarity, expected.similarity) and torch.equal(found.position, expected.position)

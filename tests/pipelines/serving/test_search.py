@@ -137,6 +137,7 @@ def test_one_worker_needs_neither_ray_nor_what_trains(exact, pictures: Path, vec
         answer("index", "build", embedded, "--out", tmp_path / "by_ray", "--kind", "ivf")
     index, by_ray = open_index(tmp_path / "index"), open_index(tmp_path / "by_ray")
     assert index.about == by_ray.about and index.items([7, 0]) == by_ray.items([7, 0])
+    assert index.about.trained_on == "cpu"  # tests see no GPU
 
 
 def test_index_of_a_run_embeds_its_own_set(exact, tmp_path: Path) -> None:
