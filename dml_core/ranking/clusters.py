@@ -12,10 +12,56 @@ But:
   cannot be lowered by shrinking it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 SPACINGS = ("even", "quantile")
+
+
+class AdaptiveSquares(torch.autograd.Function):
+    """sum_k s_ik (z_ik - z_jk)^2, (B, B), of centred z and s (B, D), and the sum of its positive terms, (B, B).
+
+    With H = dL/d(squares), r = H 1 and q = z^2:  dL/ds = r q - 2 z (H z) + H q,
+    dL/dz = 2 (r s z - s (H z) + z (H' s) - H' (s z)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        q, weighted = z * z, s * z
+        total = torch.addmm((weighted * z).sum(1, keepdim=True), s, q.T)
+        ctx.save_for_backward(z, s, q, weighted)
+        ctx.mark_non_differentiable(total)
+        return torch.addmm(total, weighted, z.T, alpha=-2), total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        h, (z, s, q, weighted) = gradients[0], ctx.saved_tensors
+        r, hz = h.sum(1, keepdim=True), h @ z
+        to_z = torch.addmm(r * weighted, h.T, weighted, beta=1, alpha=-1).addcmul_(s, hz, value=-1)
+        to_s = torch.addmm(r * q, h, q).addcmul_(z, hz, value=-2)
+        return to_z.addcmul_(z, h.T @ s).mul_(2), to_s
+
+
+class SafeSqrt(torch.autograd.Function):
+    """Square root of squared distances (B, B), where what is but a rounding error of `total` (B, B) gives zero.
+
+    The gradient there is zero. Masks are factors: on a CPU `where` takes ten times as long as a product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, square: Tensor, total: Tensor) -> Tensor:
+        positive = torch.sub(square, total, alpha=8 * torch.finfo(square.dtype).eps).clamp_min_(0).sign_()
+        distance = positive.fill_diagonal_(0).mul_(square).sqrt_()
+        ctx.save_for_backward(distance)
+        return distance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (distance,) = gradients, ctx.saved_tensors
+        twice = (2 * distance).clamp_min_(torch.finfo(distance.dtype).tiny)
+        return distance.sign().mul_(gradient).div_(twice), None
 
 
 def adaptive_distance(z: Tensor, s: Tensor) -> Tensor:
@@ -31,9 +77,7 @@ def adaptive_distance(z: Tensor, s: Tensor) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         z, s = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, s))
         z = z - z.detach().mean(0)  # distances stay, rounding errors shrink
-        weighted = s * z
-        total = torch.addmm((weighted * z).sum(1)[:, None], s, (z * z).T)
-        return safe_sqrt(torch.addmm(total, weighted, z.T, alpha=-2), total)
+        return SafeSqrt.apply(*AdaptiveSquares.apply(z, s))
 
 
 def plain_distance(z: Tensor) -> Tensor:
@@ -43,13 +87,7 @@ def plain_distance(z: Tensor) -> Tensor:
         z = z - z.detach().mean(0)
         norm = (z * z).sum(1)
         total = norm[:, None] + norm
-        return safe_sqrt(torch.addmm(total, z, z.T, alpha=-2), total)
-
-
-def safe_sqrt(square: Tensor, total: Tensor) -> Tensor:
-    """Return the square root of squared distances (B, B); what is but a rounding error of `total` (B, B) gives zero."""
-    positive = (square > 8 * torch.finfo(square.dtype).eps * total).fill_diagonal_(False)
-    return torch.where(positive, square, 1).sqrt() * positive
+        return SafeSqrt.apply(torch.addmm(total, z, z.T, alpha=-2), total.detach())
 
 
 def cluster_centers(distance: Tensor, centers: int, t: float, spacing: str) -> Tensor:
@@ -100,14 +138,31 @@ def cluster_ranking_loss(
         return 0 * (z.sum() + s.sum())
     with torch.no_grad():
         eta = cluster_centers(plain_distance(z), centers, t, spacing)
-    return distance_to_centers(adaptive_distance(z, s), eta, alpha)
+    return DistanceToCenters.apply(adaptive_distance(z, s), eta, alpha)
 
 
-def distance_to_centers(distance: Tensor, eta: Tensor, alpha: float) -> Tensor:
-    """Return the mean over the off-diagonal pairs of sum_m c_m |d - eta_m|; distance (B, B), eta (M,)."""
-    gap = (distance - eta[:, None, None]).abs()
-    loss = (torch.softmax(-alpha * gap, 0) * gap).sum(0)
-    return (loss.sum() - loss.diagonal().sum()) / (loss.numel() - len(loss))
+class DistanceToCenters(torch.autograd.Function):
+    """Mean over the off-diagonal pairs of f(d) = sum_m c_m g_m; g_m = |d - eta_m|, c = softmax_m(-alpha g).
+
+    f'(d) = sum_m sign(d - eta_m) c_m (1 + alpha (f - g_m)). distance (B, B), eta (M,), which gets no gradient.
+    What is below exp(-60) is raised to that, which changes no sum: a CPU is slow with denormal numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, distance: Tensor, eta: Tensor, alpha: float) -> Tensor:
+        difference = distance - eta[:, None, None]
+        gap = difference.abs()
+        share = (gap - gap.amin(0)).mul_(-alpha).clamp_min_(-60).softmax(0)
+        loss = (share * gap).sum(0)
+        slope = share.mul_((loss - gap).mul_(alpha).add_(1)).mul_(difference.sign_()).sum(0)
+        pairs = loss.numel() - len(loss)
+        ctx.save_for_backward(slope.fill_diagonal_(0).div_(pairs))
+        return loss.fill_diagonal_(0).sum() / pairs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,), (slope,) = gradients, ctx.saved_tensors
+        return gradient * slope, None, None
 
 
 class ClusterRanking(nn.Module):
@@ -137,4 +192,4 @@ class ClusterRanking(nn.Module):
         scale = torch.where(scale > 0, scale, 1)
         with torch.no_grad():
             eta = cluster_centers(plain / scale, self.centers, self.t, self.spacing)
-        return distance_to_centers(adaptive_distance(z / scale, s), eta, self.alpha)
+        return DistanceToCenters.apply(adaptive_distance(z / scale, s), eta, self.alpha)

@@ -37,18 +37,32 @@ def intensity_ranking_loss(
     Returns:
         A scalar, the mean over the sources that count.
     """
-    weaker, stronger = torch.triu_indices(len(similarity), len(similarity), 1, device=similarity.device)
-    drop = similarity[weaker] - similarity[stronger]
-    loss = soft_hinge(margin - drop, scale)
+    drop = similarity[:, None] - similarity  # (i, j, S)
+    no_pair = torch.ones(drop.shape[:2], dtype=torch.bool, device=drop.device).tril_()[..., None]
+    loss = SoftHinge.apply((margin - drop).masked_fill(no_pair, -torch.inf).flatten(0, 1), scale)
     if max_gap is not None:
-        steps = (stronger + 1).to(similarity.dtype)
-        loss = loss + soft_hinge(drop - max_gap * steps[:, None], scale)
+        steps = torch.arange(1, len(similarity) + 1, dtype=drop.dtype, device=drop.device)
+        excess = drop - max_gap * steps[:, None]
+        loss = loss + SoftHinge.apply(excess.masked_fill(no_pair, -torch.inf).flatten(0, 1), scale)
     return gated_mean(loss, gate)
 
 
-def soft_hinge(violation: Tensor, scale: float) -> Tensor:
-    """Return (1/scale) log(1 + sum_n exp(scale v_n)), (S,), of violations v (n, S)."""
-    return torch.cat([torch.zeros_like(violation[:1]), scale * violation]).logsumexp(0) / scale
+class SoftHinge(torch.autograd.Function):
+    """(1/scale) log(1 + sum_n exp(scale v_n)), (S,), of violations v (n, S); its gradient is made with it."""
+
+    @staticmethod
+    def forward(ctx: Any, violation: Tensor, scale: float) -> Tensor:
+        exponent = scale * violation
+        top = exponent.amax(0).clamp_min_(0)
+        terms = exponent.sub_(top).exp_()
+        total = terms.sum(0).add_(torch.exp(-top))
+        ctx.save_for_backward(terms.div_(total))
+        return total.log_().add_(top).div_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (shares,) = gradients, ctx.saved_tensors
+        return gradient * shares, None
 
 
 def gated_mean(loss: Tensor, gate: Tensor | None) -> Tensor:
@@ -56,10 +70,10 @@ def gated_mean(loss: Tensor, gate: Tensor | None) -> Tensor:
     return loss.mean() if gate is None else (loss * gate).sum() / gate.sum().clamp(min=1)
 
 
-def batch_class_means(zh: Tensor, labels: Tensor) -> Tensor:
-    """Return (B, D): for each sample the mean of the unit embeddings zh (B, D) of its class, itself included."""
-    same = (labels[:, None] == labels[None, :]).to(zh.dtype)
-    return same @ zh / same.sum(1, keepdim=True)
+def class_shares(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (B, B): times rows x (B, D), it gives each sample the mean of its class in the batch, itself included."""
+    same = (labels[:, None] == labels).to(dtype)
+    return same.div_(same.sum(1, keepdim=True))
 
 
 class RectifiedCosine(torch.autograd.Function):
@@ -69,7 +83,7 @@ class RectifiedCosine(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, ends: Tensor) -> Tensor:
         length = x.norm(dim=2).clamp_min(torch.finfo(x.dtype).tiny)
         positive = relu(x)
-        cosine = torch.stack([(positive * end).sum(2) for end in ends]) / length
+        cosine = torch.bmm(positive.transpose(0, 1), ends.permute(1, 2, 0)).permute(2, 1, 0) / length
         ctx.save_for_backward(x, positive, ends, length, cosine)
         return cosine
 
@@ -77,11 +91,10 @@ class RectifiedCosine(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         (gradient,), (x, positive, ends, length, cosine) = gradients, ctx.saved_tensors
         share = gradient / length
-        to_x = torch.zeros_like(x)
-        for part, end in zip(share, ends, strict=True):
-            to_x.addcmul_(part[..., None], end)
-        to_x.mul_(positive.sign()).addcmul_(x, ((share * cosine).sum(0) / length)[..., None], value=-1)
-        return to_x, torch.stack([(part[..., None] * positive).sum(0) for part in share])
+        to_x = torch.bmm(share.permute(2, 1, 0), ends.transpose(0, 1)).transpose(0, 1)
+        to_x = torch.ops.aten.threshold_backward(to_x, x, 0)  # zero where x <= 0, by one pass
+        to_x.addcmul_(x, ((share * cosine).sum(0) / length)[..., None], value=-1)
+        return to_x, torch.bmm(share.permute(2, 0, 1), positive.transpose(0, 1)).transpose(0, 1)
 
 
 class IntensityRanking(nn.Module):
@@ -138,13 +151,17 @@ class IntensityRanking(nn.Module):
             The ranking term, the anchor term and the share of sources that count, each a scalar.
         """
         zh = normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-        anchors = batch_class_means(zh, labels) if proxies is None else proxies[labels]
-        gate = (zh * normalize(anchors, dim=1)).sum(1).detach() >= self.gate
-        sources, classes = (torch.cat([zh, anchors]) @ self.projection.T).chunk(2)
+        if proxies is None:
+            shares, sources = class_shares(labels, zh.dtype), zh @ self.projection.T
+            anchors = shares @ zh.detach()
+            projected = torch.stack([sources, shares @ sources])  # the mean of projections is the mean's projection
+        else:
+            anchors = proxies[labels]
+            projected = (torch.cat([zh, anchors]) @ self.projection.T).unflatten(0, (2, -1))
+        gate = (zh.detach() * normalize(anchors.detach(), dim=1)).sum(1) >= self.gate
         offsets = radial.draw_offsets(zh, self.intensity, self.count, generator, self.shared_directions)
-        synthetics = sources + offsets @ self.projection.T
-        ends = torch.stack([relu(normalize(x, dim=1)) for x in (sources, classes)])
-        to_source, to_class = RectifiedCosine.apply(synthetics, ends)
+        synthetics = projected[0] + offsets @ self.projection.T
+        to_source, to_class = RectifiedCosine.apply(synthetics, relu(normalize(projected, dim=2)))
         rank = intensity_ranking_loss(to_source, self.margin, self.scale, self.max_gap, gate)
-        anchor = gated_mean(soft_hinge(self.anchor_margin - to_class, self.anchor_scale), gate)
+        anchor = gated_mean(SoftHinge.apply(self.anchor_margin - to_class, self.anchor_scale), gate)
         return rank, anchor, gate.to(zh.dtype).mean()

@@ -10,6 +10,7 @@ from torch import Tensor
 from dml_core import heads
 from dml_core.ranking.clusters import (
     ClusterRanking,
+    DistanceToCenters,
     adaptive_distance,
     cluster_centers,
     cluster_ranking_loss,
@@ -92,6 +93,23 @@ def test_gradcheck(spacing):
     z, s = inputs(5)
     assert torch.autograd.gradcheck(adaptive_distance, (z, s))
     assert torch.autograd.gradcheck(lambda s: cluster_ranking_loss(z.detach(), s, 3, spacing=spacing), (s,))
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+def test_gradient_of_the_pull_to_centers(scale):
+    """At scale 100 the far centres' shares are below the least float."""
+    distance = scale * torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    eta = scale * torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    distance.requires_grad_()
+
+    def plain(distance: Tensor) -> Tensor:
+        gap = (distance - eta[:, None, None]).abs()
+        return (torch.softmax(-10 * gap, 0) * gap).sum(0)[~torch.eye(4, dtype=torch.bool)].mean()
+
+    found = DistanceToCenters.apply(distance, eta, 10.0)
+    torch.testing.assert_close(found, plain(distance))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, distance) for loss in (found, plain(distance))))
+    assert torch.autograd.gradcheck(lambda d: DistanceToCenters.apply(d, eta, 10.0), distance)
 
 
 @pytest.mark.parametrize("spacing", ["even", "quantile"])

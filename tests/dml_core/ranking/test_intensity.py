@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from dml_core.ranking.intensity import IntensityRanking, batch_class_means, intensity_ranking_loss
+from dml_core.ranking.intensity import IntensityRanking, class_shares, intensity_ranking_loss
 from dml_core.synthesis.radial import synthesize
 
 SETTINGS = {
@@ -75,9 +75,9 @@ def test_gate_is_a_mean_over_open_sources() -> None:
     torch.testing.assert_close(intensity_ranking_loss(similarity, 0.1, 32.0, gate=gate), expected)
 
 
-def test_batch_class_means() -> None:
+def test_class_shares_give_the_means_of_classes() -> None:
     z = torch.arange(8.0).view(4, 2)
-    means = batch_class_means(z, torch.tensor([3, 1, 3, 1]))
+    means = class_shares(torch.tensor([3, 1, 3, 1]), z.dtype) @ z
     torch.testing.assert_close(means, torch.tensor([[2.0, 3], [4, 5], [2, 3], [4, 5]]))
 
 
@@ -117,22 +117,25 @@ def test_both_terms_equal_naive_loop(with_proxies: bool) -> None:
         torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) if with_proxies else None
     )
     terms = m(z, labels, proxies, torch.Generator().manual_seed(3))
-    anchors = proxies[labels] if with_proxies else batch_class_means(normalize(z, dim=1), labels)
+    anchors = proxies[labels] if with_proxies else class_shares(labels, z.dtype) @ normalize(z, dim=1)
     assert [t.item() for t in terms[:2]] == pytest.approx(list(naive_terms(m, z, anchors, 3)), rel=1e-10)
     cosine = (normalize(z, dim=1) * normalize(anchors, dim=1)).sum(1)
     assert terms[2].item() == pytest.approx((cosine >= m.gate).double().mean().item())
 
 
-def test_terms_gradcheck() -> None:
-    m, labels = module(gate=-1.0), torch.tensor([0, 1, 0])
+@pytest.mark.parametrize("with_proxies", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_terms_gradcheck(with_proxies: bool, shared: bool) -> None:
+    m, labels = module(gate=-1.0, shared_directions=shared), torch.tensor([0, 1, 0])
     z = torch.randn(3, 6, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(1))
     proxies = torch.randn(2, 6, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(2))
 
-    def total(z: torch.Tensor, proxies: torch.Tensor) -> torch.Tensor:
-        rank, anchor, _ = m(z, labels, proxies, torch.Generator().manual_seed(3))
+    def total(z: torch.Tensor, proxies: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        given = z, labels, proxies if with_proxies else None, torch.Generator().manual_seed(3)
+        rank, anchor, _ = torch.func.functional_call(m, {"projection": projection}, given)
         return rank + anchor
 
-    assert torch.autograd.gradcheck(total, (z, proxies))
+    assert torch.autograd.gradcheck(total, (z, proxies, m.projection))
 
 
 def test_order_of_classes_does_not_matter() -> None:
