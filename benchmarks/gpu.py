@@ -75,9 +75,7 @@ class Sections:
     def pictures(self) -> None:
         device = torch.device(self.device)
         at_once, one_by_one = ingest.embedded_views_per_second(device, 2 if self.small else 200)
-        print(
-            f"views of glyphs: {at_once:,.0f}/s in batches on {self.device}; {one_by_one:,.0f}/s one by one, torchvision"
-        )
+        print(f"views of glyphs: {at_once:,.0f}/s in batches, {one_by_one:,.0f}/s one by one by torchvision\n")
         processes = max(1, len(os.sched_getaffinity(0)) - 1)
         with tempfile.TemporaryDirectory() as root:
             ingest.make_jpegs(Path(root), 64 if self.small else 2048, 500)

@@ -5,7 +5,8 @@
 Milliseconds of a step, median of the repeats, images/s, the ratio to the plain loop, and on a GPU the peak of its
 memory. The plain loop has the same network, optimizer and loss (multi-similarity, with the library's miner) with no
 slices; on a GPU both are in bf16 with channels last. The second table has what lies behind the backbone, head, losses
-and methods with their gradient, kernel by kernel and as one CUDA graph, and how often a step waits for the GPU. On a machine without one, `--backbone small --size 32 --batch 32` shows that it runs.
+and methods with their gradient, kernel by kernel and as one CUDA graph, and how often a step waits for the GPU. On a
+machine without one, `--backbone small --size 32 --batch 32` shows that it runs.
 """
 
 import argparse
