@@ -135,8 +135,9 @@ class ClassVariation(nn.Module):
         shift = rounding_shift(exponent - bits)
         z_shift = shift - center
         center = shift - z_shift  # a multiple, too
+        chunk = first.new_empty(second.rows, first.shape[1])
         for z, labels in chunks(batches, second.rows):
-            x = (z + z_shift).sub_(shift)  # z - center, rounded
+            x = chunk[: len(z)].copy_(z).add_(z_shift).sub_(shift)  # z - center, rounded
             first.index_add_(0, labels, x)
             second.add(x, labels)
         all_sum(first)
@@ -151,15 +152,16 @@ class ClassVariation(nn.Module):
         self, rows: slice, center: Tensor, n: Tensor, first: Tensor, second: "SquareSums | ProductSums"
     ) -> None:
         """Update mean and variance of the classes `rows` by the sums of `finish`."""
-        n, old = n[rows, None], self.count[rows, None].double()
+        n, earlier = n[rows, None], self.count[rows, None].double()
+        old = self.mean[rows].double()
         mean = first[rows] / n.clamp_min(1)  # of x
-        step = center + mean - self.mean[rows]
-        weight = (n / (n + old).clamp_min(1)).clamp_min(1 - self.momentum) * (n > 0)
+        step = (mean + center).sub_(old)
+        weight = (n / (n + earlier).clamp_min(1)).clamp_min(1 - self.momentum) * (n > 0)
         w = weight[..., None] if self.full else weight
         within = second.variance(rows, n.clamp_min(1), mean)
         between = step[:, :, None] * step[:, None] if self.full else step.square()
         self.variance[rows] = torch.lerp(self.variance[rows].double(), within, w).add_(between.mul_(w * (1 - w)))
-        self.mean[rows].add_(step.mul_(weight))
+        self.mean[rows] = old.add_(step.mul_(weight))
 
 
 class SquareSums:
