@@ -50,7 +50,7 @@ def tree(root: Path, classes: int) -> Path:
     [
         (["batch.images=8", "batch.classes=2000"], "batch.classes=2000: the training set has only 1202 classes"),
         (["batch.images=1"], "batch.images=1: loss.name=multi_similarity compares images of one class"),
-        (["use_gpu=true"], "use_gpu=true: each of workers=1 needs a GPU, this machine has 0"),
+        (["use_gpu=true"], "use_gpu=true: each of workers=1 needs a GPU"),
         (["workers=5", "batch.slices=4"], "batch.slices=4 parts of the global batch of 128"),
         (["data.name=folder", "data.root=nowhere"], "nowhere: no such folder"),
         (["data.name=folder", "data.root=one"], "1 classes give"),
