@@ -117,8 +117,8 @@ class _Residual(nn.Module):
         self.short_cut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = torch.relu(self.norm1(x))
-        return self.short_cut(active) + self.conv2(torch.relu(self.norm2(self.conv1(active))))
+        active = torch.relu_(self.norm1(x))  # in place, as no gradient needs what it overwrites
+        return self.conv2(torch.relu_(self.norm2(self.conv1(active)))).add_(self.short_cut(active))
 
 
 def _torchvision(name: str, imagenet: bool, read: bool) -> nn.Module:

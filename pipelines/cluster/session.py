@@ -21,6 +21,9 @@ LOCAL_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",  # of processes that Ray Train's actors, with their variables, cannot use
     "RAY_worker_niceness": "0",  # by default 15, and all workers wait for one that gives way to some daemon
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of the statistics of a dashboard that nobody looks at
+    # A step frees what the next one takes again: glibc keeps it, and the kernel need not clear it each time.
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
 # Ray Train's PlacementGroupCleaner asks the newest Ray on the machine whether the controller lives, takes another
 # Ray's "unknown" for its death, and ends the training. An address where nothing answers makes it wait instead.
