@@ -147,6 +147,8 @@ class JpegViews(Dataset[Encoded]):
             return []
         try:
             return [*decode_jpegs(contents, self.device)]
+        except torch.OutOfMemoryError:  # says nothing of a picture
+            raise
         except RuntimeError:
             return [None] if len(contents) == 1 else [self._decoded([content])[0] for content in contents]
 
