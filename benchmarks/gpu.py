@@ -23,6 +23,7 @@ import retrieval
 import step
 import torch
 
+from dml_core.cpus import usable_cpus
 from dml_core.data.benchmarks import load_grocery
 from dml_core.data.loading import Views
 from dml_core.data.user_sets import load_folder
@@ -76,7 +77,7 @@ class Sections:
         device = torch.device(self.device)
         at_once, one_by_one = ingest.embedded_views_per_second(device, 2 if self.small else 200)
         print(f"views of glyphs: {at_once:,.0f}/s in batches, {one_by_one:,.0f}/s one by one by torchvision\n")
-        processes = max(1, len(os.sched_getaffinity(0)) - 1)
+        processes = max(1, usable_cpus() - 1)
         with tempfile.TemporaryDirectory() as root:
             ingest.make_jpegs(Path(root), 64 if self.small else 2048, 500)
             sets = {"500 px JPEGs": load_folder(root).images}

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dml_core.gather import all_max, all_sum
+from dml_core.retrieval.neighbors import leave_out
 
 CHUNK = 2**17  # numbers: a chunk of embeddings in float64 stays in the cache
 VARIANCE_CHUNK = 2**22  # numbers: the outer products of a chunk
@@ -368,29 +369,18 @@ def nearest_classes(x: Tensor, rows: Tensor, candidates: Tensor, k: int) -> tupl
         tiles = []
         for offset in range(0, len(candidates), columns):
             tile = slice(offset, offset + columns)
-            distance = torch.addmm(norms[tile], query, y[tile].T, alpha=-2)  # less the squared norm of the query
-            far = distance.amax(1, keepdim=True)
-            leave_out(distance, own - offset)
-            best = distance.topk(min(k, distance.shape[1]), largest=False) if k > 1 else distance.min(1, keepdim=True)
+            # Minus the squared distance, but for the squared norm of the query.
+            similarity = torch.addmm(norms[tile], query, y[tile].T, beta=-1, alpha=2)
+            far = similarity.amin(1, keepdim=True)
+            leave_out(similarity, own, offset)
+            best = similarity.topk(min(k, similarity.shape[1])) if k > 1 else similarity.max(1, keepdim=True)
             tiles.append((best.values, best.indices + offset, far))
         values, positions, far = (torch.cat(parts, 1) for parts in zip(*tiles))
-        best = values.topk(min(k, values.shape[1]), largest=False)
+        best = values.topk(min(k, values.shape[1]))
         near = candidates[positions.gather(1, best.indices)]
-        near_all.append(torch.where(best.values < torch.inf, near, part[:, None]))
-        farthest.append(far.amax(1) + query.square().sum(1))
+        near_all.append(torch.where(best.values > -torch.inf, near, part[:, None]))
+        farthest.append(query.square().sum(1) - far.amin(1))
     return torch.cat(near_all), torch.cat(farthest)
-
-
-def leave_out(distance: Tensor, column: Tensor) -> None:
-    """Set a distance of each row to inf, in place.
-
-    Args:
-        distance: (R, S).
-        column: (R, 1), those outside of which are none.
-    """
-    outside = (column < 0) | (column >= distance.shape[1])
-    written = distance.new_full(column.shape, torch.inf).masked_fill_(outside, -torch.inf)
-    distance.scatter_reduce_(1, column.clamp(0, distance.shape[1] - 1), written, "amax")
 
 
 def unit_scale(distance: Tensor, kept: Tensor, least: Tensor | None, farthest: Tensor) -> Tensor:

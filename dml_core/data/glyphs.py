@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dml_core.cpus import usable_cpus
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -128,11 +130,6 @@ def render() -> Glyphs:
     order = np.lexsort((font_index[keep], code[keep], labels))
     names = [f"U+{c:04X} {unicodedata.name(chr(c))}" for c in classes.tolist()]
     return Glyphs(np.concatenate(images)[keep][order], labels[order].astype(np.int64), names)
-
-
-def usable_cpus() -> int:
-    """Return on how many CPUs this process may run."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # What a process runs that draws some fonts: a new one, as one that is forked, or that begins with the caller's main

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import psutil
 from rich.console import Console
 
+from dml_core.cpus import usable_cpus
 from pipelines.config.schema import AUTO, Config
 
-WORKER_MEMORY = (
-    2 * 2**30
-)  # bytes of a worker on CPUs: torch, its libraries, pictures and activations of a small network
+# Bytes of a worker on CPUs: torch, its libraries, pictures and activations of a small network.
+WORKER_MEMORY = 2 * 2**30
 
 
 class Resources(NamedTuple):
@@ -121,6 +121,11 @@ def resolve_devices(config: Config, here: bool = False, console: Console | None 
     return config.model_copy(update={"use_gpu": use_gpu, "precision": precision, "data": data})
 
 
+def describe_workers(config: Config, reason: str) -> str:
+    """Return how many workers a run has, on what, and why: `reason` as of `resolve_workers`."""
+    return f"workers={config.workers} on {'GPUs' if config.use_gpu else 'CPUs'}{reason}"
+
+
 def idle_gpus(config: Config, gpus: int) -> str | None:
     """Return a line on GPUs that a run does not use, and the key that would use them; None where there are none."""
     fewest, most = config.worker_range
@@ -139,13 +144,12 @@ def idle_gpus(config: Config, gpus: int) -> str | None:
 
 def resources_here() -> Resources:
     """Return what this machine has. torch, which takes seconds to import, is asked for GPUs where there is a driver."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = 0
     if "torch" in sys.modules or _has_gpu_driver():
         import torch
 
         gpus = torch.cuda.device_count()
-    return Resources(gpus, cpus, psutil.virtual_memory().available)
+    return Resources(gpus, usable_cpus(), psutil.virtual_memory().available)
 
 
 def _has_gpu_driver() -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from dml_core.data.datasets import Splits
-from pipelines.cluster.devices import has_cluster, needs_ray, resolve_devices, resolve_workers
+from pipelines.cluster.devices import describe_workers, has_cluster, needs_ray, resolve_devices, resolve_workers
 from pipelines.cluster.failures import call_in_thread
 from pipelines.config.identity import require_same, with_absolute_paths, with_slices
 from pipelines.config.schema import AUTO, Config
@@ -97,8 +97,7 @@ def run_training(
             config, reason = resolve_workers(config)
             config = with_slices(config, begun)
         config = resolve_devices(config, here, None if member else console)
-        workers = f"workers={config.workers} on {'GPUs' if config.use_gpu else 'CPUs'}{reason}"
-        facts = f"{workers}, batch.slices={config.slices}, precision={config.precision}"
+        facts = f"{describe_workers(config, reason)}, batch.slices={config.slices}, precision={config.precision}"
         console.print(facts, highlight=False, soft_wrap=True)
         if earlier:
             require_same(config, earlier["config"], folder.path, ["gradients"] if switch_gradients else [])

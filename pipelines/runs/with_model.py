@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from pipelines.cluster.devices import has_cluster, needs_ray, resolve_devices, resolve_workers
+from pipelines.cluster.devices import describe_workers, has_cluster, needs_ray, resolve_devices, resolve_workers
 from pipelines.cluster.transfer import SentFiles, scratch_storage, send_files
 from pipelines.config.identity import with_absolute_paths
 from pipelines.config.recipe import with_values
@@ -88,5 +88,5 @@ def run_with_model(model: TrainedModel, job: ModelJob, name: str, console: Conso
         if config.workers == AUTO:
             config, reason = resolve_workers(config, trains=False)
         config = resolve_devices(config, console=console)
-        console.print(f"workers={config.workers} on {'GPUs' if config.use_gpu else 'CPUs'}{reason}", highlight=False)
+        console.print(describe_workers(config, reason), highlight=False)
         return run_on_workers(replace(job, config=config, model=files), scratch, name, console)

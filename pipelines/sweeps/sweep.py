@@ -17,7 +17,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from rich.console import Console
 
-from pipelines.cluster.devices import resolve_devices
+from pipelines.cluster.devices import resolve_devices, resolve_workers
 from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.session import open_cluster
 from pipelines.compare.page import render_comparison
@@ -82,7 +82,7 @@ def start_sweep(
         KeyboardInterrupt: The sweep was stopped; resume_sweep goes on.
     """
     config = load_recipe(recipe, {"workers": 1} | parse_assignments(assignments))
-    config = config.model_copy(update={"workers": 1}) if config.workers == AUTO else config
+    config, _ = resolve_workers(config, here=True)
     options = options.resolve()
     config, space = load_space(options.space, config)
     _check_options(config, space, options)

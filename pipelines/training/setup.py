@@ -154,11 +154,11 @@ class Training:
         settings = self.config.at(epoch)
         if settings == self.settings:
             return
-        self.settings, tensors, passes = settings, self.learner.state_dict(keep_vars=True), self.learner.passes
-        run_loss = self.learner.run_loss
+        self.settings, earlier = settings, self.learner
         self.learner = self._build(settings, read_weights=False)
-        self.learner.load_state_dict(tensors, assign=True)
-        self.learner.passes, self.learner.run_loss = passes, run_loss  # through a network of the same parameters
+        self.learner.load_state_dict(earlier.state_dict(keep_vars=True), assign=True)
+        # Through a network of the same parameters; the loss is recorded anew, as its learner is another.
+        self.learner.passes, self.learner.run_loss = earlier.passes, earlier.run_loss
         if self.replica is not None:  # which knows parameters, and these are still the same
             getattr(self.replica, "module", self.replica).learner = self.learner
 
