@@ -115,3 +115,16 @@ def test_a_device_that_decodes_no_jpegs_is_refused(images: LabelledImages, monke
     monkeypatch.setattr(jpegs, "decode_jpegs", fail)
     with pytest.raises(ValueError, match=r"data.decode=gpu: .* \(not compiled with nvJPEG support\); allowed: cpu$"):
         JpegViews(images, SIZE, "none", CPU)
+
+
+def test_a_device_out_of_memory_says_nothing_of_a_picture(
+    images: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = JpegViews(images, SIZE, "none", CPU)
+
+    def fail(contents: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(jpegs, "decode_jpegs", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        views.batch([(0, None), (1, None)])
