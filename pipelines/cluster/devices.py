@@ -139,7 +139,11 @@ def idle_gpus(config: Config, gpus: int) -> str | None:
     slices = config.batch.slices
     if slices and slices <= most < gpus:
         return f"{gpus - most} of {there} not used: batch.slices={slices} allows no more workers"
-    return f"{gpus - most} of {there} not used: workers={gpus} uses all" if most < gpus else None
+    if most >= gpus:
+        return None
+    share = config.gpus_per_worker
+    key = f"workers={gpus}" if share == 1 else f"gpus_per_worker=1 workers={gpus}"  # a share is for one worker
+    return f"{gpus - most} of {there} not used: {key} uses all"
 
 
 def resources_here() -> Resources:

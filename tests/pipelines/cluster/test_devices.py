@@ -90,6 +90,7 @@ def test_a_run_goes_on_with_the_slices_that_it_has() -> None:
         (["workers=1:4"], 2, None),
         (["workers=2"], 1, "1 GPU not used: workers=2 need one each; workers=auto uses what there is"),
         (["workers=1"], 4, "3 of 4 GPUs not used: workers=4 uses all"),
+        (["gpus_per_worker=0.5"], 2, "1 of 2 GPUs not used: gpus_per_worker=1 workers=2 uses all"),
         (["workers=4", "batch.slices=4"], 8, "4 of 8 GPUs not used: batch.slices=4 allows no more workers"),
         (["workers=2", "use_gpu=false"], 1, "use_gpu=false: 1 GPU not used; use_gpu=true uses it"),
         (["workers=2", "use_gpu=false"], 2, "use_gpu=false: 2 GPUs not used; use_gpu=true uses them"),
