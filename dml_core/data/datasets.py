@@ -34,6 +34,7 @@ class LabelledImages:
         files: Where named files are read from; None: `images` are the pictures themselves.
         whole: The set that these samples are a part of, and share `images` with, if any.
         places: (N,) positions of the samples in `images`; None: all, in order.
+        cameras: (N,) int64, the camera (or sequence) of each sample, -1 where it has none; None: no sample has one.
     """
 
     images: np.ndarray
@@ -42,6 +43,7 @@ class LabelledImages:
     files: Files | None = None
     whole: "LabelledImages | None" = None
     places: np.ndarray | None = None
+    cameras: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,7 +94,8 @@ class LabelledImages:
         """Select some of the samples (a mask or indices); the classes stay as they are."""
         index = np.flatnonzero(keep) if keep.dtype == bool else keep
         places = index if self.places is None else self.places[index]
-        return replace(self, labels=self.labels[index], whole=self.whole or self, places=places)
+        cameras = None if self.cameras is None else self.cameras[index]
+        return replace(self, labels=self.labels[index], whole=self.whole or self, places=places, cameras=cameras)
 
     def standalone(self) -> "LabelledImages":
         """Return the same samples as a set of their own, which is no part of another one."""

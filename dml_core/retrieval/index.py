@@ -123,7 +123,9 @@ class VectorsOnDevice:
 
     def __init__(self, index: Any, device: torch.device):
         """Copy the vectors of a flat Faiss index."""
-        self.vectors = torch.from_numpy(index.reconstruct_n(0, index.ntotal)).to(device)
+        vectors = np.empty((index.ntotal, index.d), np.float32)
+        index.reconstruct_n(0, index.ntotal, vectors)  # with faiss.contrib.torch_utils it would return a tensor
+        self.vectors = torch.from_numpy(vectors).to(device)
         self.ntotal, self.d = index.ntotal, index.d
 
     def search_and_reconstruct(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

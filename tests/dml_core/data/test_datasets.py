@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,13 @@ def test_parts_know_their_places_in_a_whole_that_no_seed_changes(whole: Collecti
             assert names == [part.class_names[c] for c in part.labels]
         digests.add(parts.train.whole.digest())
     assert len(digests) == 2 and whole.images.digest() in digests
+
+
+def test_cameras_go_with_their_samples(whole: Collection) -> None:
+    images = replace(whole.images, cameras=np.arange(30) - 1)
+    parts = split(Collection(images, np.array([3, 4])), limit_classes=4)
+    for part in (parts.train, parts.tests["test"].query):
+        assert (part.cameras == np.array([images.images.tolist().index(name) for name in part.names]) - 1).all()
 
 
 def test_limit_and_too_few_classes(whole: Collection) -> None:

@@ -112,6 +112,9 @@ def test_files_are_mapped(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_flat_index_on_a_device_answers_the_same() -> None:
+    """Also where something has imported what makes Faiss take and return tensors, for the whole process."""
+    import faiss.contrib.torch_utils  # noqa: F401, as pytorch-metric-learning's inference does
+
     gallery, query = torch.cat([clustered(900), signs(300)]), torch.cat([clustered(30, seed=2), signs(9, seed=2)])
     built = build(gallery, "flat", IndexOptions())
     copy = index.VectorsOnDevice(built, torch.device("cpu"))
