@@ -14,7 +14,7 @@ from dml_core.data.pictures import BadPicture, Box, decode
 if TYPE_CHECKING:  # lists of pictures are read without torch
     from torch import Tensor
 
-NEITHER, QUERY, GALLERY = 0, 1, 2  # roles of a sample in validation and test
+NEITHER, QUERY, GALLERY, BOTH = 0, 1, 2, 3  # roles of a sample in validation and test
 CHUNK = 2**17  # names that become Python strings at a time
 
 
@@ -135,8 +135,8 @@ class Collection:
         images: The pictures.
         test: Ids of the classes to test on; None: they are to be drawn.
         validation: Ids of the classes to validate on; None: they are to be drawn.
-        role: (N,) QUERY, GALLERY or NEITHER in validation and test; None: no sample has a role. Classes without any
-            query are retrieved among themselves.
+        role: (N,) QUERY, GALLERY, BOTH or NEITHER in validation and test; None: no sample has a role. Classes without
+            any query are retrieved among themselves.
         lists: Further tests, name -> class ids.
         draws: The gallery of a test is one image of each class, drawn so often, and metrics are means over the draws;
             0: the gallery is not drawn.
@@ -195,6 +195,16 @@ class Retrieval(NamedTuple):
     gallery: LabelledImages | None = None
     draws: int = 0
 
+    def query_positions(self) -> np.ndarray:
+        """Return where each query stands in a gallery of its own, (N,) int64; -1: it is not part of it."""
+        query, gallery = self.query.places, self.gallery.places if self.gallery else None
+        if query is None or gallery is None or self.gallery is None or self.query.whole is not self.gallery.whole:
+            return np.full(len(self.query), -1)
+        order = np.argsort(gallery)
+        place = np.searchsorted(gallery, query, sorter=order)
+        position = order[np.minimum(place, len(order) - 1)]
+        return np.where(gallery[position] == query, position, -1)
+
 
 class Splits(NamedTuple):
     """The parts of a set; training, validation and tests share no class.
@@ -217,6 +227,7 @@ def split(
     seed: int = 0,
     fold: tuple[int, int] | None = None,
     limit_classes: int | None = None,
+    trains: bool = True,
 ) -> Splits:
     """Split a collection by classes.
 
@@ -230,12 +241,13 @@ def split(
         fold: (i, k): instead of a fraction, the i-th of k equal parts of the other classes is validated on.
         limit_classes: At most so many classes are tested on, and at most so many trained and validated on. The `whole`
             of the splits has only these; without a limit it does not depend on the seed.
+        trains: Whether there must be classes to train on; who only tests needs none.
 
     Returns:
         The parts.
 
     Raises:
-        ValueError: There are fewer than two training classes, or no test class.
+        ValueError: There are fewer than two training classes, or no test class; or queries have no gallery.
     """
     images, role = collection.images, collection.role
     classes = np.arange(len(images.class_names))
@@ -252,10 +264,11 @@ def split(
         validation = np.sort(others[: max(1, round(validation_fraction * len(others))) if validation_fraction else 0])
     train = np.setdiff1d(others, validation)
     test = np.sort(rng.permutation(test)[:limit_classes])
-    if len(train) < 2 or len(test) == 0:
+    if (trains and len(train) < 2) or len(test) == 0:
+        needed = "2 to train and 1 to test on" if trains else "1 to test on"
         raise ValueError(
             f"{len(classes)} classes give {len(train)} to train, {len(validation)} to validate and "
-            f"{len(test)} to test on; at least 2 to train and 1 to test on are needed"
+            f"{len(test)} to test on; at least {needed} are needed"
         )
     if limit_classes:
         used = np.isin(images.labels, [*train, *validation, *test])
@@ -264,10 +277,15 @@ def split(
 
     def retrieval(task_classes: np.ndarray, draws: int = 0) -> Retrieval:
         samples = images.select_classes(task_classes)
-        if role is None or not (role[samples.places] == QUERY).any():
+        if role is None or not np.isin(role[samples.places], (QUERY, BOTH)).any():
             return Retrieval(samples, draws=draws)
-        roles = role[samples.places]
-        return Retrieval(samples.select(roles == QUERY), samples.select(roles == GALLERY))
+        query, gallery = (np.isin(role[samples.places], (one, BOTH)) for one in (QUERY, GALLERY))
+        if not gallery.any():
+            raise ValueError(
+                f"{query.sum()} pictures have the role query and none the role gallery; without any role each is a "
+                "query against all the others"
+            )
+        return Retrieval(samples.select(query), None if (query & gallery).all() else samples.select(gallery))
 
     tests = {"test": retrieval(test, collection.draws)}
     for name, listed in collection.lists.items():

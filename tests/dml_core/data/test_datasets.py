@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dml_core.data.datasets import GALLERY, NEITHER, QUERY, Collection, LabelledImages, split
+from dml_core.data.datasets import BOTH, GALLERY, NEITHER, QUERY, Collection, LabelledImages, split
 from dml_core.data.sampling import one_of_each_class
 from dml_core.data.user_sets import load_folder
 
@@ -145,3 +145,35 @@ def test_digest_tells_sets_apart(folder: Path, whole: Collection) -> None:
     before = images.digest(stamps=True)
     picture(folder / "a" / "0 ü.png", (0, 0, 0), (41, 30))
     assert images.digest(stamps=True) != before
+
+
+def test_a_sample_may_be_query_and_gallery(whole: Collection) -> None:
+    role = np.array([BOTH, QUERY, GALLERY] * 10)
+    splits = split(with_test(whole, *range(5), role=role))
+    for task in (splits.validation, splits.tests["test"]):
+        assert len(task.query) == len(task.gallery) == 2 * len(task.query.class_names)
+        names = task.gallery.names.tolist()
+        expected = [names.index(name) if name in names else -1 for name in task.query.names.tolist()]
+        assert task.query_positions().tolist() == expected and expected.count(-1) == len(expected) // 2
+    apart = split(with_test(whole, *range(5), role=np.where(role == BOTH, QUERY, role))).tests["test"]
+    assert (apart.query_positions() == -1).all()
+
+
+def test_where_all_are_query_and_gallery_there_is_no_gallery_of_its_own(whole: Collection) -> None:
+    splits = split(with_test(whole, *range(5), role=np.full(30, BOTH)))
+    assert splits.tests["test"].gallery is None and len(splits.tests["test"].query) == 15
+
+
+def test_queries_without_a_gallery_are_refused(whole: Collection) -> None:
+    with pytest.raises(ValueError, match="15 pictures have the role query and none the role gallery"):
+        split(with_test(whole, *range(5), role=np.full(30, QUERY)))
+
+
+def test_a_test_asks_for_no_training_classes(whole: Collection) -> None:
+    everything = with_test(whole, *range(10))
+    with pytest.raises(ValueError, match="at least 2 to train"):
+        split(everything)
+    splits = split(everything, trains=False)
+    assert splits.validation is None and len(splits.train) == 0 and len(splits.tests["test"].query) == 30
+    with pytest.raises(ValueError, match="at least 1 to test on are needed"):
+        split(with_test(whole), trains=False)
