@@ -160,11 +160,17 @@ def config_reference() -> str:
         "These are all keys that `dml train`, `dml tune` and `dml config` take as `KEY=VALUE`. A recipe sets them",
         "in YAML. Where a recipe sets a key, its value takes the place of the default given here. `dml config RECIPE`",
         "prints the values that a run has.\n",
+        '**A text is taken as it is typed:** `name=2024`, `data.root="My pics #2"` and `data.root=null` are texts. A',
+        "list of texts is `[a, b c]`, or a single text without brackets; an item with a comma is put in quotes, as in",
+        "`'data.test_classes=[\"Smith, John\", b]'`. Values of other keys are in YAML 1.2. Nothing (`data.root=`)",
+        "takes a value away; for keys that are no texts `none` and `null` do, too. In a recipe, quote a text",
+        "in which YAML would see a comment or a mapping (` #`, `: `).\n",
     ]
     for group in groups():
         lines += [f"## {group.name or 'The run'}\n", f"{group.text}\n"]
         for key in group.keys:
-            may = "; may change when a run is [continued](resume.md#what-may-change)" if key.name in FREE_KEYS else ""
+            may_change = key.name in {*FREE_KEYS} - {"name", "storage", "experiment"}  # which tell what run it is
+            may = "; may change when a run is [continued](resume.md#what-may-change)" if may_change else ""
             lines += [f"### `{key.name}`\n", f"{key.text}\n", f"{key.allowed}; default: **{key.default}**{may}\n"]
         if group.name == "loss":
             lines += ["### `loss.ARGUMENT`\n", "Whatever the loss takes, with the default that it has here:\n"]

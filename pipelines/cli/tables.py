@@ -1,5 +1,6 @@
 """Results as lines and tables for a terminal; endings.print_result prints them."""
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def describe_training(outcome: "TrainOutcome") -> list[Part]:
         f"model {outcome.model}\n",
         "next:  dml ui                       curves and comparisons in MLflow",
         f"       dml evaluate {outcome.run_id}",
-        f"       dml compare {outcome.experiment:<20} after more runs, by other seeds or settings",
+        f"       dml compare {shlex.quote(outcome.experiment):<20} after more runs, by other seeds or settings",
     ]
 
 

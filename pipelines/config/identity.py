@@ -11,13 +11,13 @@ from pipelines.config.schema import AUTO, Config
 # Keys that a training does not depend on: they may differ when a run is continued, and within a group of seeds.
 FREE_KEYS = (
     *("workers", "use_gpu", "gpus_per_worker", "name", "storage", "max_failures", "timeout", "wait_for_nodes"),
-    *("checkpoint_every", "model_name", "metrics"),
+    *("checkpoint_every", "experiment", "model_name", "metrics"),
     *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
 )
 # Of these and the keys of how pictures are found and computed with, those that may differ when a report looks at a
 # trained model; which run it is, and what was measured of it, is that of the run.
 REPORT_KEYS = {*FREE_KEYS, "precision", *("data.on_bad_image", "data.table", "data.decode")}
-REPORT_KEYS -= {"name", "storage", "metrics"}
+REPORT_KEYS -= {"name", "storage", "experiment", "metrics"}
 
 
 def with_absolute_paths(config: Config) -> Config:

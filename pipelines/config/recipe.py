@@ -1,21 +1,51 @@
 """Read a config from a recipe in YAML with key=value on top; bad input is an error of one line."""
 
-import re
-from collections.abc import Mapping, Sequence
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines.config import sections
 from pipelines.config.methods import METHODS
 from pipelines.config.schema import Config, flatten
 from pipelines.config.sections import Data
+from pipelines.config.values import annotation_of, assign, read_tree, read_value, section_of, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
 Tree = dict[str, Any]  # keys as YAML has them, nested: a value is of any type, or again a tree
+
+# What keys are called in other programs.
+NAMES_ELSEWHERE = {
+    **dict.fromkeys(
+        ("batch_size", "batchsize", "bs", "batch.size"), "batch.classes and batch.images, whose product is the batch"
+    ),
+    **dict.fromkeys(("learning_rate", "base_lr"), "optimizer.lr"),
+    **dict.fromkeys(("dataset", "data_name", "dataset_name"), "data.name"),
+    **dict.fromkeys(("data_root", "data_dir", "data_path", "path", "dir", "folder", "images_dir"), "data.root"),
+    **dict.fromkeys(("csv", "dataframe", "annotations"), "data.table"),
+    **dict.fromkeys(("model", "arch", "architecture", "network", "encoder"), "backbone.name"),
+    **dict.fromkeys(("pretrained", "weights"), "backbone.weights"),
+    **dict.fromkeys(("freeze", "freeze_backbone"), "backbone.frozen"),
+    **dict.fromkeys(("dim", "embedding_size", "emb_dim", "out_dim", "feat_dim"), "embedding_dim"),
+    **dict.fromkeys(("criterion", "loss_name"), "loss.name"),
+    **dict.fromkeys(("margin", "scale", "temperature"), "loss.margin, loss.scale, ... (arguments of loss.name)"),
+    **dict.fromkeys(("scheduler", "lr_scheduler"), "optimizer.schedule"),
+    **dict.fromkeys(("wd", "decay"), "optimizer.weight_decay"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm"), "optimizer.clip_norm"),
+    **dict.fromkeys(("amp", "fp16", "bf16", "dtype"), "precision"),
+    **dict.fromkeys(("img_size", "input_size", "resolution"), "data.image_size"),
+    **dict.fromkeys(("num_epochs", "max_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("random_seed", "random_state"), "seed"),
+    **dict.fromkeys(("gpu", "gpus", "cuda", "device"), "use_gpu"),
+    **dict.fromkeys(("num_gpus", "world_size", "nproc_per_node"), "workers"),
+    **dict.fromkeys(("num_workers", "dataloader_workers"), "workers (that train) or data.loader_processes (that read)"),
+    **dict.fromkeys(("output_dir", "out", "output", "save_dir", "log_dir"), "storage"),
+    **dict.fromkeys(("run_name", "resume"), "name"),
+}
 
 
 def recipe_names() -> list[str]:
@@ -54,19 +84,25 @@ def data_section(name: str, assignments: list[str]) -> Data:
 def parse_assignments(assignments: Sequence[str] | Mapping[str, Any]) -> Tree:
     """Return key=value, in texts or as a dictionary, as a tree; dots in a key make the levels.
 
+    Of a key that is a text the value is what was typed, see values.read_value; others are in YAML.
+
     Raises:
         ValueError: A text is not key=value, or a key has a value where another needs a level.
     """
     tree: Tree = {}
     if isinstance(assignments, Mapping):
         for key, value in assignments.items():
-            _assign(tree, key.split("."), value, f"{key}={value}")
+            _assign(tree, key, value)
         return tree
     for assignment in assignments:
-        key, separator, value = assignment.partition("=")
+        key, separator, text = assignment.partition("=")
         if not separator or not key:
             raise ValueError(f"{assignment!r} is not key=value")
-        _assign(tree, key.split("."), read_yaml(value), assignment)
+        try:
+            value = read_value(text, annotation_of(Config, key.split(".")))
+        except ValueError as error:
+            raise ValueError(f"{assignment}: {error}") from None
+        _assign(tree, key, value)
     return tree
 
 
@@ -113,40 +149,22 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     for method in {*METHODS} - {*values.get("method", METHODS)}:
         tree.pop(method, None)
     for key, value in values.items():
-        _assign(tree, key.split("."), value, f"{key}={value}")
+        _assign(tree, key, value)
     return parse_config(tree)
 
 
-def read_yaml(text: str) -> Any:
-    """Return the value of a text in YAML 1.2, of any type.
+def read_stored_config(text: str) -> Config:
+    """Return the config that to_yaml has written.
 
     Raises:
-        ValueError: It is not YAML.
+        ValueError: As of parse_config.
     """
-    try:
-        return yaml.load(text, Loader=_Yaml12)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {text.strip()[:80]!r} ({str(error).splitlines()[0]})") from None
+    return parse_stored_config(read_tree(text, Config))
 
 
 def to_yaml(config: Config) -> str:
     """Return a config as a recipe; what is not set is left out."""
-    return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
-
-
-class _Yaml12(yaml.SafeLoader):
-    """YAML 1.2 scalars: 1:3 is no sexagesimal number, 1e-4 is a float, yes and no are words."""
-
-
-_Yaml12.yaml_implicit_resolvers = {}
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|false|False", "tTfF"),
-    ("null", r"~|null|", "~n"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.nan", "-+.0123456789"),
-):
-    _Yaml12.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    return write_yaml(config.model_dump(exclude_none=True))
 
 
 def _recipe_file(recipe: str) -> Path:
@@ -161,23 +179,36 @@ def _recipe_file(recipe: str) -> Path:
 
 def _read(file: Path) -> Tree:
     """Return a recipe on top of those of the package that it extends, the later over the earlier."""
-    tree = read_yaml(file.read_text())
+    try:
+        tree = read_tree(file.read_text(encoding="utf-8"), Config)
+    except UnicodeDecodeError:
+        raise ValueError(f"recipe {file}: not a text in UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"recipe {file}: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"recipe {file}: not a mapping of keys to values")
     below: Tree = {}
-    for name in tree.pop("extends", []):
+    extended = tree.pop("extends", [])
+    for name in [extended] if isinstance(extended, str) else extended:
         if not (RECIPES / f"{name}.yaml").is_file():
-            raise ValueError(f"recipe {file}: it extends {name}, which is not there")
+            hint = sections.nearest(str(name), recipe_names())
+            raise ValueError(f"recipe {file}: it extends {name}, which is not there{hint}")
         below = _merge(below, _read(RECIPES / f"{name}.yaml"))
     return _merge(below, tree)
 
 
-def _assign(tree: Tree, path: list[str], value: Any, assignment: str) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"{assignment}: {part} has a value of its own already")
-    tree[path[-1]] = value
+def _assign(tree: Tree, key: str, value: Any) -> None:
+    try:
+        assign(tree, key.split("."), _without_paths(value))
+    except ValueError as error:
+        raise ValueError(f"{key}={value}: {error}") from None
+
+
+def _without_paths(value: Any) -> Any:
+    """Return a value, or a tree of values, in which a Path is a text."""
+    if isinstance(value, dict):
+        return {key: _without_paths(below) for key, below in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _merge(tree: Tree, overrides: Tree) -> Tree:
@@ -229,21 +260,58 @@ def _describe(error: ValidationError) -> list[str]:
     for details in error.errors():
         path = [str(part) for part in details["loc"] if not str(part).startswith(("function-", "constrained-"))]
         path = [part for part in path if part not in ("int", "str")] if path[:1] == ["workers"] else path
-        key, message = ".".join(path), details["msg"].removeprefix("Value error, ")
+        key, message, value = ".".join(path), details["msg"].removeprefix("Value error, "), _show(details["input"])
+        section = section_of(annotation_of(Config, path)) if path else None
         if details["type"] == "extra_forbidden":
-            section: type[BaseModel] = Config
-            for part in path[:-1]:
-                section = _section_of(section.model_fields[part].annotation)
-            prefix = "".join(f"{part}." for part in path[:-1])
-            lines.append(f"unknown key {key}{sections.nearest(key, [prefix + name for name in section.model_fields])}")
+            below = details["input"]
+            unknown = [*flatten(below, f"{key}.")] if isinstance(below, dict) and below else [key]
+            lines += [f"unknown key {name}{nearest_key(name)}" for name in unknown]
         elif details["type"] == "value_error":
-            lines.append(f"{key}: {message}" if key else message)
+            is_shown = isinstance(details["input"], str) and not sections.SECRET.search(details["input"])
+            lines.append(f"{key}={value}: {message}" if is_shown else f"{key}: {message}" if key else message)
+        elif section is not None:
+            keys = [f"{key}.{name}" for name in section.model_fields]
+            example = f"{key}.name={value}" if "name" in section.model_fields else ", ".join(keys)
+            lines.append(f"{key}={value}: {key} has keys of its own: {example}")
         else:
-            lines.append(f"{key}={details['input']}: {message}")
+            lines.append(f"{key}={value}: {message}")
     return lines
 
 
-def _section_of(annotation: object) -> type[BaseModel]:
-    """Return Sgar of `Sgar | None`."""
-    options = getattr(annotation, "__args__", (annotation,))
-    return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+def _show(value: object) -> str:
+    """Return a value as it is written in a config, on one line."""
+    text = {True: "true", False: "false", None: "null"}.get(value) if isinstance(value, bool | None) else str(value)
+    return text if text and text.isprintable() and text == text.strip() else repr(value)
+
+
+def nearest_key(key: str) -> str:
+    """Return the end of the message on an unknown key: the keys that were probably meant, or where all are listed."""
+    keys = [*_keys(Config)]
+    sections_ = {known.rpartition(".")[0] for known in keys}
+    section, _, name = key.rpartition(".")
+    beside = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == section}
+    of_that_name = [known for known in keys if known.rpartition(".")[2] == name]
+    if close := difflib.get_close_matches(name, beside, 1, 0.7):
+        meant = [beside[close[0]]]
+    elif elsewhere := NAMES_ELSEWHERE.get(key, NAMES_ELSEWHERE.get(name)):
+        meant = [elsewhere]
+    elif of_that_name and len(of_that_name) < 4:
+        meant = of_that_name
+    else:
+        meant = [known for known in keys if all(map(_are_close, key.rpartition("."), known.rpartition(".")))][:1]
+    if meant:
+        return f"; did you mean {' or '.join(meant)}?"
+    if section in sections_ and section:
+        return f"; allowed: {', '.join(beside.values())}"
+    return "; `dml config` prints the keys of a recipe, and docs/config.md describes all"
+
+
+def _are_close(word: str, other: str) -> bool:
+    return difflib.SequenceMatcher(None, word, other).ratio() >= 0.7
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield all dotted keys."""
+    for name, field in section.model_fields.items():
+        below = section_of(field.annotation)
+        yield from _keys(below, f"{prefix}{name}.") if below else [f"{prefix}{name}"]

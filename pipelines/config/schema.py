@@ -17,9 +17,12 @@ from pipelines.config.sections import (
     Backbone,
     Batch,
     Data,
+    ExperimentName,
     Loss,
+    ModelName,
     Optimizer,
     Positive,
+    RunName,
     nearest,
 )
 
@@ -56,12 +59,15 @@ class Config(Methods):
     checkpoint_every: Positive | None = None
     """Steps between further checkpoints within an epoch, for long epochs on nodes that may be lost. Whatever this says,
     a checkpoint is stored at once when a worker's node is about to be taken away."""
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None = None
+    name: RunName | None = None
     """Name of the run and its folder. The same name again continues the run. none: made from set, method, loss, seed
     and time."""
     storage: Address = "runs"
     """Folder, or address in a bucket, that the folders of runs are in. All nodes of a cluster must see it."""
-    model_name: str | None = None
+    experiment: ExperimentName | None = None
+    """Name of the experiment in MLflow that records the run. A run that goes on stays in its own. none: that of the
+    variable MLFLOW_EXPERIMENT_NAME, or else the name of the set."""
+    model_name: ModelName | None = None
     """Name of the registered model in MLflow that this run's model becomes a version of. none: dml-SET."""
     max_failures: Annotated[int, Field(ge=0)] | None = None
     """How often the workers are started again from the last checkpoint when one is lost. Nodes that were taken away

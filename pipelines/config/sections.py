@@ -25,6 +25,41 @@ def refuse_secrets(address: str) -> str:
 
 Address = Annotated[str, AfterValidator(refuse_secrets)]
 
+
+def _name(pattern: str, others: str, longest: int, allowed: str) -> AfterValidator:
+    """Return the check of a name.
+
+    Args:
+        pattern: What it must match.
+        others: The characters that it must not have; in the name that is proposed instead they are "-".
+        longest: Most bytes of it.
+        allowed: What is allowed, in words.
+    """
+
+    def check(name: str) -> str:
+        if re.fullmatch(pattern, name) and name.isprintable() and len(name.encode()) <= longest:
+            return name
+        proposed = re.sub(rf"{others}+", "-", name).strip("-. ")[: longest // 4] or "first"
+        raise ValueError(f"{allowed}; {longest} bytes at most; for instance {proposed}")
+
+    return AfterValidator(check)
+
+
+# Of a run, which is also the name of its folder.
+RunName = Annotated[
+    str, _name(r"\w[\w.\-]*", r"[^\w.]", 200, "letters, digits, _ . and - are allowed, but . and - not at the start")
+]
+# MLflow refuses / and :, and does not find models:/NAME where the name has one of the others.
+ModelName = Annotated[
+    str,
+    _name(
+        r"[^\s./:@#?%]([^/:@#?%]*[^\s/:@#?%])?", r"[/:@#?%\s]", 250, "no / : @ # ? % is allowed, and no . at the start"
+    ),
+]
+ExperimentName = Annotated[
+    str, _name(r"[^\s\-](.*\S)?", r"\s", 500, "no - or space is allowed at the start, and no space at the end")
+]
+
 Positive = Annotated[int, Field(ge=1)]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -39,7 +74,7 @@ def nearest(word: str, words: list[str]) -> str:
 class Section(BaseModel):
     """A part of a config: it cannot be changed, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 
 OWN_SETS = ("glyphs", "folder", "table")  # those besides the benchmarks

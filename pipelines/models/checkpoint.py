@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipelines.config.recipe import parse_stored_config, read_yaml, to_yaml
+from pipelines.config.recipe import read_stored_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.tracking.records import EpochRecord
 
@@ -79,7 +79,7 @@ def save(
     save_file(weights, folder / "learner.safetensors")
     save_file({"steps": steps.contiguous()}, folder / "epoch.safetensors")
     torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / "optimizer.pt")
-    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     for name, content in (
         ("state.json", state._asdict()),
         ("history.json", history),
@@ -102,7 +102,7 @@ def is_whole(folder: Path) -> bool:
 
 def read_config(folder: Path) -> Config:
     """Read the config that a checkpoint was trained by."""
-    return parse_stored_config(read_yaml((folder / "config.yaml").read_text()))
+    return read_stored_config((folder / "config.yaml").read_text(encoding="utf-8"))
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:

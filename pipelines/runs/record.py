@@ -15,12 +15,39 @@ from typing import Any
 from dml_core.data.datasets import Splits
 from dml_core.data.pictures import to_image
 from pipelines.config.identity import FREE_KEYS
-from pipelines.config.recipe import to_yaml
+from pipelines.config.recipe import parse_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.models.run_folder import RunFolder, local_copy
 from pipelines.runs.outcome import SweepMember
+from pipelines.tracking.address import experiment_of_environment
 from pipelines.tracking.models import log_model
 from pipelines.tracking.runs import start_run
+
+
+def with_experiment(config: Config, begun: Mapping[str, Any] | None) -> Config:
+    """Return a config with a definite experiment: that of the key, of MLFLOW_EXPERIMENT_NAME, or by the set's name.
+
+    Args:
+        config: Of the run.
+        begun: The nested config that the run was begun with, in whose experiment it stays; None: it begins now.
+
+    Raises:
+        ValueError: It was begun in another; or MLflow's variables say something else, see experiment_of_environment.
+    """
+    key, asked = "experiment", config.experiment
+    if asked is None:
+        key, asked = "MLFLOW_EXPERIMENT_NAME", experiment_of_environment()
+        try:
+            parse_config({"experiment": asked})
+        except ValueError as error:
+            raise ValueError(str(error).replace("experiment", key, 1)) from None
+    kept = begun and begun.get("experiment", begun["data"]["name"])
+    if asked and kept and asked != kept:
+        raise ValueError(
+            f"{key}={asked}: name={config.name} was begun in experiment={kept}, and stays there; leave {key} out, or "
+            "choose another name"
+        )
+    return config.model_copy(update={"experiment": kept or asked or config.data.name})
 
 
 def record_run(
@@ -48,7 +75,7 @@ def record_run(
     Returns:
         The run's id.
     """
-    assert config.name
+    assert config.name and config.experiment
     all_tags = {
         "method": "+".join(config.method) or "none",
         "base_loss": config.loss.name,
@@ -58,12 +85,10 @@ def record_run(
         "git_commit": _git_commit(),
         **tags,
     }
-    source = config.data.table or config.data.root or "embedded"
     whole = splits.train.whole or splits.train
+    data = config.data.name, whole.digest(), config.data.table or config.data.root or "embedded"
     files = {"config.yaml": to_yaml(config), **texts}
-    started = tracker.submit(
-        start_run, uri, config.data.name, config.name, params, all_tags, whole.digest(), source, files, key
-    )
+    started = tracker.submit(start_run, uri, config.experiment, config.name, params, all_tags, *data, files, key)
     return started.result()
 
 

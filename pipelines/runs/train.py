@@ -25,7 +25,7 @@ from pipelines.models.run_folder import RunFolder, checkpoint_name
 from pipelines.phases import Clock, Phase
 from pipelines.runs.log import logged_to
 from pipelines.runs.outcome import SweepMember, TrainOutcome
-from pipelines.runs.record import record_training, register_model
+from pipelines.runs.record import record_training, register_model, with_experiment
 from pipelines.tracking.address import default_uri
 from pipelines.tracking.models import import_for_log_model
 from pipelines.tracking.process import SameProcess
@@ -77,9 +77,10 @@ def run_training(
     config = with_absolute_paths(config)
     folder = RunFolder(config)
     uri = member.uri if member else default_uri(Path.cwd())
-    store = tracker.submit(prepare_store, uri)
     earlier = folder.read("run.json")
     begun, reason = earlier and earlier["config"], ""
+    config = config if member else with_experiment(config, begun)
+    store = tracker.submit(prepare_store, uri)
     config = with_slices(config, begun)  # is refused before it waits for a cluster
     if here or not has_cluster():
         config, reason = resolve_workers(config, here=here)
@@ -130,7 +131,7 @@ def run_training(
             clock.lap("registration")
     outcome = TrainOutcome(
         run_id=run_id,
-        experiment=config.data.name,
+        experiment=str(config.experiment),
         checkpoint=f"{config.storage}/{config.name}/{best}",
         metrics=metrics,
         seconds=time.time() - started,

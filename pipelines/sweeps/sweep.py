@@ -32,7 +32,7 @@ from pipelines.models.checkpoint import read_history
 from pipelines.models.run_folder import RunFolder, local_copy, newest_checkpoint
 from pipelines.pages.render import made_by
 from pipelines.runs.log import logged_to
-from pipelines.runs.record import record_run
+from pipelines.runs.record import record_run, with_experiment
 from pipelines.sweeps.features import FeaturesJob
 from pipelines.sweeps.plots import draw_figures
 from pipelines.sweeps.population import make_pbt_scheduler
@@ -89,7 +89,7 @@ def start_sweep(
     if config.name is None:
         parts = [config.data.name, options.space.replace(".py", "").replace("/", "-"), str(options.search)]
         config = with_values(config, {"name": "-".join([*parts, datetime.now().strftime("%Y%m%d-%H%M%S")])})
-    config = with_absolute_paths(config)
+    config = with_experiment(with_absolute_paths(config), None)
     folder = RunFolder(config)
     if folder.read("sweep.json") or folder.read("run.json"):
         raise ValueError(
@@ -121,6 +121,7 @@ def resume_sweep(name: str, storage: str = "runs", console: Console = messages) 
         return SweepOutcome.from_json(outcome)
     options = SweepOptions(**begun["options"])
     config, space = load_space(options.space, parse_stored_config(begun["config"]))
+    config = with_experiment(config, begun["config"])
     uri, default = begun["uri"], default_uri(Path.cwd())
     if without_password(default) == uri:
         uri = default  # with its password, which is kept nowhere
@@ -202,7 +203,7 @@ def _search_and_test(
         if not finished:
             raise RunFailed(f"none of {len(trials)} trials finished; {trials[0].reason}")
         best = max(finished, key=lambda trial: trial.score or 0.0)
-        free = {"name": None, "storage": "runs", "workers": AUTO, "batch.slices": config.slices}
+        free = {"name": None, "storage": "runs", "experiment": None, "workers": AUTO, "batch.slices": config.slices}
         recipe = to_yaml(with_values(config, {**best.point, **free}))
         folder.write("best.yaml", recipe)
         try:

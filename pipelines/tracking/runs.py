@@ -33,6 +33,7 @@ def start_run(
     name: str,
     params: Mapping[str, Any],
     tags: dict[str, str],
+    data: str,
     digest: str,
     source: str,
     texts: Mapping[str, str] = MappingProxyType({}),
@@ -42,10 +43,11 @@ def start_run(
 
     Args:
         uri: MLflow's store.
-        experiment: Its name, which is that of the data set.
+        experiment: Its name.
         name: Of the run.
         params: To log, by name.
         tags: Of the run.
+        data: Name of the data set.
         digest: Of the data set.
         source: Where the data set is.
         texts: Artifacts, by file name.
@@ -66,7 +68,7 @@ def start_run(
     logged = [Param(key, str(value)[:6000]) for key, value in params.items()]
     for start in range(0, len(logged), PARAMS_PER_CALL):
         client.log_batch(run.info.run_id, params=logged[start : start + PARAMS_PER_CALL])
-    dataset = Dataset(experiment, digest, "local", source, profile="{}")
+    dataset = Dataset(data, digest, "local", source, profile="{}")
     client.log_inputs(run.info.run_id, [DatasetInput(dataset)])
     for file, text in texts.items():
         client.log_text(run.info.run_id, text, file)

@@ -6,7 +6,9 @@ of its own (process.py).
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +67,13 @@ def connect(uri: str) -> mlflow.MlflowClient:
     return client
 
 
+def _folder_for(experiment: str) -> str:
+    """Return the name of a folder of its own for an experiment, whose name may be a path, or longer than a folder's."""
+    if re.fullmatch(r"\w[\w.\- ]{0,99}", experiment):
+        return experiment
+    return re.sub(r"[^\w\-]+", "-", experiment)[:80] + "-" + hashlib.sha256(experiment.encode()).hexdigest()[:8]
+
+
 def experiment_id(client: mlflow.MlflowClient, uri: str, name: str) -> str:
     """Return the id of an experiment, which is made if there is none of that name."""
     if experiment := client.get_experiment_by_name(name):
@@ -72,7 +81,7 @@ def experiment_id(client: mlflow.MlflowClient, uri: str, name: str) -> str:
     # Beside a database in a file, artifacts go to a folder next to it; a server has its own place for them.
     location = None
     if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / name).as_uri()
+        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / _folder_for(name)).as_uri()
     try:
         # The kind chooses which of its two faces MLflow's page shows: training, not chat.
         return client.create_experiment(name, location, {"mlflow.experimentKind": "custom_model_development"})

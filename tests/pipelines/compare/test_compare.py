@@ -116,7 +116,7 @@ def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.Mo
     for method, bonus in (("[]", 0.0), ("['namr']", 0.02)):
         for seed in range(6):
             params, tags = {"method": method, "seed": seed}, {"group": method, "seed": str(seed)}
-            made = start_run(mlflow_server.uri, "compared", f"{method}{seed}", params, tags, "d", "s")
+            made = start_run(mlflow_server.uri, "compared", f"{method}{seed}", params, tags, "compared", "d", "s")
             client.log_metric(made, "test/map_at_r", 0.4 + bonus + 0.01 * seed + 1e-4 * (seed % 3))
             client.log_metric(made, "test/recall_at_1", 0.8 + 0.01 * seed)
             client.set_terminated(made, "FINISHED")

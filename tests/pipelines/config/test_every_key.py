@@ -151,6 +151,13 @@ def registered(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> objec
     return record.register_model(SameProcess(), "uri", "id", config, RunFolder(config), checkpoint, splits)
 
 
+def recorded(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
+    """The experiment that MLflow is given."""
+    config = record.with_experiment(config, None)
+    patch.setattr(record, "start_run", lambda *given: given[1])
+    return record.record_training(SameProcess(), "uri", config, load_splits(config), (), None, "")
+
+
 def collection(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     """The pictures of the set, or why it is refused."""
     fetched = list[str]()
@@ -210,6 +217,7 @@ CASES = {
     "checkpoint_every": trains("2", "evaluate_every=3"),
     "name": acts(launched, "other"),
     "storage": acts(kept_in, "{place}/others"),
+    "experiment": acts(recorded, "mine"),
     "model_name": acts(registered, "mine"),
     "max_failures": acts(launched, "7"),
     "timeout": acts(launched, "60"),
@@ -305,7 +313,7 @@ REFUSALS = {
     "data.table": [("{place}/set/all.csv",)],
     "data.download": [("true",), ("true", "data.name=vehicleid")],
     "data.links": [("true", "data.name=cub")],
-    "data.on_bad_image": [("skip", "data.name=glyphs", "data.root=null")],
+    "data.on_bad_image": [("skip", "data.name=glyphs", "data.root=")],
     "data.augment": [("none", "backbone.frozen=true"), ("crop", "backbone.frozen=true")],
     "data.test_fraction": [
         ("0.5", "data.name=cub"),
@@ -318,9 +326,9 @@ REFUSALS = {
     ],
     "data.folds": [("4",)],
     "data.fold": [("0", "data.name=table", "data.table={place}/set/split.csv", "batch.classes=2")],
-    "data.loader": [("ray", "data.name=glyphs", "data.root=null")],
+    "data.loader": [("ray", "data.name=glyphs", "data.root=")],
     "data.loader_processes": [("2", "data.loader=ray")],
-    "data.decode": [("gpu", "data.loader=ray"), ("gpu", "data.name=glyphs", "data.root=null")],
+    "data.decode": [("gpu", "data.loader=ray"), ("gpu", "data.name=glyphs", "data.root=")],
     "optimizer.momentum": [("0.5",)],
     "optimizer.milestones": [("[1]",)],
     "optimizer.gamma": [("0.5",)],

@@ -53,7 +53,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def run_id(mlflow_server) -> str:
     prepare_store(mlflow_server.uri)
-    return start_run(mlflow_server.uri, "set", "a run", {"a.b": 1}, {"seed": "0"}, "digest", "folder")
+    return start_run(mlflow_server.uri, "set", "a run", {"a.b": 1}, {"seed": "0"}, "pictures", "digest", "folder")
 
 
 def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
@@ -66,12 +66,23 @@ def test_run_has_params_tags_data_and_steps(mlflow_server, run_id: str) -> None:
     assert run.info.status == "FINISHED" and run.info.run_name == "a run"
     assert run.data.params == {"a.b": "1"} and run.data.tags["seed"] == "0"
     assert run.inputs.dataset_inputs[0].dataset.digest == "digest"
+    assert run.inputs.dataset_inputs[0].dataset.name == "pictures"
     assert logged(mlflow_server.uri, run_id, "train/loss") == [(1, 1.0), (2, 0.5)]
     assert logged(mlflow_server.uri, run_id, "train/step_loss") == [(i, float(i)) for i in range(6)]
 
 
 def test_a_start_that_was_cut_off_is_completed(mlflow_server, run_id: str) -> None:
-    arguments = mlflow_server.uri, "set", "cut off", {"a.b": 1}, {"seed": "0"}, "digest", "folder", {"a.txt": "text"}
+    arguments = (
+        mlflow_server.uri,
+        "set",
+        "cut off",
+        {"a.b": 1},
+        {"seed": "0"},
+        "pictures",
+        "digest",
+        "folder",
+        {"a.txt": "text"},
+    )
     client = mlflow.MlflowClient(mlflow_server.uri)
     experiment = client.get_run(run_id).info.experiment_id
     begun = client.create_run(experiment, run_name="cut off", tags={"start_key": "its key"}).info.run_id
@@ -116,7 +127,7 @@ def test_killed_before_the_first_checkpoint_logs_nothing_twice(mlflow_server, ru
 
 def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str) -> None:
     """From a run that has patience; what another never sent is counted, and sent by the next of its name."""
-    other = start_run(mlflow_server.uri, "set", "another", {}, {}, "digest", "folder")
+    other = start_run(mlflow_server.uri, "set", "another", {}, {}, "pictures", "digest", "folder")
     tracker = open_sender(mlflow_server.uri, run_id)
     tracker.log(record(1))
     while tracker.unsent:
