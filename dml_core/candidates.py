@@ -286,7 +286,8 @@ def margin_loss(distance: Tensor, beta: Tensor, near: Tensor, far: Tensor, margi
         near: (B, R) how many triplets have the pair for their positive one.
         far: (B, R) how many triplets have the pair for their negative one.
         margin: The margin.
-        nu: Weight of the sum of beta over the triplets.
+        nu: Weight of a term of beta: where each anchor has its own, their sum over the triplets, as part of the mean;
+            where there is one, itself, beside the mean.
 
     Returns:
         A scalar, 0 where no triplet costs anything.
@@ -294,9 +295,10 @@ def margin_loss(distance: Tensor, beta: Tensor, near: Tensor, far: Tensor, margi
     pull, push = (distance - beta + margin).relu(), (beta - distance + margin).relu()
     active = ((pull > 0) * near + (push > 0) * far).sum()
     total = (pull * near + push * far).sum()
-    if nu:
+    if nu and len(beta) > 1:
         total = total + nu * (near.sum(1, keepdim=True) * beta).sum()
-    return torch.where(active > 0, total / active.clamp(min=1), 0)
+    loss = torch.where(active > 0, total / active.clamp(min=1), 0)
+    return torch.where(near.sum() > 0, loss + nu * beta.sum(), loss) if nu and len(beta) == 1 else loss
 
 
 def proxy_anchor(similarity: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:

@@ -268,7 +268,9 @@ def _describe(error: ValidationError) -> list[str]:
             lines += [f"unknown key {name}{nearest_key(name)}" for name in unknown]
         elif details["type"] == "value_error":
             is_shown = isinstance(details["input"], str) and not sections.SECRET.search(details["input"])
-            lines.append(f"{key}={value}: {message}" if is_shown else f"{key}: {message}" if key else message)
+            names_a_key = not key or message.startswith(f"{key}.")
+            prefix = "" if names_a_key else f"{key}={value}: " if is_shown else f"{key}: "
+            lines.append(f"{prefix}{message}")
         elif section is not None:
             keys = [f"{key}.{name}" for name in section.model_fields]
             example = f"{key}.name={value}" if "name" in section.model_fields else ", ".join(keys)

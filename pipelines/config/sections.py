@@ -257,7 +257,7 @@ class Loss(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
     name: str = "proxy_anchor"
-    """The loss: triplet, contrastive, multi_similarity, margin, proxy_anchor, proxy_nca, or the name of any class of
+    """The loss: triplet, contrastive, multi_similarity, margin, proxy_anchor, proxy_nca, or the name of a class of
     pytorch-metric-learning."""
 
     @property
@@ -265,20 +265,21 @@ class Loss(BaseModel):
         """What the loss is built with: argument -> value, of any type that a loss takes."""
         return dict(self.model_extra or {})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_a_word(cls, values: Any) -> Any:
+        """Keep a null, which would be left out of a stored config, as the word that takes a default part away."""
+        if not isinstance(values, dict):
+            return values
+        return {key: "none" if value is None and key != "name" else value for key, value in values.items()}
+
     @model_validator(mode="after")
     def _arguments_exist(self) -> "Loss":
         if self.name in KNOWN_LOSSES and not self.arguments:
             return self
         from dml_core import base_losses
 
-        allowed = base_losses.default_arguments(self.name)
-        for key in self.arguments:
-            if key not in allowed:
-                raise ValueError(f"{key} is no argument of {self.name}{nearest(key, list(allowed))}")
-            number = isinstance(allowed[key], int | float) and not isinstance(allowed[key], bool)
-            if number and not isinstance(self.arguments[key], int | float):
-                raise ValueError(f"{key}={self.arguments[key]} is not a number")
-        base_losses.build(self.name, 2, 2, **self.arguments)
+        base_losses.check(self.name, self.arguments)
         return self
 
 

@@ -8,7 +8,11 @@ from dml_core import base_losses
 from tests.dml_core.test_waits import CLASSES, DIM, OWN_LOSSES, whole_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-DRAWN = {"margin", "margin, one beta"}  # whose triplets are drawn by each device's own generator
+DRAWN = {
+    "margin",
+    "margin, one beta",
+    "margin, one learned beta",
+}  # whose triplets are drawn by each device's own generator
 OTHER_WAYS = [("multi_similarity", "full", "even"), ("multi_similarity", "diag", "quantile")]
 
 

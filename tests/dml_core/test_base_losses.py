@@ -1,12 +1,13 @@
 import inspect
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -23,6 +24,7 @@ from dml_core.candidates import (
     violating_triplets,
     without_copies,
 )
+from tests.dml_core.test_waits import whole_step
 
 PAIR = ["triplet", "contrastive", "multi_similarity", "margin"]
 PROXY = ["proxy_anchor", "proxy_nca", "ArcFaceLoss"]
@@ -169,7 +171,11 @@ FORMS = {
         for margin in (-0.1, 0.1, 0.2, 0.4)
     ],
     "TripletMarginLoss": [{}, {"margin": 0.3}],
-    "margin": [{"miner": None}, {"miner": None, "nu": 0.1}, {"miner": None, "nu": 0.1, "learn_beta": False}],
+    "margin": [
+        {"miner": "none", "nu": nu, "learn_beta": learn} | one
+        for nu in (0, 0.1)
+        for learn, one in ((True, {}), (True, {"beta_per_class": False}), (False, {}))
+    ],
     "proxy_anchor": [{}, {"margin": 0.2, "alpha": 16}],
 }
 
@@ -383,6 +389,204 @@ def test_order_of_the_batch_does_not_matter(name, boosted):
     torch.testing.assert_close(shuffled, straight)
 
 
+def library_classes() -> list[str]:
+    """All that the library calls a loss, found in the package."""
+    return sorted(name for name, item in vars(losses).items() if inspect.isclass(item))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", library_classes())
+def test_every_class_of_the_library_trains_or_is_refused_with_the_reason(name, precision):
+    if name in base_losses.REFUSED:
+        with pytest.raises(ValueError, match=rf"^loss\.name={name}: {re.escape(base_losses.REFUSED[name])}"):
+            build(name, CLASSES, DIM)
+        return
+    torch.manual_seed(0)
+    head, loss = torch.nn.Linear(16, DIM), build(name, CLASSES, DIM)
+    trained = torch.nn.ModuleList([head, loss])
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    labels = torch.arange(4).repeat_interleave(3)
+    features = torch.randn(CLASSES, 16)[labels] + torch.randn(len(labels), 16)
+    for _ in range(2):
+        before = [parameter.detach().clone() for parameter in trained.parameters()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+            z = head(features)
+            value = loss(z, labels, z.detach() + 0.1 * torch.randn_like(z))
+        assert z.dtype == precision and value.dtype == torch.float32 and value.isfinite()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        assert all(parameter.isfinite().all() for parameter in trained.parameters())
+        assert not torch.equal(before[0], head.weight)
+
+
+@pytest.mark.parametrize("name", base_losses.LOSSES + PAIR + PROXY)
+def test_every_loss_trains_under_all_methods(name):
+    """IAA's boosted loss, SGAR's and NAMR's rankings in one step; a loss without class vectors has SGAR's means."""
+    learner, step, (features, labels, epoch) = whole_step(name)
+    terms = learner(features, labels, epoch, torch.Generator())
+    assert all(term.isfinite() for term in terms) and terms.sgar_rank > 0 and terms.namr_rank > 0
+    step(features, labels, epoch, torch.Generator()).backward()
+    assert features.grad.isfinite().all() and features.grad.any()
+    assert all(parameter.grad.isfinite().all() for parameter in learner.parameters() if parameter.grad is not None)
+
+
+def parts_and_choices():
+    """Each part of a loss with what may be chosen for it, one at a time."""
+    for part, allowed in base_losses.PARTS.items():
+        for choice in allowed:
+            more = {"reducer_arguments": {"low": 0.0}} if choice == "ThresholdReducer" else {}
+            yield pytest.param({part: choice} | more, id=f"{part}={choice}")
+
+
+@pytest.mark.parametrize("arguments", list(parts_and_choices()))
+def test_every_part_acts_on_a_loss_or_is_refused(arguments):
+    """Of all losses: none that is built fails later, with synthetics and without."""
+    trained = 0
+    for name in [*PAIR, *PROXY, *base_losses.LOSSES]:
+        try:
+            loss = build(name, CLASSES, DIM, **arguments)
+        except ValueError as error:
+            assert re.search(r"loss\.\w+(=\w+:| cannot act|=.* needs)", str(error)) and name in str(error)
+            continue
+        for boosted in (False, True):
+            z, labels, synthetic = batch(images=4, dtype=torch.float32)
+            value = loss(z, labels, synthetic if boosted else None)
+            value.backward()
+            assert value.shape == () and value.isfinite() and z.grad.isfinite().all(), name
+        trained += 1
+    assert trained > 1
+
+
+LP = distances.LpDistance(p=1, power=2)
+LIKE_THE_LIBRARY = [
+    ("ContrastiveLoss", {"reducer": "PerAnchorReducer"}, {"reducer": reducers.PerAnchorReducer()}),
+    ("NTXentLoss", {"reducer": "PerAnchorReducer"}, {"reducer": reducers.PerAnchorReducer()}),
+    ("MultiSimilarityLoss", {"reducer": "PerAnchorReducer"}, {"reducer": reducers.PerAnchorReducer()}),
+    (
+        "TripletMarginLoss",
+        {"distance": "LpDistance", "distance_arguments": {"p": 1, "power": 2}, "reducer": "MeanReducer"},
+        {"distance": LP, "reducer": reducers.MeanReducer()},
+    ),
+    ("SupConLoss", {"distance": "SNRDistance"}, {"distance": distances.SNRDistance()}),
+    ("MarginLoss", {"learn_beta": True, "nu": 0.3, "beta_per_class": False}, {"learn_beta": True, "nu": 0.3}),
+    ("MarginLoss", {"learn_beta": True, "nu": 0.3}, {"learn_beta": True, "nu": 0.3, "num_classes": CLASSES}),
+    *(
+        (
+            name,
+            {"embedding_regularizer": kind, "embedding_reg_weight": 0.3} | more,
+            {"embedding_regularizer": getattr(regularizers, kind)(**arguments), "embedding_reg_weight": 0.3},
+        )
+        for name in ("TripletMarginLoss", "ContrastiveLoss", "MultiSimilarityLoss", "MarginLoss", "SoftTripleLoss")
+        for kind, arguments, more in (
+            ("LpRegularizer", {"p": 1}, {"embedding_regularizer_arguments": {"p": 1}}),
+            ("CenterInvariantRegularizer", {}, {}),
+            ("ZeroMeanRegularizer", {}, {}),
+        )
+    ),
+    *(
+        (
+            name,
+            {"weight_regularizer": kind, "weight_reg_weight": 0.3},
+            {"weight_regularizer": getattr(regularizers, kind)(), "weight_reg_weight": 0.3},
+        )
+        for name in ("ProxyAnchorLoss", "ProxyNCALoss", "ArcFaceLoss", "SoftTripleLoss", "SubCenterArcFaceLoss")
+        for kind in ("CenterInvariantRegularizer", "LpRegularizer", "RegularFaceRegularizer", "ZeroMeanRegularizer")
+    ),
+    *(
+        (
+            name,
+            {"weight_regularizer": "SparseCentersRegularizer"},
+            {"weight_regularizer": regularizers.SparseCentersRegularizer(CLASSES, centers)},
+        )
+        for name, centers in (("SoftTripleLoss", 10), ("SubCenterArcFaceLoss", 3))
+    ),
+    *((name, {}, {}) for name in base_losses.LOSSES),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "ours", "librarys"), LIKE_THE_LIBRARY)
+def test_equals_the_library(name, ours, librarys, dtype):
+    """Value and gradients; numbers in bfloat16 are those of the library in float32."""
+    z, labels, _ = batch(images=4, dtype=torch.float64)
+    z = z.detach().to(dtype).requires_grad_()
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = {"num_classes": CLASSES, "embedding_size": DIM, "descriptors_dim": DIM}
+    taken = base_losses.constructor_defaults(getattr(losses, name))
+    sizes = {} if name == "MarginLoss" else {key: value for key, value in sizes.items() if key in taken}
+    published = {"margin": 0.4, "Tn": 10} if name == "RankedListLoss" else {}
+    expected_loss = getattr(losses, name)(**sizes, **published, **librarys).to(exact)
+    loss = build(name, CLASSES, DIM, **ours).to(exact)
+    for own, its in zip(loss.parameters(), expected_loss.parameters(), strict=True):
+        assert own.shape == its.shape
+        own.data.copy_(its.data)
+    value = loss(z, labels)
+    expected_z = z.detach().to(exact).requires_grad_()
+    expected = expected_loss(expected_z, labels)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(
+        z.grad, expected_z.grad.to(dtype), atol=1e-5, rtol=1e-4 if dtype != torch.bfloat16 else 0.02
+    )
+    for own, its in zip(loss.parameters(), expected_loss.parameters(), strict=True):
+        torch.testing.assert_close(
+            own.grad, torch.zeros_like(own) if its.grad is None else its.grad, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_regularizers_are_of_real_embeddings_and_not_divided():
+    z, labels, synthetic = batch()
+    plain = build("contrastive", CLASSES, DIM)
+    loss = build("contrastive", CLASSES, DIM, embedding_regularizer="LpRegularizer", embedding_reg_weight=0.5)
+    term = 0.5 * z.norm(dim=1).mean()
+    torch.testing.assert_close(loss(z, labels, synthetic), plain(z, labels, synthetic) + term)
+    assert loss.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_mean_of_an_anchors_pairs_with_synthetics():
+    z, labels, synthetic = batch()
+    loss = build("ContrastiveLoss", CLASSES, DIM, reducer="PerAnchorReducer")
+    expected = z.new_zeros(())
+    for anchor, positives, negatives in candidates(z, labels, synthetic):
+        expected = expected + sum((anchor - x).norm() for x in positives) / len(positives)
+        expected = expected + sum(max(1 - (anchor - x).norm(), 0 * anchor[0]) for x in negatives) / len(negatives)
+    torch.testing.assert_close(loss(z, labels, synthetic), expected / len(z), atol=1e-7, rtol=1e-6)
+
+
+def test_every_named_part_of_the_library_is_taken_or_refused():
+    known = {name for allowed in base_losses.PARTS.values() for name in allowed} | base_losses.REFUSED.keys()
+    for module in (losses, distances, reducers, miners, regularizers):
+        classes = {name for name, item in vars(module).items() if inspect.isclass(item)}
+        assert classes <= known | {*base_losses.LOSSES}
+
+
+def test_a_check_takes_a_step_and_leaves_the_generator_alone():
+    state = torch.get_rng_state()
+    base_losses.check("margin", {"nu": 0.1})
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match=r"^loss.name=NTXentLoss loss.temperature=0 cannot be computed"):
+        base_losses.check("NTXentLoss", {"temperature": 0})
+    with pytest.raises(ValueError, match=r"loss.num_classes cannot be set: the training set gives it"):
+        base_losses.check("margin", {"num_classes": 3})
+
+
+def test_distances_are_those_that_the_library_allows():
+    """Beside those that it takes and cannot compute: HistogramLoss and RankedListLoss with others."""
+    for name in {*base_losses.LOSSES} - {"HistogramLoss", "RankedListLoss"} - base_losses.WITHOUT_DISTANCE:
+        for distance, cls in base_losses.PARTS["distance"].items():
+            sizes = {"num_classes": CLASSES, "embedding_size": DIM}
+            sizes = {key: sizes[key] for key in sizes.keys() & base_losses.constructor_defaults(getattr(losses, name))}
+            arguments = {"power": 2} if name == "FastAPLoss" else {}
+            try:
+                getattr(losses, name)(**sizes, distance=cls(**arguments))
+                allowed = True
+            except AssertionError:
+                allowed = False
+            assert allowed == (distance in base_losses.DISTANCES.get(name, (distance,))), (name, distance)
+
+
 @pytest.mark.parametrize("boosted", [False, True])
 @pytest.mark.parametrize("name", base_losses.LOSSES + PAIR + PROXY)
 def test_every_loss_gives_finite_gradients(name, boosted):
@@ -450,7 +654,7 @@ def test_random_miners_follow_the_global_seed():
     assert values[0] == values[1] != values[2]
 
 
-@pytest.mark.parametrize("miner", base_losses.PARTS["miner"][1])
+@pytest.mark.parametrize("miner", base_losses.PARTS["miner"])
 def test_miners_never_pair_an_anchor_with_its_copies(miner):
     z, labels, _ = batch()
     near = z.detach().repeat(2, 1)  # synthetics on top of their source: the nearest of all
@@ -498,13 +702,53 @@ def test_arguments_are_those_that_build_takes():
     ("name", "arguments", "message"),
     [
         ("multi_similarty", {}, "did you mean 'multi_similarity'"),
-        ("VICRegLoss", {}, "loss.name 'VICRegLoss' is unknown"),
-        ("contrastive", {"pos_margn": 1}, "did you mean 'pos_margin'"),
+        ("cosface", {}, "did you mean 'CosFaceLoss'"),
+        ("contrastive", {"pos_margn": 1}, "did you mean pos_margin"),
+        ("triplet", {"swap": True}, "loss.swap cannot be set: candidates are not anchors"),
+        ("triplet", {"margin": "wide"}, "loss.margin=wide is not a number"),
+        ("triplet", {"margin": True}, "loss.margin=True is not a number"),
+        ("triplet", {"margin": math.nan}, "loss.margin=nan is not a number"),
+        ("margin", {"learn_beta": "maybe"}, "loss.learn_beta=maybe: allowed is true or false"),
+        ("margin", {"learn_beta": False, "beta_per_class": False}, "cannot act without loss.learn_beta=true"),
         ("contrastive", {"miner": "MultiSimilarityMinr"}, "did you mean 'MultiSimilarityMiner'"),
-        ("multi_similarity", {"miner_arguments": {"epsilom": 1}}, "did you mean 'epsilon'"),
-        ("contrastive", {"miner_arguments": {"epsilon": 1}}, "need a loss.miner"),
-        ("AngularLoss", {"distance": "CosineSimilarity"}, "requires the distance metric"),
+        ("contrastive", {"miner": "HDCMiner"}, "loss.miner=HDCMiner: would take an anchor's synthetic copy"),
+        ("contrastive", {"miner": ["a"]}, r"loss.miner=\['a'\] is unknown"),
+        ("multi_similarity", {"miner_arguments": {"epsilom": 1}}, "did you mean epsilon"),
+        ("multi_similarity", {"miner_arguments": {"epsilon": "x"}}, "miner_arguments.epsilon=x is not a number"),
+        ("multi_similarity", {"miner_arguments": 3}, "loss.miner_arguments=3: not a mapping"),
+        ("triplet", {"miner_arguments": {"type_of_triplets": "semi"}}, "allowed is all, hard, semihard, easy"),
+        ("contrastive", {"miner_arguments": {"epsilon": 1}}, "needs a loss.miner"),
+        ("PNPLoss", {"miner": "BatchHardMiner"}, "cannot act on loss.name=PNPLoss: it compares all images"),
+        ("PNPLoss", {"variant": "Q"}, "loss.variant=Q: allowed is Ds"),
+        ("PNPLoss", {"reducer": "SumReducer"}, "loss.reducer cannot act on loss.name=PNPLoss: its value is one"),
+        ("P2SGradLoss", {"distance": "LpDistance"}, "loss.distance cannot act"),
+        ("AngularLoss", {"distance": "CosineSimilarity"}, "is defined on LpDistance only"),
+        ("AngularLoss", {"distance": "LpDistance", "distance_arguments": {"p": 1}}, "requires distance.p to be 2"),
+        ("SoftTripleLoss", {"distance": "LpDistance"}, "on CosineSimilarity or DotProductSimilarity only"),
+        (
+            "triplet",
+            {"distance": "CosineSimilarity", "distance_arguments": {"normalize_embeddings": False}},
+            "normalize_embeddings cannot be set: a cosine is of unit vectors; loss.distance=DotProductSimilarity",
+        ),
+        ("ContrastiveLoss", {"distance": "CosineSimilarity"}, "needs a pos_margin that is not below its neg_margin"),
+        ("contrastive", {"distance": "LpDistance"}, "needs a pos_margin that is not above its neg_margin"),
+        ("triplet", {"reducer": "DivisorReducer"}, "gives no divisor; MarginLoss and ProxyAnchorLoss do"),
+        ("triplet", {"reducer": "PerAnchorReducer"}, "it reduces pairs, and loss.name=triplet has triplets"),
+        ("triplet", {"reducer": "DoNothingReducer"}, "reduces nothing"),
+        ("triplet", {"reducer": "ThresholdReducer"}, "At least one of low or high must be specified"),
+        (
+            "triplet",
+            {"reducer": "AvgNonZeroReducer", "reducer_arguments": {"low": 1}},
+            "low cannot be set: it is 0; loss.reducer=ThresholdReducer",
+        ),
+        ("triplet", {"embedding_regularizer": "RegularFaceRegularizer"}, "RegularFaceRegularizer is unknown"),
+        ("triplet", {"embedding_reg_weight": 2}, "cannot act without loss.embedding_regularizer"),
+        ("triplet", {"weight_regularizer": "LpRegularizer"}, "it has no class vectors"),
+        ("ArcFaceLoss", {"weight_regularizer": "SparseCentersRegularizer"}, "SoftTripleLoss and SubCenterArcFaceLoss"),
         ("RankedListLoss", {"imbalance": 2}, "between 0 and 1"),
+        ("HistogramLoss", {"n_bins": 0}, "loss.n_bins=0: allowed is a whole number, at least 1"),
+        ("SubCenterArcFaceLoss", {"sub_centers": 1.5}, "loss.sub_centers=1.5: allowed is a whole number"),
+        ("HistogramLoss", {"n_bins": 50, "delta": 0.1}, "cannot be built .AssertionError: delta and n_bins must"),
     ],
 )
 def test_bad_names_are_refused(name, arguments, message):
@@ -532,4 +776,5 @@ def test_lists_agree_with_the_library():
         assert within or name in known or name not in base_losses.WITHIN_BATCH, name
         assert not within or name in base_losses.WITHIN_BATCH, name
         assert ("indices_tuple_not_supported" in source) == (name in base_losses.WITHOUT_MINER), name
+        assert ('"divisor"' in source) == (name in base_losses.WITH_DIVISOR), name
         assert ("convert_to_triplets" in source) == (name in base_losses.FROM_TRIPLETS | {"HistogramLoss"}), name

@@ -28,7 +28,12 @@ OWN_LOSSES: dict[str, tuple[str, dict]] = {
     "margin": ("margin", {"nu": 0.1}),
     "margin, all triplets": ("margin", {"miner": None}),
     "margin, one beta": ("margin", {"learn_beta": False}),
+    "margin, one learned beta": ("margin", {"nu": 0.1, "beta_per_class": False}),
     "proxy_anchor": ("proxy_anchor", {}),
+    "proxy_anchor, regularized": (
+        "proxy_anchor",
+        {"embedding_regularizer": "LpRegularizer", "weight_regularizer": "RegularFaceRegularizer"},
+    ),
 }
 
 
@@ -43,7 +48,7 @@ class Term(NamedTuple):
 def whole_step(loss: str, batch: int = 32, covariance: str = "diag", spacing: str = "even") -> Term:
     """Head, base loss and all methods, at an epoch in which synthetics are drawn."""
     torch.manual_seed(0)
-    name, arguments = OWN_LOSSES[loss]
+    name, arguments = OWN_LOSSES.get(loss, (loss, {}))
     learner = Learner(
         nn.Identity(),
         nn.Linear(FEATURES, DIM),

@@ -56,7 +56,13 @@ def test_default_recipe_is_glyphs_with_sgar() -> None:
         (["epochs=0"], r"epochs=0: .*greater than or equal to 1"),
         (["precision=float16"], r"precision=float16: .*'float32', 'bf16' or 'float64'"),
         (["loss.name=tripplet"], r"tripplet.*triplet"),
-        (["loss.bas=0.1"], r"bas is no argument of multi_similarity; did you mean base\?"),
+        (["loss.bas=0.1"], r"^loss\.bas: bas is no argument of multi_similarity; did you mean base\?"),
+        (["loss.name=VICRegLoss"], r"^loss\.name=VICRegLoss: needs pairs of views"),
+        (["loss.name=margin", "loss.num_classes=9"], r"^loss\.num_classes cannot be set: .*loss\.beta_per_class=false"),
+        (
+            ["loss.name=NTXentLoss", "loss.temperature=0"],
+            r"^loss\.name=NTXentLoss .*=0 cannot be computed: it is not fin",
+        ),
         (["method=[sgarr]"], r"method\.0=sgarr: .*'sgar'"),
         (["method=[]", "sgar.intensity=0.2"], r"sgar\.\* cannot act"),
         (["optimizer.momentum=0.9"], r"momentum cannot act with optimizer\.name=adamw"),
@@ -157,6 +163,13 @@ def test_values_are_yaml_1_2() -> None:
 def test_flat_keys_are_dotted() -> None:
     flat = load_recipe("glyphs", ["loss.base=0.2"]).flat()
     assert flat["loss.base"] == 0.2 and flat["batch.images"] == 4 and "data.root" not in flat
+
+
+def test_a_part_that_is_taken_away_stays_away_in_what_is_stored() -> None:
+    config = load_recipe("glyphs", ["loss.miner=null"])
+    stored = parse_stored_config(config.model_dump(exclude_none=True))
+    assert stored.loss.arguments == {"miner": "none"}
+    assert base_losses.build(stored.loss.name, 4, 8, **stored.loss.arguments).miner is None
 
 
 def test_losses_that_are_known_without_the_library_are_those_of_the_library() -> None:
