@@ -48,12 +48,13 @@ def import_mlflow_there() -> None:
 
 
 def _live_with_parent() -> None:
-    """Leave Ctrl-C to the parent, which has more to say to MLflow; end with it when it is killed.
+    """Leave Ctrl-C, and what ends a whole job, to the parent, which has more to say to MLflow; end with it.
 
     The end is at once: freeing what was imported, object by object, takes a second, for which the parent would wait.
     """
     atexit.register(os._exit, 0)  # the first to be registered is called last
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # which terminals and job schedulers send to all processes of a job
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent
 

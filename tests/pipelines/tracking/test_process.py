@@ -26,11 +26,12 @@ def wait_until(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
-def test_it_imports_mlflow_lives_through_ctrl_c_and_raises_here_what_was_raised_there() -> None:
+def test_it_imports_mlflow_lives_through_signals_to_all_of_a_job_and_raises_here_what_was_raised_there() -> None:
     with tracking_process() as tracker:
         pid, imported = tracker.submit(has_mlflow).result()
         assert pid != os.getpid() and imported
-        os.kill(pid, signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
         with pytest.raises(ValueError, match="not an http"):
             tracker.submit(prepare_store, "somewhere").result()
         assert tracker.submit(has_mlflow).result()[0] == pid
