@@ -1,7 +1,8 @@
 """Where messages go, what is said while one waits, the progress bar, and the exception of a run that failed."""
 
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,6 +15,13 @@ messages = Console(stderr=True, force_jupyter=False)  # plain lines in a noteboo
 
 class RunFailed(Exception):
     """Workers failed on the way; the message is one line."""
+
+
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    """Say how a set was understood and what was passed over, also in the log."""
+    for note in notes:
+        logging.getLogger(__name__).info("%s", note)
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

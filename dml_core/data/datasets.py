@@ -1,5 +1,6 @@
 """Labelled pictures, their roles in test and validation, and class-disjoint splits of them."""
 
+import errno
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # lists of pictures are read without torch
     from torch import Tensor
 
 NEITHER, QUERY, GALLERY, BOTH = 0, 1, 2, 3  # roles of a sample in validation and test
+OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # which are no fault of the file that is read
 CHUNK = 2**17  # names that become Python strings at a time
 
 
@@ -82,12 +84,22 @@ class LabelledImages:
         return self.entry(slice(None))
 
     def read_file(self, index: int) -> bytes:
-        """Read the file of a sample. Raises BadPicture where there is none or a link leads out of the root."""
+        """Read the file of a sample.
+
+        Raises:
+            BadPicture: It cannot be read, whatever the reason; the error names it.
+            ConnectionError, TimeoutError: No file can be read now.
+            OSError: This process has no means left to read a file.
+        """
         assert self.files is not None
         try:
             return self.files.read(self.entry(index))
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            reason = error.strerror or str(error)
+        except (ConnectionError, TimeoutError):
+            raise
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in OUT_OF_MEANS:
+                raise
+            reason = getattr(error, "strerror", None) or str(error)
             raise BadPicture([(self.entry(index), reason)]) from None
 
     def select(self, keep: np.ndarray) -> "LabelledImages":
@@ -140,6 +152,9 @@ class Collection:
         lists: Further tests, name -> class ids.
         draws: The gallery of a test is one image of each class, drawn so often, and metrics are means over the draws;
             0: the gallery is not drawn.
+        passed_over: Files that are no samples: why -> how many.
+        unreadable: Entries of which it cannot even be told whether they are samples: name -> why.
+        notes: Lines that a user should read: how the source was understood, what was passed over.
     """
 
     images: LabelledImages
@@ -148,6 +163,9 @@ class Collection:
     role: np.ndarray | None = None
     lists: Mapping[str, np.ndarray] = field(default_factory=dict)
     draws: int = 0
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def without(self, bad: np.ndarray) -> "Collection":
         """Leave out unreadable samples, and the classes that then have none.
@@ -213,11 +231,13 @@ class Splits(NamedTuple):
         train: The samples to train on.
         validation: The task to validate on, if any.
         tests: The tests, by the prefix of their metrics: test, test_small, ...
+        notes: See Collection.
     """
 
     train: LabelledImages
     validation: Retrieval | None
     tests: dict[str, Retrieval]
+    notes: tuple[str, ...] = ()
 
 
 def split(
@@ -290,4 +310,5 @@ def split(
     tests = {"test": retrieval(test, collection.draws)}
     for name, listed in collection.lists.items():
         tests[f"test_{name}"] = retrieval(np.intersect1d(listed, test), collection.draws)
-    return Splits(images.select_classes(train), retrieval(validation) if len(validation) else None, tests)
+    validated = retrieval(validation) if len(validation) else None
+    return Splits(images.select_classes(train), validated, tests, collection.notes)

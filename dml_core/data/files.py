@@ -3,6 +3,7 @@
 A name is relative to the root, with "/" between its parts, and never leads out of it.
 """
 
+import errno
 import logging
 import os
 import time
@@ -11,6 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+# Of one file, and not of the server or the network: what another attempt would not change.
+OF_ONE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+ERRNOS_OF_ONE_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+STATUSES_TO_TRY_AGAIN = (408, 425, 429)  # of HTTP, below 500
 ATTEMPTS, FIRST_WAIT = 5, 0.5  # of a read over a network; seconds: 0.5, 1, 2, 4 between the attempts
 
 
@@ -24,7 +29,8 @@ class Files(Protocol):
 
         Raises:
             FileNotFoundError: There is none of this name.
-            PermissionError: A link leads out of the root.
+            PermissionError: A link leads out of the root, or this user may not read it.
+            OSError, ValueError: No file can have this name, or this one is damaged.
             ConnectionError: It cannot be read now.
         """
         ...
@@ -80,7 +86,7 @@ class LocalFiles:
     def stamp(self, name: str) -> str:
         try:
             status = os.stat(os.path.join(self.root, name))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no file can have this name
             return "missing"
         return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -111,13 +117,20 @@ class RemoteFiles:
         return self._connection[1:]
 
     def read(self, name: str) -> bytes:
+        if "\0" in name:
+            raise ValueError("no file can have a name with a null byte in it")
         system, root = self.system()
         for attempt in range(ATTEMPTS):
             try:
                 return system.cat_file(f"{root}/{name}")
-            except FileNotFoundError:
+            except OF_ONE_FILE:
                 raise
             except Exception as error:  # each file system has exceptions of its own
+                if isinstance(error, OSError) and error.errno in ERRNOS_OF_ONE_FILE:
+                    raise
+                status = getattr(error, "status", None)  # of an answer over HTTP
+                if status and 400 <= status < 500 and status not in STATUSES_TO_TRY_AGAIN:
+                    raise PermissionError(f"the server answers {status}") from None
                 logging.getLogger(__name__).info("attempt to read %s/%s failed", self.root, name, exc_info=True)
                 if attempt + 1 == ATTEMPTS:
                     reason = f"{self.root}/{name}: {ATTEMPTS} attempts failed ({type(error).__name__}: {error})"

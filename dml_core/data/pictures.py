@@ -1,8 +1,12 @@
 """Decode pictures of every kind to uint8 tensors (3, H, W), upright, in RGB; unreadable ones are refused by name."""
 
+import importlib
+import importlib.util
 import io
+import logging
 import struct
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +20,36 @@ WHITE = (255, 255, 255)
 # In all these ways Pillow's decoders fail on damaged files.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, ArithmeticError, struct.error)
 ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values with which rows are columns
+
+# Packages that teach Pillow further formats, where they are installed, and the function that makes them do so, if any.
+PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_avif": None, "pillow_jxl": None}
+# What Pillow opens and cannot decode by itself, and drawings and data that are no pictures of a thing.
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+
+
+@cache
+def load_plugins() -> None:
+    """Have Pillow open the formats of all its plugins that are installed."""
+    for name, register in PLUGINS.items():
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            plugin = importlib.import_module(name)
+            if register:
+                getattr(plugin, register)()
+        except Exception:  # a plugin that does not fit this Pillow fails in ways of its own
+            logging.getLogger(__name__).exception("Pillow's plugin %s cannot be used", name)
+
+
+@cache
+def picture_endings() -> frozenset[str]:
+    """Return the endings of the files that Pillow can open, in lower case, with their dot."""
+    from PIL import Image
+
+    load_plugins()
+    Image.init()
+    kinds = {*Image.OPEN, "MPO"} - NO_PICTURES  # MPO files are opened as JPEGs
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 class BadPicture(ValueError):
@@ -64,6 +98,7 @@ def decode(content: bytes, size: int, name: str, part: Callable[[int, int], Box]
     import torch
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    load_plugins()
     Image.MAX_IMAGE_PIXELS = None  # the limit below is an error, Pillow's is at first a warning
     try:
         with Image.open(io.BytesIO(content)) as image:

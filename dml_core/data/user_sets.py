@@ -1,121 +1,374 @@
-"""Users' own sets: a class-per-folder tree, or a table of paths and labels; on disk, in a bucket or on the web."""
+"""Users' own sets: a tree of class folders, or a table of paths and labels; on disk, in a bucket or on the web."""
 
-import logging
 import os
-from collections.abc import Iterator
-from csv import reader as csv_rows
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.dtypes import StringDType
 
 from dml_core.data import files
-from dml_core.data.datasets import CHUNK, GALLERY, NEITHER, QUERY, Collection, LabelledImages, names_array
+from dml_core.data.datasets import (
+    BOTH,
+    GALLERY,
+    NEITHER,
+    QUERY,
+    Collection,
+    LabelledImages,
+    names_array,
+)
+from dml_core.data.labels import (
+    MISSING,
+    OPEN,
+    ROLES,
+    SPLITS,
+    TEST,
+    TRAIN,
+    TRUTH,
+    VALIDATION,
+    codes_of,
+    merge_labels,
+    only_numbers,
+)
+from dml_core.data.listing import BESIDE, EXCLUDED, UNMATCHED, Sieve, list_files
+from dml_core.data.packed import PackedPictures
+from dml_core.data.table_rows import Rows, read_rows
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+GROUPS = ("label", "camera", "sequence", "split", "role")  # that a pattern may name
+COLUMNS = ("path", *GROUPS, "is_query", "is_gallery")
+# Columns that others call so -> what they are called here.
+LIKELY = {
+    **dict.fromkeys(("image", "img", "file", "filename", "file_name", "filepath", "file_path", "image_path"), "path"),
+    **dict.fromkeys(("img_path", "image_id", "image_file", "image_name", "img_name", "name", "url"), "path"),
+    **dict.fromkeys(("class", "class_name", "classname", "class_id", "category", "category_id", "target"), "label"),
+    **dict.fromkeys(("y", "labels", "id", "pid", "person_id", "product_id", "item_id", "identity", "species"), "label"),
+    **dict.fromkeys(("subset", "set", "fold", "partition", "phase", "stage", "usage", "evaluation_status"), "split"),
+    **dict.fromkeys(("is_train", "is_test", "is_val", "is_validation"), "split"),
+    **dict.fromkeys(("query", "gallery", "probe", "is_probe"), "role"),
+    **dict.fromkeys(("cam", "cam_id", "camid", "camera_id", "cameraid"), "camera"),
+    **dict.fromkeys(("seq", "seq_id", "sequence_id", "tracklet", "tracklet_id"), "sequence"),
+}
+ROLE_OF_FLAGS = np.array([NEITHER, QUERY, GALLERY, BOTH], np.int8)  # by is_query + 2 is_gallery
+UNTIDY = re.compile(r"(?:^|/)\.?(?:/|$)")  # in paths such as ./a, a//b and a/./b
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-SPLITS = {"": 0, "train": 1, "validation": 2, "val": 2, "test": 3}
-ROLES = {"": NEITHER, "query": QUERY, "gallery": GALLERY}
+
+@dataclass
+class _Samples:
+    """Samples as a tree or a table lists them, before their labels are made classes.
+
+    Attributes:
+        names: (N,) strings.
+        labels: Each different label, in the order of their first samples.
+        label: (N,) places in `labels`.
+        split, role: (N,) codes, see labels.py.
+        camera: N names of cameras or sequences, "" where there is none; None: no sample has one.
+        notes: Lines on how it was read.
+    """
+
+    names: np.ndarray
+    labels: list[str]
+    label: np.ndarray
+    split: np.ndarray
+    role: np.ndarray
+    camera: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def collection(self, kept_in: files.Files, source: str, noun: str, by_value: bool, sieve: Sieve) -> Collection:
+        """Return the set.
+
+        Args:
+            kept_in: Where the files are.
+            source: The key and its value, for errors.
+            noun: What a label is called.
+            by_value: Whether classes that are numbers are in the order of their values.
+            sieve: Which counted what was passed over.
+
+        Raises:
+            ValueError: A class is in two splits.
+        """
+        class_of, alike = merge_labels(self.labels, noun)
+        names = sorted(set(class_of), key=_by_value if by_value else None)
+        number = {name: place for place, name in enumerate(names)}
+        labels = np.array([number[name] for name in class_of], np.int64)[self.label]
+        class_split = _split_of_classes(labels, self.split, names, noun, source)
+        notes = [*sieve.notes(), *self.notes, *alike]
+        if (class_split == VALIDATION).any() and not (class_split == TEST).any():
+            class_split[class_split == VALIDATION] = TEST
+            notes.append(
+                "no class is in the split test: those of validation are tested on, and classes to validate on are "
+                "drawn from those of train"
+            )
+        role = self.role if self.role.any() else None
+        if role is not None and (idle := np.count_nonzero((role == NEITHER) & (class_split[labels] >= VALIDATION))):
+            notes.append(f"{idle} pictures of classes to validate or test on are neither query nor gallery: not used")
+        test, validation = (np.flatnonzero(class_split == code) for code in (TEST, VALIDATION))
+        return Collection(
+            LabelledImages(self.names, labels, tuple(names), kept_in, cameras=_cameras(self.camera)),
+            test if class_split.any() else None,
+            validation if len(validation) else None,
+            role,
+            passed_over=dict(sieve.passed_over),
+            notes=tuple(notes),
+        )
 
 
-def load_folder(root: str, links: bool = False, labelled: bool = True) -> Collection:
-    """Read a class-per-folder tree, root/CLASS/**/PICTURE, in a local folder or below a URL that can be listed.
+def _by_value(name: str) -> tuple[int, str]:
+    return (len(name), name) if name.isdigit() else (0, name)
+
+
+def _cameras(names: list[str] | None) -> np.ndarray | None:
+    """Return cameras as numbers in the order of their names, (N,) int64, -1 where there is none."""
+    if names is None or not any(names):
+        return None
+    number = {name: place for place, name in enumerate(sorted({*names} - {""}))} | {"": -1}
+    return np.array([number[name] for name in names], np.int64)
+
+
+def _split_of_classes(
+    labels: np.ndarray, split: np.ndarray, names: Sequence[str], noun: str, source: str
+) -> np.ndarray:
+    """Return the split of each class, (C,); labels, split: (N,). Raises ValueError for a class in two splits."""
+    class_split = np.zeros(len(names), np.int8)
+    class_split[labels] = split
+    if (different := np.flatnonzero(class_split[labels] != split)).size:
+        where = labels == labels[different[0]]
+        called = {OPEN: "none", TRAIN: "train", VALIDATION: "validation", TEST: "test"}
+        among = " and ".join(called[code] for code in np.unique(split[where]))
+        raise ValueError(
+            f"{source}: {noun} {names[labels[different[0]]]!r} is in two splits ({among}); a split must not share "
+            f"classes: the model is tested on classes that it has not seen"
+        )
+    return class_split
+
+
+def load_folder(
+    root: str, links: bool = False, labelled: bool = True, exclude: Sequence[str] = (), pattern: str | None = None
+) -> Collection:
+    """Read a tree of pictures, in a local folder or below a URL that can be listed.
+
+    Its folders are classes, root/CLASS/**/PICTURE, or splits with class folders in them, root/train/CLASS/PICTURE.
 
     Args:
         root: The folder or URL.
         links: Whether symbolic links that lead out of root are followed; they are refused otherwise.
         labelled: False: pictures in root itself are taken, too, as of a class "", and folders may be empty.
+        exclude: Glob patterns of names to leave out, see listing.Sieve.
+        pattern: A regular expression whose named groups (label, camera, sequence, split, role) are searched for in each
+            name; None: folders alone say what a picture is.
 
     Returns:
         The pictures, classes and names in order.
 
     Raises:
         ValueError: There is no such folder, it has no classes, a class has no picture (all such are named), or a link
-            leads out of root; if not labelled, the folder has no picture.
+            leads out of root; if not labelled, the folder has no picture. Or folders look like splits and cannot be.
     """
-    if "://" in root:
-        folders = _remote_tree(files.RemoteFiles(root))
-    else:
-        if not os.path.isdir(root):
-            raise ValueError(f"data.root={root}: no such folder")
-        folders = _local_tree(root, links)
-    if labelled:
-        folders.pop("", None)
-    else:
-        folders = {name: pictures for name, pictures in folders.items() if pictures}
-    if not folders:
-        lacking = "class folders in it; expected root/CLASS/PICTURE.jpg" if labelled else "pictures in it"
-        raise ValueError(f"data.root={root}: no {lacking}")
-    if empty := [name for name, pictures in folders.items() if not pictures]:
-        raise ValueError(f"data.root={root}: class folders without a picture: {', '.join(empty)}")
-    labels = np.repeat(np.arange(len(folders)), [len(pictures) for pictures in folders.values()])
-    names = names_array([name for pictures in folders.values() for name in pictures])
-    return Collection(LabelledImages(names, labels, tuple(folders), files.below(root, links)))
-
-
-def _local_tree(root: str, links: bool) -> dict[str, list[str]]:
-    """Return class -> names of its pictures, both in order; "" -> those in root itself."""
-    real, outside = os.path.realpath(root) + os.sep, list[str]()
-
-    def entries(folder: str, above: tuple[str, ...]) -> Iterator[tuple[os.DirEntry[str], tuple[str, ...]]]:
-        """Yield the entries of a folder, but no link that leads out of the root or back to a folder above."""
-        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-            if entry.name.startswith("."):
-                continue
-            target = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-            if entry.is_symlink() and not links and not (target + os.sep).startswith(real):
-                outside.append(entry.path)
-            elif target not in above:
-                yield entry, (*above, target)
-
-    def pictures(entry: os.DirEntry[str], above: tuple[str, ...]) -> Iterator[str]:
-        if entry.is_dir():
-            for inner, path in entries(entry.path, above):
-                yield from pictures(inner, path)
-        elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES and entry.is_file():
-            yield os.path.relpath(entry.path, root)
-
-    tree = dict[str, list[str]]()
-    for entry, path in entries(root, (os.path.realpath(root),)):
-        tree.setdefault(entry.name if entry.is_dir() else "", []).extend(pictures(entry, path))
-    if outside:
+    listing, sieve = list_files(root, links), Sieve(exclude)
+    if outside := [name for name in listing.outside if not sieve.reason(name)]:
         raise ValueError(
-            f"data.root={root}: {len(outside)} symbolic links lead out of it, {outside[0]} first; "
+            f"data.root={root}: {len(outside)} symbolic links lead out of it, {os.path.join(root, outside[0])} first; "
             f"data.links=true allows them"
         )
-    return tree
+    names = [name for name in listing.files if sieve.keeps(name)]
+    folders = [name for name in listing.folders if not sieve.reason(name)]
+    unreadable = {name: reason for name, reason in listing.unreadable.items() if not sieve.reason(name)}
+    regex = pattern_regex(pattern) if pattern and labelled else None
+    groups = set(regex.groupindex) if regex else set[str]()
+    tops = (
+        _split_folders(names, folders, root.rstrip("/"), "label" in groups)
+        if labelled and not groups & {"split", "role"}
+        else ()
+    )
+
+    words = [_words_of_splits(name.split("/"), tops) for name in names]
+    samples, texts = list[str](), dict[str, list[str]]({name: [] for name in GROUPS})
+    for name, above in zip(names, words, strict=True):
+        parts = name.split("/")[len(above) :]
+        said = {
+            "label": parts[0] if len(parts) > 1 else "",
+            "split": above[0] if above else "",
+            "role": "".join(above[1:]),
+        }
+        if regex:
+            if (match := regex.search(name)) is None:
+                sieve.passed_over[UNMATCHED] += 1
+                continue
+            said |= {group: text or "" for group, text in match.groupdict().items()}
+        if labelled and not said["label"]:
+            sieve.passed_over[UNMATCHED if "label" in groups else BESIDE] += 1
+            continue
+        samples.append(name)
+        for group, column in texts.items():
+            column.append(said.get(group, ""))
+
+    if labelled and "label" not in groups:
+        in_use = {(*above, *name.split("/")[len(above) :][:1]) for name, above in zip(names, words, strict=True)}
+        excluded = [name for name in listing.files if exclude and (sieve.reason(name) or "").startswith(EXCLUDED)]
+        _refuse_empty(folders, in_use, [*unreadable, *excluded], tops, root)
+    if not samples:
+        raise ValueError(f"data.root={root}: no {_what_lacks(sieve, labelled, pattern)}")
+    source = f"data.root={root}"
+    result = _samples(samples, texts, source)
+    if tops:
+        result.notes.insert(0, f"its folders {', '.join(tops)} are taken as the split, and those in them as classes")
+    collection = result.collection(files.below(root, links), source, "class folder", "label" in groups, sieve)
+    return replace(collection, unreadable=unreadable)
 
 
-def _remote_tree(remote: files.RemoteFiles) -> dict[str, list[str]]:
-    """Return class -> names of its pictures, as `_local_tree`, of a URL."""
-    system, root = remote.system()
+def pattern_regex(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern for names. Raises ValueError where it is none, or has no group, or one of another name."""
     try:
-        paths = sorted(system.find(root))
-    except Exception as error:  # each file system has exceptions of its own
-        logging.getLogger(__name__).info("%s cannot be listed", remote.root, exc_info=True)
-        raise ValueError(f"data.root={remote.root}: cannot be listed ({type(error).__name__}: {error})") from None
-    tree: dict[str, list[str]] = {}
-    for path in paths:
-        name = path.removeprefix(root).lstrip("/")
-        if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES:
-            tree.setdefault(name.rpartition("/")[0].split("/")[0], []).append(name)
-    return tree
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern={pattern}: not a regular expression ({error})") from None
+    allowed = ", ".join(f"(?P<{group}>...)" for group in GROUPS)
+    if not regex.groupindex:
+        raise ValueError(f"pattern={pattern}: it has no named group; allowed: {allowed}")
+    if unknown := [group for group in regex.groupindex if group not in GROUPS]:
+        raise ValueError(f"pattern={pattern}: the group {unknown[0]} has no meaning; allowed: {allowed}")
+    if {"camera", "sequence"} <= set(regex.groupindex):
+        raise ValueError(f"pattern={pattern}: camera and sequence mean the same here; name one group")
+    return regex
 
 
-def load_table(table: str, root: str | None, links: bool = False, labelled: bool = True) -> Collection:
-    """Read a CSV or Parquet file with the columns path and label, and perhaps split and role.
+def _split_folders(names: Sequence[str], folders: Sequence[str], root: str, by_pattern: bool) -> tuple[str, ...]:
+    """Return the folders in root that are splits; none where they are classes.
 
-    path is relative to root, or a URL below it; split is train, validation (val), test or empty, the same for all rows
-    of a label; role is query, gallery or empty.
+    Args:
+        names: Of the pictures.
+        folders: Names of all folders.
+        root: The folder or URL.
+        by_pattern: Whether a pattern, and no folder, says the class of a picture.
+
+    Raises:
+        ValueError: They look like splits, but are not only that.
+    """
+    tops = {*(name.split("/")[0] for name in names if "/" in name), *(name for name in folders if "/" not in name)}
+    splits = sorted(top for top in tops if top.lower() in SPLITS)
+    others = sorted(tops - set(splits))
+    nested = {name.split("/")[0] for name in names if name.count("/") > 1}
+    flat = [name for name in names if name.count("/") == 1 and name.split("/")[0] in {*splits} - nested]
+    listed = ", ".join(splits)
+    if not splits or (others and len(splits) == 1):
+        return ()
+    if flat and not by_pattern:
+        if others or len(splits) == 1:
+            return ()
+        raise ValueError(
+            f"data.root={root}: its folders {listed} look like splits, but pictures lie right in them, {flat[0]} "
+            f"first; expected {splits[0]}/CLASS/PICTURE.jpg; or data.pattern, with a group (?P<label>...), finds the "
+            f"class in a name"
+        )
+    if others:
+        raise ValueError(
+            f"data.root={root}: its folders {listed} look like splits, but {', '.join(others)} lies beside them; "
+            f"data.exclude=[{','.join(others)}] leaves it out, data.root={root}/{splits[0]} takes one folder alone"
+        )
+    if len(splits) == 1 and SPLITS[splits[0].lower()][0] == TRAIN:
+        way = f"data.root={root}/{splits[0]} takes it"
+        raise ValueError(f"data.root={root}: its only folder {splits[0]} looks like a split; {way}")
+    classes: dict[str, str] = {}
+    for name in () if by_pattern else names:
+        parts = name.split("/")
+        above = _words_of_splits(parts, splits)
+        label = parts[len(above)] if len(parts) > len(above) + 1 else None
+        if label is None or not above:
+            continue
+        earlier = classes.setdefault(label, parts[0])
+        if SPLITS[earlier.lower()][0] != SPLITS[parts[0].lower()][0]:
+            one = next((top for top in splits if SPLITS[top.lower()][0] == TRAIN), earlier)
+            raise ValueError(
+                f"data.root={root}: its folders {listed} look like splits, but class folder {label!r} lies in "
+                f"{earlier} and in {parts[0]}; a model is tested on classes that it has not seen: "
+                f"data.root={root}/{one} takes that folder alone and divides its classes"
+            )
+    return tuple(splits)
+
+
+def _words_of_splits(parts: Sequence[str], splits: Sequence[str]) -> tuple[str, ...]:
+    """Return the first parts of a name that say split and role: (train,), (test, query), or none."""
+    if not splits or parts[0] not in splits:
+        return ()
+    if len(parts) > 3 and parts[1].lower() in ("query", "gallery"):
+        return parts[0], parts[1].lower()
+    return (parts[0],)
+
+
+def _refuse_empty(
+    folders: Sequence[str], in_use: set[tuple[str, ...]], left_out: Iterable[str], splits: Sequence[str], root: str
+) -> None:
+    """Raise ValueError for class folders without a picture, apart from those in which something was left out."""
+    depth = 2 if splits else 1
+    classes = [name for name in folders if name.count("/") == depth - 1]
+    hidden = {"/".join(name.split("/")[:depth]) for name in left_out}
+    known = {"/".join(parts) for parts in in_use} | {"/".join(parts[:depth]) for parts in in_use}
+    empty = [name for name in classes if name not in known and name not in hidden]
+    if empty:
+        more = f" and {len(empty) - 20} more" if len(empty) > 20 else ""
+        raise ValueError(
+            f"data.root={root}: class folders without a picture: {', '.join(empty[:20])}{more}; "
+            f"data.exclude=[{','.join(empty[:3])}{',...' if len(empty) > 3 else ''}] leaves them out"
+        )
+
+
+def _what_lacks(sieve: Sieve, labelled: bool, pattern: str | None) -> str:
+    """Return what a folder does not have, for an error."""
+    if not labelled:
+        lacking = "pictures in it"
+    elif pattern:
+        lacking = f"picture with a label in it; data.pattern={pattern} is searched in names relative to data.root"
+    else:
+        lacking = "class folders in it; expected root/CLASS/PICTURE.jpg"
+    lines = sieve.notes()
+    return f"{lacking} ({'; '.join(lines)})" if lines else lacking
+
+
+def _samples(names: list[str], texts: dict[str, list[str]], source: str) -> _Samples:
+    """Code the texts of a tree's samples."""
+    numbers = dict[str, int]()
+    label = np.fromiter((numbers.setdefault(text, len(numbers)) for text in texts["label"]), np.int64, len(names))
+    split, role = _split_and_role(texts["split"], texts["role"], source)
+    return _Samples(names_array(names), [*numbers], label, split, role, _one_of(texts["camera"], texts["sequence"]))
+
+
+def _one_of(camera: list[str], sequence: list[str]) -> list[str] | None:
+    """Return the names of cameras, or else of sequences, or None where there is neither."""
+    return next((names for names in (camera, sequence) if any(names)), None)
+
+
+def _split_and_role(split: list[str], role: list[str], source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes of splits and of roles, which `split` may say, too, (n,) each."""
+    splits = codes_of(split, {word: code for word, (code, _) in SPLITS.items()}, "split", source)
+    said = codes_of(split, {word: code for word, (_, code) in SPLITS.items()}, "split", source)
+    roles = codes_of(role, ROLES, "role", source)
+    return splits, np.where(roles == NEITHER, said, roles).astype(np.int8)
+
+
+def load_table(
+    table: str,
+    root: str | None,
+    links: bool = False,
+    labelled: bool = True,
+    exclude: Sequence[str] = (),
+    cache: Path | None = None,
+) -> Collection:
+    """Read a CSV or Parquet file with the columns path and label, and perhaps split, role, and camera or sequence.
+
+    path is relative to root, or below it, or a URL below it, or a struct with the picture's bytes; split is train,
+    validation (val), test or empty, the same for all rows of a label; role is query, gallery or empty. In place of role
+    there may be is_query and is_gallery, which may both be true.
 
     Args:
         table: The file, local or a URL.
         root: The folder or URL that paths are relative to; None: the table's folder, or the host of the first URL.
         links: Whether symbolic links that lead out of root are followed.
         labelled: False: rows without a label are of a class "", and split and role are ignored.
+        exclude: Glob patterns of names to leave out, see listing.Sieve.
+        cache: A folder to unpack pictures in that lie in the table; None: that for temporary files.
 
     Returns:
         The pictures, classes in the order of their names, numbers by value.
@@ -124,131 +377,160 @@ def load_table(table: str, root: str | None, links: bool = False, labelled: bool
         ValueError: A column or value is missing, a split or role is unknown, a path leads out of the root or comes
             twice, or a label is in two splits. The message names the first row at fault.
     """
-    numbers = dict[str, int]()
-    labels, splits, roles = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
-    for batch in _batches(table, *(("label", "split", "role") if labelled else ("path", "label"))):
-        first = sum(map(len, labels))
-        columns = {name: _text(batch, name, table, first, labelled) for name in ("label", "split", "role")}
-        coded = columns["label"].dictionary_encode()
-        ids = [numbers.setdefault(name, len(numbers)) for name in coded.dictionary.to_pylist()]
-        labels.append(np.array(ids, np.int64)[coded.indices.to_numpy(zero_copy_only=False)])
-        splits.append(_codes(columns["split"], SPLITS, "split", table))
-        roles.append(_codes(columns["role"], ROLES, "role", table))
-    if not sum(map(len, labels)):
-        raise ValueError(f"data.table={table}: it has no rows")
-    label, split, role = (np.concatenate(parts) for parts in (labels, splits, roles))
-
-    # Read a second time, so that paths are in memory once.
-    names, hashes, start = np.empty(len(label), StringDType()), np.empty(len(label), np.int64), 0
-    for batch in _batches(table, "path"):
-        paths = _text(batch, "path", table, start).to_pylist()
-        if root is None:
+    source, sieve = f"data.table={table}", Sieve(exclude)
+    rows = read_rows(table, COLUMNS if labelled else ("path", "label"))
+    plain = [column.strip().lower() for column in rows.columns]
+    _require_columns(rows, plain, labelled, table)
+    given_root, first, parts = root, 0, list[tuple[np.ndarray, ...]]()
+    numbers, cameras = dict[str, int](), list[str]()
+    for chunk in rows.chunks:
+        paths, count = chunk["path"], len(chunk["path"])
+        _require_values(paths, "path", first, table)
+        if root is None and count:
             root = "/".join(paths[0].split("/")[:3]) if "://" in paths[0] else table.rpartition("/")[0] or "."
-        paths = [path.removeprefix(f"{root}/") for path in paths]
-        end = start + len(paths)
-        names[start:end], hashes[start:end] = paths, np.fromiter(map(hash, paths), np.int64, len(paths))
-        files.check_names(names[start:end], f"data.table={table}")
-        start = end
-    _refuse_duplicates(names, hashes, table)
-
-    order = np.array(sorted(numbers, key=lambda name: (len(name), name) if name.isdigit() else (0, name)), dtype=object)
-    rank = np.empty(len(order), np.int64)
-    rank[[numbers[name] for name in order]] = np.arange(len(order))
-    label = rank[label]
-    class_split = _split_of_classes(label, split, order, table)
+        if rows.pictures is None:
+            paths = _tidy_paths(paths, root or ".", given_root, table, first)
+        texts = {name: chunk.get(name, [""] * count) for name in GROUPS}
+        if labelled:
+            _require_values([label.strip() for label in texts["label"]], "label", first, table)
+        kept = np.fromiter(map(sieve.keeps_row, paths), bool, count)
+        split, role = _split_and_role(texts["split"], texts["role"], source)
+        is_query, is_gallery = (
+            codes_of(chunk.get(name, [""] * count), TRUTH, name, source) for name in ("is_query", "is_gallery")
+        )
+        role = np.where(role == NEITHER, ROLE_OF_FLAGS[is_query + 2 * is_gallery], role)
+        label = np.fromiter((numbers.setdefault(text, len(numbers)) for text in texts["label"]), np.int64, count)
+        camera = _one_of(texts["camera"], texts["sequence"]) or [""] * count
+        cameras += [name.strip() for name, keep in zip(camera, kept.tolist(), strict=True) if keep]
+        hashes = np.fromiter(map(hash, paths), np.int64, count)
+        row = np.arange(first + 1, first + count + 1)
+        parts.append(tuple(part[kept] for part in (np.array(paths, StringDType()), hashes, row, label, split, role)))
+        first += count
+    if not first:
+        raise ValueError(f"data.table={table}: it has no rows")
+    names, hashes, row, label, split, role = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if not len(names):
+        raise ValueError(f"data.table={table}: no row is left ({'; '.join(sieve.notes())})")
+    if rows.pictures is None:
+        _refuse_duplicates(names, hashes, row, table)
+    used, label = np.unique(label, return_inverse=True)  # data.exclude may have left nothing of others
+    labels = np.array([*numbers], object)[used].tolist()
+    notes = list[str]()
+    if labelled:
+        _refuse_missing_numbers(labels, label, row, table)
+        notes = _notes_on_columns(rows, plain)
     assert root is not None
-    images = LabelledImages(names, label, tuple(order), files.below(root, links))
-    test, validation = (np.flatnonzero(class_split == SPLITS[name]) for name in ("test", "validation"))
-    return Collection(
-        images,
-        test if class_split.any() else None,
-        validation if len(validation) else None,
-        role if role.any() else None,
-    )
+    samples = _Samples(names, labels, label, split, role, cameras, notes)
+    kept_in = files.below(root, links)
+    if rows.pictures is not None:
+        kept_in = PackedPictures(table, rows.pictures, cache or Path(tempfile.gettempdir()) / "dml-tables", kept_in)
+    return samples.collection(kept_in, source, "label", True, sieve)
 
 
-def _batches(table: str, *columns: str) -> "Iterator[pa.RecordBatch]":
-    """Yield the record batches of a file, with those of these columns that it has."""
-    import fsspec
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-
-    suffix = PurePosixPath(table).suffix.lower()
-    if suffix not in (".csv", ".parquet"):
-        raise ValueError(f"data.table={table}: not a .csv or .parquet file")
-    try:
-        with fsspec.open(table, "rb") as file:
-            if suffix == ".parquet":
-                parquet_file = parquet.ParquetFile(file)
-                names = parquet_file.schema_arrow.names
-                yield from parquet_file.iter_batches(CHUNK, columns=[c for c in columns if c in names] or names)
-                return
-            line = file.readline().decode("utf-8-sig")
-        names = next(csv_rows([line]), [])
-        types = {name: pa.string() for name in names}  # else guessed from the first rows, and wrong for later ones
-        convert = csv.ConvertOptions(column_types=types, include_columns=[c for c in columns if c in names] or names)
-        with fsspec.open(table, "rb") as file:
-            yield from csv.open_csv(file, csv.ReadOptions(block_size=2**23), convert_options=convert)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"data.table={table}: cannot be read ({str(error).splitlines()[0]})") from None
+def _require_columns(rows: Rows, plain: Sequence[str], labelled: bool, table: str) -> None:
+    """Raise ValueError where a column is missing that is needed, with that which may be meant."""
+    for name in ("path", "label") if labelled else ("path",):
+        if name in plain or (name == "path" and rows.pictures):
+            continue
+        alike = [column for column, text in zip(rows.columns, plain, strict=True) if LIKELY.get(text) == name]
+        hint = f"; if {alike[0]} is meant, rename it to {name}" if alike else ""
+        if len(rows.columns) == 1:
+            hint += "; is the separator something else than a comma, semicolon, tab or bar?"
+        raise ValueError(f"data.table={table}: no column {name}; there are {', '.join(rows.columns)}{hint}")
+    if {"camera", "sequence"} <= set(plain):
+        raise ValueError(
+            f"data.table={table}: the columns camera and sequence mean the same here; rename the one not to be used"
+        )
+    flags = {"is_query", "is_gallery"} & set(plain)
+    if labelled and flags and "role" in plain:
+        raise ValueError(
+            f"data.table={table}: the columns role and {min(flags)} say the same; rename the one not to be used"
+        )
 
 
-def _text(batch: "pa.RecordBatch", name: str, table: str, first: int, labelled: bool = True) -> "pa.StringArray":
-    """Return a column as strings, empty ones where an optional column is missing.
+def _require_values(texts: Sequence[str], name: str, first: int, table: str) -> None:
+    """Raise ValueError for an empty text, with its row."""
+    if "" in texts:
+        raise ValueError(f"data.table={table}: row {first + texts.index('') + 1} has no {name}")
+
+
+def _refuse_missing_numbers(labels: Sequence[str], label: np.ndarray, rows: np.ndarray, table: str) -> None:
+    """Raise ValueError for a label such as nan where all others are numbers. label: places in `labels`, (N,)."""
+    if only_numbers(labels):
+        missing = np.isin(label, [place for place, text in enumerate(labels) if text.strip().lower() in MISSING])
+        if missing.any():
+            first = missing.argmax()
+            raise ValueError(f"data.table={table}: row {rows[first]} has no label ({labels[label[first]].strip()})")
+
+
+def _notes_on_columns(rows: Rows, plain: Sequence[str]) -> list[str]:
+    """Return a line on columns that are not used although they seem to say something that is."""
+    idle = []
+    for column, text in zip(rows.columns, plain, strict=True):
+        meant = LIKELY.get(text)
+        if meant is None or column == rows.pictures:
+            continue
+        there = meant in plain or (meant == "role" and "is_query" in plain) or (meant == "path" and rows.pictures)
+        if not there:
+            idle.append(f"{column} (if it says the {meant}, rename it to {meant})")
+        elif meant in ("split", "role", "label"):
+            idle.append(f"{column} ({meant} is)")
+    return [f"columns that are not used: {', '.join(idle)}"] if idle else []
+
+
+def _tidy_paths(paths: list[str], root: str, given_root: str | None, table: str, first: int) -> list[str]:
+    """Return paths relative to the root, one path for one file.
 
     Args:
-        batch: The record batch.
-        name: The column.
-        table: The file, for errors.
-        first: Row of the file at which the batch begins.
-        labelled: Whether the column label is required.
+        paths: As the table has them.
+        root: The folder or URL.
+        given_root: The same where the user gave it, or None.
+        table: For errors.
+        first: Rows before these.
 
     Raises:
-        ValueError: A required column or value is missing.
+        ValueError: A path has backslashes or a line break, or leads out of the root.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    starts = [f"{root.rstrip('/')}/"]
+    if "://" not in root:
+        starts += [f"{place}/" for place in (os.path.abspath(root), os.path.realpath(root))]
+    for number, path in enumerate(paths):
+        if "\\" in path or "\n" in path:
+            fault = "backslashes; write / between folders" if "\\" in path else "a line break; is a quote not closed?"
+            raise ValueError(f"data.table={table}: the path in row {first + number + 1} has {fault}: {path[:200]!r}")
+        if path[0] == "/" or "://" in path:
+            path = next((path.removeprefix(start) for start in starts if path.startswith(start)), path)
+        if UNTIDY.search(path) and "://" not in path:
+            whole = [part for part in path.split("/") if part not in ("", ".")]
+            path = ("/" if path[0] == "/" else "") + "/".join(whole)
+        paths[number] = path
+    absolute = [path for path in paths if path[:1] == "/"]
+    if absolute:
+        holding = os.path.commonpath([os.path.dirname(path) for path in absolute])
+        raise ValueError(
+            f"data.table={table}: {len(absolute)} paths lead out of the root, {absolute[0]!r} first; the root is "
+            f"{given_root or f'the folder of the table, {root}'}: data.root={holding} has them all"
+        )
+    files.check_names(np.array(paths, StringDType()), f"data.table={table}")
+    return paths
 
-    required = name == "path" or (labelled and name == "label")
-    if name not in batch.schema.names:
-        if required:
-            raise ValueError(f"data.table={table}: no column {name}; there are {', '.join(batch.schema.names)}")
-        return pa.array([""] * len(batch), pa.string())
-    column = batch.column(name).cast(pa.string())
-    column = pc.fill_null(column, "")
-    if required and (empty := pc.index(column, "").as_py()) >= 0:
-        raise ValueError(f"data.table={table}: row {first + empty + 1} has no {name}")
-    return column
 
-
-def _codes(column: "pa.StringArray", codes: dict[str, int], name: str, table: str) -> np.ndarray:
-    """Return the code of each value of a column, (n,) int8. Raises ValueError for a value without a code."""
-    coded = column.dictionary_encode()
-    values = coded.dictionary.to_pylist()
-    if unknown := [value for value in values if value not in codes]:
-        allowed = ", ".join(code for code in codes if code)
-        raise ValueError(f"data.table={table}: {name} {unknown[0]!r} is not one of {allowed}, or empty")
-    return np.array([codes[value] for value in values], np.int8)[coded.indices.to_numpy(zero_copy_only=False)]
-
-
-def _refuse_duplicates(names: np.ndarray, hashes: np.ndarray, table: str) -> None:
-    """Raise ValueError for a name that comes more than once. names: (N,) strings; hashes: (N,) theirs."""
+def _refuse_duplicates(names: np.ndarray, hashes: np.ndarray, rows: np.ndarray, table: str) -> None:
+    """Raise ValueError for a name that comes more than once. names: (N,) strings; hashes: theirs; rows: their rows."""
     ordered = np.sort(hashes)
     if not (repeated := ordered[1:] == ordered[:-1]).any():
         return
-    suspects = names[np.isin(hashes, ordered[1:][repeated])].tolist()
-    earlier = set[str]()
-    for name in suspects:
+    suspects = np.flatnonzero(np.isin(hashes, ordered[1:][repeated]))
+    earlier, twice = dict[str, int](), Counter[str]()
+    for name, row in zip(names[suspects].tolist(), rows[suspects].tolist(), strict=True):
         if name in earlier:
-            raise ValueError(f"data.table={table}: the path {name!r} comes more than once")
-        earlier.add(name)
-
-
-def _split_of_classes(labels: np.ndarray, split: np.ndarray, names: np.ndarray, table: str) -> np.ndarray:
-    """Return the split of each class, (C,); labels, split: (N,). Raises ValueError for a class in two splits."""
-    class_split = np.zeros(len(names), np.int8)
-    class_split[labels] = split
-    if (different := np.flatnonzero(class_split[labels] != split)).size:
-        name = names[labels[different[0]]]
-        raise ValueError(f"data.table={table}: label {name!r} is in two splits; a split must not share classes")
-    return class_split
+            twice[name] += 1
+            if len(twice) == 1 and twice[name] == 1:
+                both = earlier[name], row
+        earlier.setdefault(name, row)
+    if twice:
+        more = f"; {len(twice) - 1} other paths, too" if len(twice) > 1 else ""
+        raise ValueError(
+            f"data.table={table}: the path {next(iter(twice))!r} comes more than once, in rows {both[0]} and "
+            f"{both[1]}{more}"
+        )

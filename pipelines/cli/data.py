@@ -42,6 +42,7 @@ def data_check(
     counts = (f"{key:<20} {count:>9,}" for key, count in facts["counts"].items())
     problems = [Text(problem, "red") for problem in facts["problems"]]
     all_well = "nothing wrong" if pictures else "the counts are right; the pictures were not read"
-    print_result(as_json, facts, *counts, *(problems or [Text(all_well)]))
+    notes = [Text(note, "yellow") for note in facts["notes"]]
+    print_result(as_json, facts, *counts, *notes, *(problems or [Text(all_well)]))
     if problems:
         raise typer.Exit(1)

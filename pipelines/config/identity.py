@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.config.recipe import parse_stored_config
 from pipelines.config.schema import AUTO, Config
+from pipelines.config.sections import Data
 
 # Keys that a training does not depend on: they may differ when a run is continued, and within a group of seeds.
 FREE_KEYS = (
@@ -27,10 +28,14 @@ def with_absolute_paths(config: Config) -> Config:
         parts = [config.data.name, *config.method, config.loss.name, f"s{config.seed}"]
         name = "-".join([*parts, datetime.now().strftime("%Y%m%d-%H%M%S")])
     storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().resolve())
-    places = {"root": config.data.root, "table": config.data.table}
+    return config.model_copy(update={"name": name, "storage": storage, "data": with_absolute_places(config.data)})
+
+
+def with_absolute_places(data: Data) -> Data:
+    """Return a config's section data with the absolute paths of its root and table."""
+    places = {"root": data.root, "table": data.table}
     local = {k: str(Path(v).expanduser().resolve()) for k, v in places.items() if v and "://" not in v}
-    data = config.data.model_copy(update=local)
-    return config.model_copy(update={"name": name, "storage": storage, "data": data})
+    return data.model_copy(update=local)
 
 
 def with_slices(config: Config, earlier: Mapping[str, Any] | None) -> Config:

@@ -96,8 +96,15 @@ class Data(Section):
     """Folder of the set; for `folder` and `table` also a URL (s3://, gs://, abfs://, https://). `glyphs` needs none.
     The default for `table` is the table's own folder."""
     table: Address | None = None
-    """For `table`: a CSV or Parquet file, or its URL, with the columns path and label, and optionally split and
-    role."""
+    """For `table`: a CSV or Parquet file, or its URL, with the columns path and label, and optionally split, role, and
+    camera or sequence."""
+    exclude: list[str] | None = None
+    """For `folder` and `table`: glob patterns of pictures to leave out, such as `[*_mask*,thumbs]`: of the name of a
+    file or folder or, with a `/` in it, of a path relative to `root`."""
+    pattern: str | None = None
+    """For `folder`: a regular expression that is searched for in each path relative to `root`, and whose named groups
+    say what a picture is: `(?P<label>...)`, `(?P<camera>...)` or `(?P<sequence>...)`, `(?P<split>...)` and
+    `(?P<role>...)`. What no group says is said by the folders."""
     download: bool = False
     """Whether to fetch a benchmark into `root`, where that is possible without an account."""
     links: bool = False
@@ -170,6 +177,14 @@ class Data(Section):
         if (name == "table") != (self.table is not None):
             needed = "is needed for" if name == "table" else "cannot act on"
             raise ValueError(f"table {needed} data.name={name}: data.table=FILE.csv or FILE.parquet goes with table")
+        if self.exclude and name not in ("folder", "table"):
+            raise ValueError(f"exclude cannot act on data.name={name}; it goes with folder and table")
+        if self.pattern is not None:
+            if name != "folder":
+                raise ValueError(f"pattern cannot act on data.name={name}; it goes with folder")
+            from dml_core.data.user_sets import pattern_regex
+
+            pattern_regex(self.pattern)
         if self.root and "://" in self.root and name not in ("folder", "table"):
             raise ValueError(f"root={self.root}: {name} is read from a folder; URLs go with folder and table")
         if self.download:

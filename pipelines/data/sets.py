@@ -28,7 +28,7 @@ def describe_sets() -> dict[str, str]:
     descriptions = {
         "glyphs": "embedded: characters in the fonts of matplotlib, rendered at the first use",
         "folder": "your pictures, one folder a class: data.root=FOLDER, or a URL (s3://, gs://, abfs://)",
-        "table": "your pictures, a CSV or Parquet file with path, label [, split] [, role]: data.table=FILE",
+        "table": "your pictures, a CSV or Parquet file with path, label [, split] [, role] [, camera]: data.table=FILE",
     }
     sets = benchmarks.BENCHMARKS.items()
     return descriptions | {name: f"{s.title}: data.root=FOLDER; from {s.source}" for name, s in sets}
@@ -43,9 +43,16 @@ def load_collection(config: Data, unreadable: Sequence[str] = (), labelled: bool
         labelled: False takes users' own pictures without labels, too, as of a class "".
 
     Raises:
-        ValueError: It is missing, or something is wrong with it.
+        ValueError: It is missing, or something is wrong with it; or it has entries that cannot be read, and
+            on_bad_image=fail.
     """
     whole = once(("set", config.model_dump_json(exclude=FOLD_KEYS), labelled), lambda: _load_whole(config, labelled))
+    if whole.unreadable and config.on_bad_image == "fail":
+        name, reason = next(iter(whole.unreadable.items()))
+        raise ValueError(
+            f"data.root={config.root}: {len(whole.unreadable)} entries cannot be read, {name} first ({reason}); "
+            f"data.on_bad_image=skip leaves them out"
+        )
     return whole.without(np.isin(whole.images.names, names_array([*unreadable]))) if unreadable else whole
 
 
@@ -55,10 +62,12 @@ def _load_whole(config: Data, labelled: bool) -> Collection:
         return Collection(LabelledImages(images, labels, tuple(names)))
     if config.name == "table":
         assert config.table
-        return user_sets.load_table(config.table, config.root, config.links, labelled)
+        unpacked = cache_folder() / "tables"
+        return user_sets.load_table(config.table, config.root, config.links, labelled, config.exclude or (), unpacked)
     assert config.root
     if config.name == "folder":
-        return _with_test_classes(config, user_sets.load_folder(config.root, config.links, labelled))
+        whole = user_sets.load_folder(config.root, config.links, labelled, config.exclude or (), config.pattern)
+        return _with_test_classes(config, whole)
     benchmark = benchmarks.BENCHMARKS[config.name]
     if config.download:
         assert benchmark.fetch
@@ -100,6 +109,8 @@ def _with_test_classes(config: Data, whole: Collection) -> Collection:
     wanted, names = config.test_classes, whole.images.class_names
     if not wanted:
         return whole
+    if whole.test is not None:
+        raise ValueError("data.test_classes cannot act: the set itself says which classes are tested on")
     if unknown := sorted(set(wanted) - set(names)):
         raise ValueError(f"data.test_classes: no class folder is called {', '.join(unknown)}")
     return replace(whole, test=np.flatnonzero(np.isin(names, wanted)))

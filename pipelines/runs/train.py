@@ -18,7 +18,7 @@ from pipelines.cluster.devices import describe_workers, has_cluster, needs_ray, 
 from pipelines.cluster.failures import call_in_thread
 from pipelines.config.identity import require_same, with_absolute_paths, with_slices
 from pipelines.config.schema import AUTO, Config
-from pipelines.console import messages, stage
+from pipelines.console import messages, print_notes, stage
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import cache_folder, load_splits
 from pipelines.models.run_folder import RunFolder, checkpoint_name
@@ -233,6 +233,7 @@ def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Co
         unreadable = unreadable_pictures(config.data, console)
     with stage(console, "reading the data"):
         splits = load_splits(config, unreadable)
+        print_notes(console, splits.notes)
         if not _may_fail_to_build(config):
             return Inputs(splits, unreadable)
         from pipelines.models.build import build_learner

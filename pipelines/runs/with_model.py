@@ -12,7 +12,7 @@ from pipelines.cluster.transfer import SentFiles, scratch_storage, send_files
 from pipelines.config.identity import with_absolute_paths
 from pipelines.config.recipe import with_values
 from pipelines.config.schema import AUTO, Config
-from pipelines.console import stage
+from pipelines.console import print_notes, stage
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import load_splits
 from pipelines.models.checkpoint import MODEL_FILES, read_config
@@ -55,7 +55,7 @@ def open_model(folder: Path, values: Mapping[str, Any], console: Console, labell
 def require_splits(model: TrainedModel, console: Console) -> None:
     """Raise ValueError, before any worker starts, where the set is missing or cannot be split as the config says."""
     with stage(console, "reading the data"):
-        load_splits(model.config, model.unreadable)
+        print_notes(console, load_splits(model.config, model.unreadable).notes)
 
 
 def run_with_model(model: TrainedModel, job: ModelJob, name: str, console: Console) -> Any:

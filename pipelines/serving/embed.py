@@ -24,7 +24,7 @@ from dml_core.data.datasets import LabelledImages
 from dml_core.gather import rank, world_size
 from dml_core.retrieval.neighbors import block_rows
 from pipelines.config.schema import Config, flatten
-from pipelines.console import stage
+from pipelines.console import print_notes, stage
 from pipelines.data.sets import load_collection, load_splits
 from pipelines.models.checkpoint import model_fingerprint, read_config
 from pipelines.models.embedder import embed_views
@@ -91,7 +91,12 @@ def plan_embedding(
     model = open_model(folder, values, console, labelled=images is None)
     part: Part = "given" if images else own
     with stage(console, "reading the data"):
-        pictures = pictures_of(model.config, part, model.unreadable)
+        if part == "given":
+            collection = load_collection(model.config.data, model.unreadable, labelled=False)
+            print_notes(console, collection.notes)
+            pictures = collection.images
+        else:
+            pictures = pictures_of(model.config, part, model.unreadable)
     metadata = FileMetadata(
         model={
             "run": run,

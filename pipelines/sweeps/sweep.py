@@ -25,7 +25,7 @@ from pipelines.compare.statistics import METRICS, Comparison, compare_runs
 from pipelines.config.identity import with_absolute_paths
 from pipelines.config.recipe import load_recipe, parse_assignments, parse_stored_config, to_yaml, with_values
 from pipelines.config.schema import AUTO, Config
-from pipelines.console import RunFailed, messages
+from pipelines.console import RunFailed, messages, print_notes
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import cache_folder, load_splits
 from pipelines.models.checkpoint import read_history
@@ -148,6 +148,7 @@ def _record_sweep(config: Config, space: Space, options: SweepOptions, console: 
     with console.status("reading the data"):
         unreadable = unreadable_pictures(config.data, console)
         splits = load_splits(config, unreadable)
+        print_notes(console, splits.notes)
         if splits.validation is None:
             raise ValueError("data.validation_fraction=0: a sweep chooses by validation classes")
         if options.folds > 1:  # refused here, not in every trial, where the set itself says what is validated on

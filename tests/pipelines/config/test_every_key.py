@@ -231,6 +231,8 @@ CASES = {
     "data.table": acts(collection, "{place}/set/few.csv", "data.name=table", "data.table={place}/set/all.csv"),
     "data.download": acts(collection, "true", "data.name=cub"),
     "data.links": acts(collection, "true", "data.root={place}/linked"),
+    "data.exclude": acts(collection, "[c03,*/4.png]"),
+    "data.pattern": acts(collection, "(?P<label>c0[0-7])"),
     "data.on_bad_image": acts(left_out, "skip", "data.root={place}/broken"),
     "data.image_size": trains("24"),
     "data.augment": trains("none"),
@@ -313,6 +315,8 @@ REFUSALS = {
     "data.table": [("{place}/set/all.csv",)],
     "data.download": [("true",), ("true", "data.name=vehicleid")],
     "data.links": [("true", "data.name=cub")],
+    "data.exclude": [("[c03]", "data.name=cub")],
+    "data.pattern": [("(?P<label>c0)", "data.name=table", "data.table={place}/set/all.csv")],
     "data.on_bad_image": [("skip", "data.name=glyphs", "data.root=")],
     "data.augment": [("none", "backbone.frozen=true"), ("crop", "backbone.frozen=true")],
     "data.test_fraction": [
