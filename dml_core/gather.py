@@ -68,8 +68,60 @@ def gather(x: Tensor, slices: int | None = None) -> Tensor:
 
     Returns:
         (B, ...) rows.
+
+    Raises:
+        ValueError: Slices of the ranks are not of one shape and type, on every rank; or there are fewer than ranks.
     """
-    return x if world_size() == 1 else _Gather.apply(x, slices or world_size())
+    if world_size() == 1:
+        return x
+    slices = slices or world_size()
+    if slices < world_size():
+        raise ValueError(f"gather: slices={slices}, but each of the {world_size()} ranks needs one")
+    _require_equal_slices(x, slices)
+    return _Gather.apply(x, slices)
+
+
+class _Rows(NamedTuple):
+    """What a rank is about to send: the number of slices of all ranks, an index in DTYPES, and a shape."""
+
+    slices: int
+    dtype: int
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.shape} {str(DTYPES[self.dtype]).removeprefix('torch.')} of {self.slices} slices"
+
+
+DTYPES = sorted({dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}, key=str)
+DIMENSIONS = 8  # of what is gathered, at most
+_known: tuple[object, set[_Rows]] = None, set()  # a process group, and what its ranks have sent already
+
+
+def _require_equal_slices(x: Tensor, slices: int) -> None:
+    """Raise ValueError, on every rank and before any row is sent, where the ranks do not have equal slices.
+
+    Gloo aborts processes that send unequal numbers of bytes. So ranks first tell each other type and shape, in a
+    message of one size: on a processor at each call, as a rank may have sent a shape before where another has not. On a
+    GPU the host would wait for it: there only what a rank has not sent before is told, and what ranks then mistake ends
+    in NCCL's timeout.
+    """
+    global _known
+    if _known[0] is not dist.group.WORLD:
+        _known = dist.group.WORLD, set()
+    own = _Rows(slices, DTYPES.index(x.dtype), tuple(x.shape))
+    if x.is_cuda and own in _known[1]:
+        return
+    message = torch.tensor([slices, own.dtype, x.ndim, *x.shape, *[0] * (DIMENSIONS - x.ndim)], device=x.device)
+    messages = [torch.empty_like(message) for _ in range(world_size())]
+    dist.all_gather(messages, message)
+    ranks = [_Rows(s, dtype, tuple(shape[:ndim])) for s, dtype, ndim, *shape in torch.stack(messages).tolist()]
+    held = [len(slices_of(number, world_size(), slices)) for number in range(world_size())]
+    equal = {(rows.slices, rows.dtype, len(rows.shape), *rows.shape[1:]) for rows in ranks}
+    sizes = {rows.shape[0] / count for rows, count in zip(ranks, held, strict=True) if count and rows.shape}
+    if not x.ndim or len(equal) > 1 or len(sizes) > 1 or any(size % 1 for size in sizes):
+        listed = "; ".join(f"rank {number} has {rows}" for number, rows in enumerate(ranks))
+        raise ValueError(f"gather needs slices of one shape and type on every rank: {listed}")
+    _known[1].add(own)
 
 
 def collect(x: Tensor, destination: int) -> list[Tensor]:

@@ -29,7 +29,7 @@ class Benchmark(NamedTuple):
         expected: The published numbers, as `count_parts` returns them.
         source: Where it comes from, and what to unpack where.
         fetch: Downloads it into a folder; None: it cannot be had without an account.
-        metrics: What its papers report besides R@k, of retrieval.metrics.EXTRA_METRICS.
+        metrics: What its papers report besides R@k, names of dml_core/retrieval/scores.py.
     """
 
     title: str

@@ -284,12 +284,13 @@ def split(
         validation = np.sort(others[: max(1, round(validation_fraction * len(others))) if validation_fraction else 0])
     train = np.setdiff1d(others, validation)
     test = np.sort(rng.permutation(test)[:limit_classes])
-    if (trains and len(train) < 2) or len(test) == 0:
-        needed = "2 to train and 1 to test on" if trains else "1 to test on"
+    if trains and (len(train) < 2 or len(test) == 0):
         raise ValueError(
             f"{len(classes)} classes give {len(train)} to train, {len(validation)} to validate and "
-            f"{len(test)} to test on; at least {needed} are needed"
+            f"{len(test)} to test on; at least 2 to train and 1 to test on are needed"
         )
+    if len(test) == 0:
+        raise ValueError(f"none of the {len(classes)} classes is one to test on")
     if limit_classes:
         used = np.isin(images.labels, [*train, *validation, *test])
         role = None if role is None else role[used]

@@ -43,6 +43,8 @@ def relevant_positions(labels: Tensor, classes: Tensor, gallery: Tensor, places:
     Returns:
         (Q, places) positions, ascending, filled up with -1.
     """
+    if not len(classes):
+        return labels.new_full((len(labels), places), -1)
     place = torch.searchsorted(classes, labels)[:, None] + torch.arange(places, device=labels.device)
     inside, place = place < len(classes), place.clamp(max=len(classes) - 1)
     return torch.where(inside & (classes[place] == labels[:, None]), gallery[place], -1)

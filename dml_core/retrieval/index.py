@@ -184,8 +184,11 @@ def search(index: Any, queries: Any, k: int) -> Neighbors:
 
     Returns:
         The neighbours (Q, k), best first, ties by position; similarity is float64. Empty places hold -inf and -1.
+
+    Raises:
+        ValueError: Queries are of another shape or not finite, or k < 1.
     """
-    queries = np.ascontiguousarray(queries, np.float32)
+    queries = checked_queries("queries", queries, index.d, k).numpy()
     similarity, position = np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1)
     undecided, candidates = np.arange(len(queries)), k + EXTRA_CANDIDATES
     while len(undecided):
@@ -199,6 +202,32 @@ def search(index: Any, queries: Any, k: int) -> Neighbors:
             still_undecided.append(chunk[~decided])
         undecided, candidates = np.concatenate(still_undecided), 2 * candidates
     return Neighbors(torch.from_numpy(similarity), torch.from_numpy(position))
+
+
+def checked_queries(name: str, queries: Any, dim: int, k: int = 1) -> torch.Tensor:
+    """Return queries as float32 on the processor; Faiss answers what is not finite with ordinary positions, or none.
+
+    Args:
+        name: Of the argument, for messages.
+        queries: Array or tensor, which is to be (Q, dim).
+        dim: Numbers in a vector of the index.
+        k: How many neighbours are asked for.
+
+    Raises:
+        ValueError: They are of another shape or not finite, or k < 1.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: at least one neighbour is needed")
+    vectors = torch.as_tensor(queries).detach().to("cpu", torch.float32).contiguous()
+    if vectors.ndim != 2 or vectors.shape[1] != dim:
+        hint = f"; one query is {name}[None]" if vectors.shape == (dim,) else ""
+        raise ValueError(f"{name}: shape {tuple(vectors.shape)}, but the index needs (Q, {dim}){hint}")
+    broken = (~vectors.isfinite().all(1)).nonzero()[:, 0]
+    if len(broken):
+        raise ValueError(
+            f"{name}: {len(broken)} of {len(vectors)} rows are not finite in float32, row {broken[0]} first"
+        )
+    return vectors
 
 
 def _search_once(index: Any, queries: np.ndarray, k: int, candidates: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -140,19 +140,20 @@ def _full_float32() -> Iterator[None]:
 
 
 def similarities(
-    queries: Sequence[Tensor], gallery: GalleryBlocks, own_positions: Sequence[Tensor] | None, rows: int
+    queries: Sequence[Tensor], gallery: GalleryBlocks, left_out: Sequence[Tensor] | None, rows: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield the similarities of all queries and gallery items, gallery block after gallery block.
 
     Args:
         queries: Blocks (Q, D) with Q <= rows.
         gallery: Blocks (offset, embeddings (g, D)) by ascending offset.
-        own_positions: For each block the gallery positions (Q,) of the queries themselves; None: they are not in it.
+        left_out: For each block the gallery positions (Q,) or (Q, K) of what is left out of the queries' rankings, such
+            as the queries themselves; -1: nothing.
         rows: Rows that every block of queries is filled up to.
 
     Yields:
         (number of the query block, offset of the gallery block, similarity (Q, G)). G is g rounded up to a multiple of
-        BLOCK; columns past g, and the queries themselves, are -inf. The tensor is used again for the next block.
+        BLOCK; columns past g, and what is left out, are -inf. The tensor is used again for the next block.
     """
     padded = [pad_rows(query, rows) for query in queries]
     for offset, embeddings in gallery:
@@ -164,8 +165,8 @@ def similarities(
                 torch.mm(padded[number], columns.T, out=product)
             product[:, size:] = -torch.inf
             similarity = product[: len(query)]
-            if own_positions is not None:
-                leave_out(similarity, own_positions[number][:, None], offset)
+            if left_out is not None:
+                leave_out(similarity, left_out[number].view(len(query), -1), offset)
             yield number, offset, similarity
 
 
@@ -305,11 +306,17 @@ def nearest(queries: Tensor, gallery: GalleryBlocks, k: int, own_positions: Tens
             whole gallery may be one block, [(0, gallery)], as large ones are cut. On a GPU they are looked at twice
             where ties need it, so that an iterator is not enough.
         k: How many neighbours a query gets.
-        own_positions: (Q,) gallery position of each query itself, which is left out of its neighbours.
+        own_positions: (Q,) gallery position of each query itself, which is left out of its neighbours; or (Q, K) of
+            itself and others that are. -1: nothing.
 
     Returns:
         The neighbours (Q, k), best first, ties by gallery position; empty places where the gallery has fewer items.
+
+    Raises:
+        ValueError: k < 1.
     """
+    if k < 1:
+        raise ValueError(f"k={k}: at least one neighbour is needed")
     tiles = tiles_of(queries.device)
     blocks = queries.split(tiles.queries)
     own_blocks = None if own_positions is None else own_positions.split(tiles.queries)

@@ -80,9 +80,10 @@ class Config(Methods):
     embedding_dim: Positive = 512
     """D, the numbers in an embedding."""
     metrics: list[str] | None = None
-    """Further retrieval metrics of validation and test, beside R@k, R-Precision and MAP@R: `map` (over the full
-    ranking), `cmc`, `nmi`, `ami`; docs/metrics.md describes them. none: those that the papers report on the set, which
-    are `map` and `cmc` on `inshop` and `vehicleid`."""
+    """Further retrieval metrics of validation and test, beside R@k, R-Precision and MAP@R: `map` and `mrr` (over the
+    full ranking), `cmc`, `precision_at_K`, `map_at_K` and `recall_at_K` for any number K, `nmi`, `ami`; docs/metrics.md
+    describes them. none: those that the papers report on the set, which are `map` and `cmc` on `inshop` and
+    `vehicleid`."""
     data: Data = Data()
     batch: Batch = Batch()
     backbone: Backbone = Backbone()
@@ -95,12 +96,12 @@ class Config(Methods):
     @field_validator("metrics")
     @classmethod
     def _metrics_exist(cls, metrics: list[str] | None) -> list[str] | None:
-        from dml_core.retrieval.metrics import EXTRA_METRICS
+        from dml_core.retrieval.scores import is_metric, metric_names, metric_order
 
         for name in metrics or []:
-            if name not in EXTRA_METRICS:
-                raise ValueError(f"{name}: there is no such metric{nearest(name, [*EXTRA_METRICS])}")
-        return metrics if metrics is None else sorted({*metrics}, key=EXTRA_METRICS.index)
+            if not is_metric(name):
+                raise ValueError(f"{name}: there is no such metric{nearest(name, metric_names())}")
+        return metrics if metrics is None else sorted({*metrics}, key=metric_order)
 
     @field_validator("changes", mode="before")
     @classmethod

@@ -21,13 +21,14 @@ from dml_core.learner import Learner
 from dml_core.retrieval.neighbors import GALLERY_BLOCK, nearest
 from dml_core.retrieval.scores import average_precision_at_r, recall_at_k
 from dml_core.retrieval.structure import index_vectors, query_vectors
+from dml_core.retrieval.task import Task
 from pipelines.data.sets import load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_learner
 from pipelines.reports import geometry
 from pipelines.reports.geometry import Cloud, Point, Variation
 from pipelines.reports.job import InspectJob
-from pipelines.training.evaluation import baseline_metrics, load_sources, stream_outputs, test_metrics
+from pipelines.training.evaluation import baseline_metrics, labels_of, load_sources, stream_outputs, test_metrics
 
 MAX_PICTURES = 20_000  # test pictures looked at: 80 MB of embeddings of 512 numbers, twice
 
@@ -143,14 +144,13 @@ def inspect_loop(job: InspectJob) -> Inspection:
     gallery = embed_images(task.gallery, sources, learner, untrained) if task.gallery else query
     torch.set_num_threads(sources.cpus)
     images, targets = task.query, task.gallery or task.query
-    labels, target_labels = torch.from_numpy(images.labels), torch.from_numpy(targets.labels)
-    matches = torch.bincount(target_labels, minlength=len(images.class_names))[labels] - int(task.gallery is None)
+    labels = labels_of(task, torch.device("cpu"))
 
-    rankings = {"plain": rank_queries(query["trained"], gallery["trained"], labels, target_labels, matches, task)}
+    rankings = {"plain": rank_gallery(query["trained"], gallery["trained"], labels)}
     if "structure" in query:
         vectors = query_vectors(query["trained"], query["structure"]), index_vectors(gallery["trained"])
-        rankings["structure-aware"] = rank_queries(*vectors, labels, target_labels, matches, task)
-    plain, with_match = rankings["plain"], np.flatnonzero(matches.numpy() > 0)
+        rankings["structure-aware"] = rank_gallery(*vectors, labels)
+    plain, with_match = rankings["plain"], np.flatnonzero(labels.matches.numpy() > 0)
     missed = with_match[plain.recall[with_match].numpy() == 0]
 
     def some_queries(rows: np.ndarray) -> list[Query]:
@@ -161,7 +161,7 @@ def inspect_loop(job: InspectJob) -> Inspection:
             for row in chosen
         ]
 
-    first_labels = target_labels[plain.near[:, 0]].numpy()
+    first_labels = labels.targets[plain.near[:, 0]].numpy()
     sources.progress.note("map", 0, 1)
     return Inspection(
         metrics,
@@ -172,7 +172,7 @@ def inspect_loop(job: InspectJob) -> Inspection:
         hardest_classes=_hardest_classes(images, rankings, with_match, first_labels),
         confused_pairs=_confused_pairs(images, with_match, missed, first_labels),
         points=_map_points(images, query["trained"]),
-        variation={name: geometry.measure_variation(query[name], labels) for name in ("untrained", "trained")},
+        variation={name: geometry.measure_variation(query[name], labels.labels) for name in ("untrained", "trained")},
         clouds=geometry.draw_synthetics(learner, splits.train, sources, job.epoch),
     )
 
@@ -226,26 +226,22 @@ def embed_images(images: LabelledImages, sources: Sources, learner: Learner, unt
     return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
 
 
-def rank_queries(
-    query: Tensor, gallery: Tensor, labels: Tensor, targets: Tensor, matches: Tensor, task: Retrieval
-) -> Ranking:
+def rank_gallery(query: Tensor, gallery: Tensor, task: Task) -> Ranking:
     """Rank the gallery for each query, exactly.
 
     Args:
         query: (N, D).
-        gallery: (M, D); without a gallery of its own the queries, each but itself.
-        labels: (N,) of the queries.
-        targets: (M,) labels of the gallery.
-        matches: (N,) how many of the gallery are of the query's class.
-        task: Whether there is a gallery.
+        gallery: (M, D); without a gallery of its own the queries.
+        task: Labels, and what is left out of a query's ranking.
     """
     blocks = [*zip(range(0, len(gallery), GALLERY_BLOCK), gallery.split(GALLERY_BLOCK))]
-    k = min(len(gallery), max(NEIGHBOURS, int(matches.max())))
+    k = min(len(gallery), max(NEIGHBOURS, int(task.matches.max())))
     parts = []
     for rows in torch.arange(len(query)).split(QUERY_BLOCK):
-        near = nearest(query[rows], blocks, k, None if task.gallery else rows).position
-        relevant = (targets[near] == labels[rows, None]) & (near >= 0)
-        scores = recall_at_k(relevant, 1), average_precision_at_r(relevant, matches[rows])
+        left_out = task.left_out([rows])
+        near = nearest(query[rows], blocks, k, left_out[0] if left_out else None).position
+        relevant = task.is_right(rows, near)
+        scores = recall_at_k(relevant, 1), average_precision_at_r(relevant, task.matches[rows])
         parts.append(Ranking(near[:, :NEIGHBOURS], *scores))
     return Ranking(*(torch.cat(columns) for columns in zip(*parts)))
 

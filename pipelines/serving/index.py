@@ -152,17 +152,17 @@ class Index:
             structure: (Q, D), the queries' structure embeddings, for the structure-aware ranking; None: the plain one.
 
         Raises:
-            ValueError: Other shapes; or structure, and the index was not built for it.
+            ValueError: Other shapes; numbers that are not finite; or structure, and the index was not built for it.
         """
-        z = torch.as_tensor(vectors, dtype=torch.float32)
-        if k < 1 or z.ndim != 2 or z.shape[1] != self.about.dim:
-            raise ValueError(f"k={k}, vectors {tuple(z.shape)}: k >= 1 and vectors (Q, {self.about.dim}) are needed")
+        z = faiss_index.checked_queries("vectors", vectors, self.about.dim, k)
         if structure is None:
             best = self._nearest(torch.cat([z, torch.zeros_like(z)], 1) if self.about.structure else z, k)
             return Hits(best.similarity, best.position)
         if not self.about.structure:
             raise ValueError(f"{self.folder}: not built with --structure")
-        s = torch.as_tensor(structure, dtype=torch.float32)
+        s = faiss_index.checked_queries("structure", structure, self.about.dim)
+        if len(s) != len(z):
+            raise ValueError(f"structure: {len(s)} rows for {len(z)} vectors")
         best = self._nearest(query_vectors(z, s), k)
         constant = (s.double() * z.double().square()).sum(1, keepdim=True)
         return Hits((constant - best.similarity).clamp(min=0).sqrt(), best.position)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +11,11 @@ from dml_core.data.datasets import LabelledImages, Retrieval, Splits
 from dml_core.data.sampling import Rows, blocks, one_of_each_class
 from dml_core.gather import rank, world_size
 from dml_core.learner import Learner
-from dml_core.retrieval.metrics import CLUSTERING, RANKING, sharded_clustering_metrics, sharded_retrieval_metrics
+from dml_core.retrieval.metrics import sharded_clustering_metrics
 from dml_core.retrieval.neighbors import block_rows
+from dml_core.retrieval.ranked import rank_queries
+from dml_core.retrieval.scores import CLUSTERING, FULL_LIST, KS
+from dml_core.retrieval.task import Task, make_task
 from pipelines.cluster.progress import Reporter
 from pipelines.cluster.transfer import received_files
 from pipelines.cluster.worker import device_of_worker
@@ -74,7 +78,7 @@ def retrieval_of(
         sources: Where batches come from.
         stage: Of the work, for the progress.
         outputs: Images or features to embeddings (b, D), by the prefix of their metrics' names.
-        extra: Further metrics, of retrieval.metrics.EXTRA_METRICS.
+        extra: Further metrics, see dml_core/retrieval/scores.py.
 
     Returns:
         {"PREFIX/recall_at_1": ...} for each prefix.
@@ -104,23 +108,14 @@ def _metrics(
 ) -> dict[str, float]:
     """Return retrieval metrics of this rank's rows; with drawn galleries their means over the draws.
 
-    Of `extra`, `map` has no meaning where only the top is ordered anew, and clusters know no order of a gallery.
+    Of `extra`, those of the whole ranking have no meaning where only the top is ordered anew, and clusters know no
+    order of a gallery.
     """
-    labels = torch.from_numpy(task.query.labels).to(query.device)
-    targets = torch.from_numpy(task.gallery.labels).to(query.device) if task.gallery else None
-    ranking = [name for name in extra if name in RANKING and not (rerank and name == "map")]
+    ranking = [name for name in extra if name not in CLUSTERING and not (rerank and name in FULL_LIST)]
 
     def measure(in_gallery: Tensor | None = None) -> dict[str, float]:
-        return sharded_retrieval_metrics(
-            query,
-            labels,
-            gallery,
-            targets,
-            extra=ranking,
-            structure_shard=structure,
-            rerank=rerank,
-            in_gallery=in_gallery,
-        )
+        labels = labels_of(task, query.device, in_gallery)
+        return rank_queries(labels, query, gallery, KS, ranking, structure, rerank).means()
 
     if task.draws:
         draws = [measure(torch.from_numpy(one_of_each_class(task.query.labels, seed))) for seed in range(task.draws)]
@@ -129,9 +124,31 @@ def _metrics(
         metrics = measure()
     clustering = [name for name in extra if name in CLUSTERING and structure is None]
     if clustering:
-        clusters = sharded_clustering_metrics(query, labels)
+        clusters = sharded_clustering_metrics(query, torch.from_numpy(task.query.labels))
         metrics |= {name: clusters[name] for name in clustering}
     return metrics
+
+
+def labels_of(task: Retrieval, device: torch.device, in_gallery: Tensor | None = None) -> Task:
+    """Return a task's labels on a device, and what is left out of each query's ranking.
+
+    in_gallery: (N,) bool, where the gallery is drawn of the task's samples.
+    """
+    query, gallery = task.query, task.gallery
+    positions = task.query_positions()
+
+    def tensor(numbers: np.ndarray | None) -> Tensor | None:
+        return None if numbers is None else torch.from_numpy(numbers)
+
+    return make_task(
+        torch.from_numpy(query.labels),
+        tensor(gallery.labels if gallery else None),
+        device,
+        tensor(query.cameras),
+        tensor(gallery.cameras if gallery else None),
+        tensor(positions if (positions >= 0).any() else None),
+        in_gallery,
+    )
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

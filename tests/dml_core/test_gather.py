@@ -96,3 +96,49 @@ def test_the_bracket_of_the_tree_is_the_same_however_slices_are_dealt(slices: in
                 nodes[to][left] = (nodes[to][left], nodes[source].pop(right))
         (root,) = nodes[0].values()
         assert root == bracket((slices - 1).bit_length(), 0) and not any(nodes[1:])
+
+
+UNEQUAL = {
+    "rows": lambda: torch.zeros(2 + rank(), 3),
+    "columns": lambda: torch.zeros(2, 3 + rank()),
+    "type": lambda: torch.zeros(2, 3, dtype=torch.float64 if rank() == 1 else torch.float32),
+    "dimensions": lambda: torch.zeros(2, 3) if rank() else torch.zeros(2, 3, 1),
+    "a shape that was sent before": lambda: torch.zeros(4 if rank() == 2 else 2, 3),
+    "slices": lambda: torch.zeros(2, 3),
+}
+
+
+def run_unequal(folder: Path) -> None:
+    messages = {}
+    for rows in (2, 4):
+        gather(torch.zeros(rows, 3))
+    for name, make in UNEQUAL.items():
+        try:
+            gather(make(), 6 + rank() if name == "slices" else None)
+        except ValueError as error:
+            messages[name] = str(error)
+    messages["then"] = gather(torch.full((1,), rank())).tolist()
+    torch.save(messages, folder / f"{rank()}.pt")
+
+
+def test_unequal_slices_are_told_with_ranks_and_shapes_on_every_rank(tmp_path: Path) -> None:
+    ranks.run(run_unequal, WORLD, tmp_path)
+    told = [torch.load(tmp_path / f"{number}.pt") for number in range(WORLD)]
+    assert told[0].keys() == {*UNEQUAL, "then"}, "none is refused without a message"
+    assert told[0] == told[1] == told[2] and told[0]["then"] == [0, 1, 2]
+    assert told[0]["rows"] == (
+        "gather needs slices of one shape and type on every rank: rank 0 has (2, 3) float32 of 3 slices; "
+        "rank 1 has (3, 3) float32 of 3 slices; rank 2 has (4, 3) float32 of 3 slices"
+    )
+    assert "rank 1 has (2, 3) float64" in told[0]["type"]
+
+
+def run_uneven(folder: Path) -> None:
+    """Eight slices on three ranks, two rows each; then a row less than the slices of rank 1."""
+    gather(torch.zeros(2 * len(slices_of(rank(), WORLD, 8)), 1), 8)
+    with pytest.raises(ValueError, match=r"rank 1 has \(5, 1\) float32 of 8 slices"):
+        gather(torch.zeros(2 * len(slices_of(rank(), WORLD, 8)) - (rank() == 1), 1), 8)
+
+
+def test_ranks_with_more_slices_have_more_rows(tmp_path: Path) -> None:
+    ranks.run(run_uneven, WORLD, tmp_path)

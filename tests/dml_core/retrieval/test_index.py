@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import faiss
@@ -148,3 +149,23 @@ def test_gpus_of_faiss_train_and_search_the_same_index(monkeypatch: pytest.Monke
     for k in (1, 10, 300):
         found, expected = search(on_gpus, query, k), search(opened, query, k)
         assert torch.equal(found.similarity, expected.similarity) and torch.equal(found.position, expected.position)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+@pytest.mark.parametrize(
+    ("change", "k", "message"),
+    [
+        (lambda q: q.index_fill(0, torch.tensor([3]), torch.nan), 5, "1 of 9 rows are not finite .* row 3 first"),
+        (lambda q: q.index_fill(0, torch.tensor([1, 2]), torch.inf), 5, "2 of 9 rows are not finite"),
+        (lambda q: q.double() * 1e300, 5, "9 of 9 rows are not finite in float32"),
+        (lambda q: q[:, :7], 5, r"shape \(9, 7\), but the index needs \(Q, 8\)$"),
+        (lambda q: q[0], 5, r"shape \(8,\), but the index needs \(Q, 8\); one query is queries\[None\]"),
+        (lambda q: q[None], 5, r"shape \(1, 9, 8\), but"),
+        (lambda q: q, 0, "k=0: at least one neighbour"),
+        (lambda q: q, -2, "k=-2: at least one neighbour"),
+    ],
+)  # fmt: skip
+def test_bad_queries_are_refused(kind: str, change: Callable[[Tensor], Tensor], k: int, message: str) -> None:
+    z = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=message):
+        search(build(z, kind, IndexOptions()), change(z[:9].clone()), k)

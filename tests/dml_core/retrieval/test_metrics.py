@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from dml_core import gather
 from dml_core.retrieval import neighbors
 from dml_core.retrieval.metrics import (
-    CMC_RANKS,
     clustering_metrics,
     retrieval_metrics,
     sharded_clustering_metrics,
     sharded_retrieval_metrics,
 )
 from dml_core.retrieval.neighbors import BLOCK, GALLERY_BLOCK, owned_rows
+from dml_core.retrieval.scores import CMC_RANKS
 from tests import ranks
 from tests.dml_core.retrieval.gpu_way import search_as_a_gpu
 

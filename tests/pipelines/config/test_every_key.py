@@ -224,7 +224,7 @@ CASES = {
     "wait_for_nodes": acts(waited, "30"),
     "embedding_dim": trains("8"),
     "method": trains("[sgar]"),
-    "metrics": trains("[map,cmc,nmi,ami]"),
+    "metrics": trains("[map,mrr,cmc,precision_at_3,map_at_5,nmi,ami]"),
     "changes": trains("{{1: {{loss.alpha: 9}}}}"),
     "data.name": acts(collection, "table", also=("data.table={place}/set/few.csv",)),
     "data.root": acts(collection, "{place}/linked", "data.links=true"),

@@ -83,6 +83,15 @@ def test_flat_index_is_the_exact_ranking(vectors: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found.score[0], distance, atol=1e-3)
     with pytest.raises(ValueError, match="not built with --structure"):
         open_index(tmp_path / "plain").search(z, 20, s)
+    for arguments, message in (
+        ((z[:3] / 0,), "vectors: 3 of 3 rows are not finite in float32, row 0 first"),
+        ((z[0],), r"vectors: shape .* but the index needs \(Q, \d+\); one query is vectors\[None\]"),
+        ((z, 0), "k=0"),
+        ((z, 5, s[:2]), "structure: 2 rows for 300 vectors"),
+        ((z, 5, s * float("nan")), "structure: 300 of 300 rows are not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.search(*arguments)
 
 
 def test_a_picture_finds_itself(index: Path, vectors: Path, pictures: Path) -> None:
