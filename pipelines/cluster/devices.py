@@ -10,6 +10,7 @@ import psutil
 from rich.console import Console
 
 from dml_core.cpus import usable_cpus
+from pipelines.cluster.address import cluster_address
 from pipelines.config.schema import AUTO, Config
 
 # Bytes of a worker on CPUs: torch, its libraries, pictures and activations of a small network.
@@ -32,7 +33,7 @@ def needs_ray(config: Config) -> bool:
 def has_cluster() -> bool:
     """Whether there is a Ray to use: that of RAY_ADDRESS, or one that this process has started or joined."""
     ray = sys.modules.get("ray")
-    return "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())
+    return cluster_address() is not None or (ray is not None and ray.is_initialized())
 
 
 def resolve_workers(config: Config, trains: bool = True, here: bool = False) -> tuple[Config, str]:
@@ -175,7 +176,7 @@ def resources_of_cluster() -> Resources:
 
 
 def _autoscaler_hint(config: Config) -> str:
-    if "RAY_ADDRESS" not in os.environ:
+    if cluster_address() is None:
         return ""
     if config.wait_for_nodes:
         return f" after {config.wait_for_nodes} s"

@@ -28,6 +28,16 @@ def preemption_notice() -> object | None:
         return None
 
 
+def address_on_this_machine() -> str:
+    """Return HOST:PORT of the Ray on this machine that RAY_ADDRESS=auto stands for. ConnectionError: there is none."""
+    from ray._private.services import get_ray_address_from_environment
+
+    try:
+        return get_ray_address_from_environment("auto", None)
+    except ConnectionError:
+        raise ConnectionError("none runs on this machine") from None
+
+
 def means_storage_not_shared(error: BaseException) -> bool:
     """Whether Ray Train, which looks on each node that has a worker, did not find the run's folder there.
 

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from pipelines.cluster.address import cluster_address, require_cluster
 from pipelines.config.schema import Config
 from pipelines.console import RunFailed, messages
 
@@ -48,7 +49,8 @@ def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bo
     if ray.is_initialized():
         yield
         return
-    address, session = os.environ.get("RAY_ADDRESS"), None
+    require_cluster()
+    address, session = cluster_address(), None
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

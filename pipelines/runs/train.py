@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from dml_core.data.datasets import Splits
+from pipelines.cluster.address import cluster_address, require_cluster
 from pipelines.cluster.devices import describe_workers, has_cluster, needs_ray, resolve_devices, resolve_workers
 from pipelines.cluster.failures import call_in_thread
 from pipelines.config.identity import require_same, with_absolute_paths, with_slices
@@ -74,6 +75,8 @@ def run_training(
     if started is not None:
         clock.lap("imports")
     started = started or clock.last
+    if not here:
+        require_cluster()
     config = with_absolute_paths(config)
     folder = RunFolder(config)
     uri = member.uri if member else default_uri(Path.cwd())
@@ -210,7 +213,7 @@ def _open_cluster_and_check(
 
     if checked.done():
         checked.result()  # what is refused by now need not wait for a Ray
-    with stage(console, "connecting to Ray" if "RAY_ADDRESS" in os.environ else "starting Ray"):
+    with stage(console, "connecting to Ray" if cluster_address() else "starting Ray"):
         cluster.enter_context(open_cluster(config, folder.logs))
     clock.lap("Ray")
     inputs = checked.result()

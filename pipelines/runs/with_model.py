@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from pipelines.cluster.address import require_cluster
 from pipelines.cluster.devices import describe_workers, has_cluster, needs_ray, resolve_devices, resolve_workers
 from pipelines.cluster.transfer import SentFiles, scratch_storage, send_files
 from pipelines.config.identity import with_absolute_paths
@@ -47,6 +48,7 @@ def open_model(folder: Path, values: Mapping[str, Any], console: Console, labell
     Raises:
         ValueError: The values do not fit.
     """
+    require_cluster()
     trained_by = read_config(folder)
     config = with_absolute_paths(with_values(trained_by, {"workers": AUTO, **values}))
     return TrainedModel(folder, trained_by, config, unreadable_pictures(config.data, console, labelled))

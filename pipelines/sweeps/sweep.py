@@ -17,6 +17,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from rich.console import Console
 
+from pipelines.cluster.address import require_cluster
 from pipelines.cluster.devices import resolve_devices, resolve_workers
 from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.session import open_cluster
@@ -81,6 +82,7 @@ def start_sweep(
         RunFailed: The search or a final run failed.
         KeyboardInterrupt: The sweep was stopped; resume_sweep goes on.
     """
+    require_cluster()
     config = load_recipe(recipe, {"workers": 1} | parse_assignments(assignments))
     config, _ = resolve_workers(config, here=True)
     options = options.resolve()
@@ -119,6 +121,7 @@ def resume_sweep(name: str, storage: str = "runs", console: Console = messages) 
     if outcome := folder.read("outcome.json"):
         console.print(f"{name} is finished; this is its outcome")
         return SweepOutcome.from_json(outcome)
+    require_cluster()
     options = SweepOptions(**begun["options"])
     config, space = load_space(options.space, parse_stored_config(begun["config"]))
     config = with_experiment(config, begun["config"])
