@@ -14,7 +14,15 @@ messages = Console(stderr=True, force_jupyter=False)  # plain lines in a noteboo
 
 
 class RunFailed(Exception):
-    """Workers failed on the way; the message is one line."""
+    """Workers failed on the way; the message is one line.
+
+    Attributes:
+        goes_on: Whether the same command can go on: what failed were machines, and not the run itself.
+    """
+
+    def __init__(self, message: str, goes_on: bool = False):
+        super().__init__(message)
+        self.goes_on = goes_on
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:

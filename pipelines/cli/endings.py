@@ -36,13 +36,17 @@ def fail(code: int, message: str) -> NoReturn:
 
 @contextmanager
 def exit_on_error(hint: str = "") -> Iterator[None]:
-    """End the command with one clear line and the exit code for each way to fail. hint: how to go on."""
+    """End the command with one clear line and the exit code for each way to fail.
+
+    Args:
+        hint: How to go on with what was stopped, or failed for no reason of its own.
+    """
     try:
         yield
     except ValueError as error:
         fail(2, f"bad input: {error}")
     except RunFailed as error:
-        fail(1, f"failed: {error}{hint and f' ({hint})'}")
+        fail(1, f"failed: {error}{f' ({hint})' if hint and error.goes_on else ''}")
     except OSError as error:
         fail(1, f"failed: {error}")
     except KeyboardInterrupt:

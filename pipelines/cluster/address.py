@@ -30,12 +30,18 @@ def require_cluster() -> None:
     address = cluster_address()
     if address is None:
         return
-    way_on = "start the cluster, correct the address, or unset RAY_ADDRESS to train on this machine"
     try:
         _look_for_ray(_host_and_port(address))
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({reason}); {way_on}") from None
+        raise no_cluster(address, error.strerror or str(error)) from None
+
+
+def no_cluster(address: str, reason: str) -> ValueError:
+    """Return the refusal of an address where there is no cluster to use."""
+    return ValueError(
+        f"RAY_ADDRESS={address}: no Ray cluster answers ({reason}); start it, correct the address, or unset "
+        "RAY_ADDRESS to train on this machine"
+    )
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:
@@ -62,16 +68,11 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
     return host, port
 
 
-def connect(place: tuple[str, int]) -> socket.socket:
-    """Connect to a host and port. OSError: nothing answers within seconds."""
-    return socket.create_connection(place, PATIENCE_S)
-
-
 def _look_for_ray(place: tuple[str, int] | None) -> None:
     """Raise OSError where nothing listens, or what does is no gRPC server."""
     if place is None:
         return
-    with connect(place) as connection:
+    with socket.create_connection(place, PATIENCE_S) as connection:
         if os.environ.get("RAY_USE_TLS", "0") != "0":  # says nothing before a handshake
             return
         connection.settimeout(PATIENCE_S)

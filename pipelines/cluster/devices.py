@@ -1,7 +1,6 @@
 """What a run computes on: workers, GPUs or CPUs, precision and loader, made definite for what there is."""
 
 import ctypes
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple

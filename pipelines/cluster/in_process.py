@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pipelines.cluster.failures import first_cause
+from pipelines.cluster.failures import explain_failure
 from pipelines.cluster.progress import Follower, LocalBoard
 from pipelines.cluster.threads import torch_threads
 from pipelines.cluster.worker import Job, Report, Worker, enter
-from pipelines.console import RunFailed, messages
+from pipelines.console import messages
 from pipelines.tracking.records import EpochRecord
 
 
@@ -45,7 +45,7 @@ def run_in_process(
         try:
             return enter(job, None)
         except Exception as error:
-            raise RunFailed(first_cause(error)) from error
+            raise explain_failure(error) from error
 
 
 @contextmanager

@@ -12,11 +12,10 @@ from ray.actor import ActorHandle
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from rich.console import Console
 
-from pipelines.cluster.failures import call_interruptibly, first_cause
+from pipelines.cluster.failures import call_interruptibly, explain_failure
 from pipelines.cluster.network import GroupConfig
 from pipelines.cluster.progress import Follower, LocalBoard, Message, News
 from pipelines.cluster.worker import Job, Worker, enter
-from pipelines.console import RunFailed
 from pipelines.tracking.records import EpochRecord
 
 NODE_ID_LABEL = "ray.io/node-id"  # which every node of Ray has
@@ -99,7 +98,7 @@ def run_on_workers(
         try:
             return call_interruptibly(partial(_fit, trainer))
         except Exception as error:
-            raise RunFailed(first_cause(error)) from error
+            raise explain_failure(error) from error
 
 
 def _fit(trainer: DataParallelTrainer) -> Any:

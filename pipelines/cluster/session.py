@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from pipelines.cluster.address import cluster_address, require_cluster
+from pipelines.cluster.address import cluster_address, no_cluster, require_cluster
 from pipelines.config.schema import Config
 from pipelines.console import RunFailed, messages
 
@@ -61,8 +61,8 @@ def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bo
             if config.data.loader == "ray":
                 cpus += os.cpu_count() or 1
             session = start_local(cpus, dashboard)
-    except ConnectionError as error:
-        raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]})") from None
+    except (ConnectionError, RuntimeError) as error:  # RuntimeError: it runs another version of Ray or of Python
+        raise no_cluster(str(address), " ".join(str(error).split())) from None
     try:
         _wait_for_nodes(config)
         yield
@@ -111,7 +111,9 @@ def start_local(cpus: int, dashboard: bool = False) -> Path:
             logging_level=logging.ERROR,
         )
     except Exception as error:  # Ray raises no type of its own where the machine is too busy to start one in time
-        raise RunFailed(f"Ray did not start: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        raise RunFailed(
+            f"Ray did not start: {(str(error).splitlines() or [type(error).__name__])[0]}", goes_on=True
+        ) from error
     finally:
         for key, value in before.items():
             os.environ.pop(key, None)

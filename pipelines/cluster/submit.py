@@ -5,10 +5,13 @@ data, no caches, no results, and nothing that looks like a secret.
 """
 
 import asyncio
+import json
 import shlex
 import shutil
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from typing import Any, NamedTuple
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
+from pipelines.cluster.address import PATIENCE_S
 from pipelines.cluster.ray_private import silence_uploads
 from pipelines.cluster.working_folder import LARGEST_FILE, travelling_files
 from pipelines.console import RunFailed
@@ -123,10 +127,27 @@ def connect_to_jobs(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"--address {address}: the job server's, such as http://127.0.0.1:8265")
     try:
+        _look_for_job_server(address)
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"--address {address}: no job server of Ray's answers ({reason})") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"--address {address}: no job server of Ray's answers ({reason}); `ray dashboard cluster.yaml`, or "
+            "`kubectl port-forward`, opens a tunnel to one"
+        ) from None
+
+
+def _look_for_job_server(address: str) -> None:
+    """Ask for the version of Ray, within seconds: Ray's client waits for ever. OSError or ValueError: there is none."""
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=PATIENCE_S) as answer:
+            is_ray = "ray_version" in json.load(answer)
+    except urllib.error.HTTPError as error:
+        is_ray = error.code in (401, 403)  # wants a token, of which Ray's client has more to say
+    except ValueError:
+        is_ray = False
+    if not is_ray:
+        raise ConnectionError("what answers there is no job server")
 
 
 def _job_details(client: JobSubmissionClient, job_id: str) -> JobDetails:

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import logging
-import os
 import time
 import uuid
 from concurrent.futures import Executor

@@ -126,7 +126,7 @@ def run_stage(
         try:
             call_interruptibly(tuner.fit)
         except tune.TuneError as error:
-            raise RunFailed(str(error).strip().splitlines()[-1]) from error
+            raise RunFailed(str(error).strip().splitlines()[-1], goes_on=True) from error
     return StageMonitor.trials
 
 
@@ -173,4 +173,8 @@ def read_trial(trial: RayTrial, total: int) -> Trial:
 def failure_reason(trial: RayTrial) -> str:
     """Return in one line why a trial failed."""
     lines = str(trial.get_error() or "").strip().splitlines()
-    return lines[-1] if lines else f"ended as {trial.status}"
+    return (
+        lines[-1].removeprefix(f"{RunFailed.__module__}.{RunFailed.__name__}: ")
+        if lines
+        else f"ended as {trial.status}"
+    )

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from pipelines.cluster.address import require_cluster
 from pipelines.cluster.devices import resolve_devices, resolve_workers
+from pipelines.cluster.failures import remedy_of
 from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.session import open_cluster
 from pipelines.compare.page import render_comparison
@@ -279,7 +280,9 @@ def _run_finals(placement: Placement, winner: Point, own: Point | None) -> list[
     finals = []
     for trial in run_stage(placement, "final", run_final, tune.grid_search(tasks), len(tasks)):
         if trial.status != RayTrial.TERMINATED:
-            raise RunFailed(f"a final run failed: {failure_reason(trial)}")
+            reason = failure_reason(trial)
+            remedy = remedy_of(reason)
+            raise RunFailed(f"a final run failed: {reason}", goes_on=remedy is None or remedy.goes_on)
         report = trial.last_result  # a FinalReport and Ray Tune's own
         role = trial.config["point"]["role"]
         finals.append(FinalRun(role, report["score"], report["name"], report["run_id"], report["model"]))

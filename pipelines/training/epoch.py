@@ -112,4 +112,6 @@ def require_finite(steps: Tensor, epoch: int) -> None:
     terms = steps[:, :-1]
     if not terms.isfinite().all():
         step = int(np.flatnonzero(~terms.isfinite().all(1).numpy())[0])
-        raise ArithmeticError(f"the loss is not finite at epoch {epoch + 1}, step {step + 1}; try a lower optimizer.lr")
+        raise ArithmeticError(
+            f"the loss is not finite at epoch {epoch + 1}, step {step + 1}; try a lower optimizer.lr, by another name"
+        )
