@@ -2,9 +2,8 @@
 
 import base64
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,9 @@ from dml_core.data.pictures import BadPicture, decode
 from dml_core.learner import Learner
 from pipelines.models.build import build_embedder
 from pipelines.models.checkpoint import is_whole, read_config
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def embed_views(learner: Learner, x: Tensor) -> dict[str, Tensor]:
@@ -52,22 +54,37 @@ class Embedder:
         views = torch.stack([transform(decode(picture, side, name)) for name, picture in named])
         return embed_views(self.learner, views)
 
-    def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> np.ndarray:
-        """Embed the column `image` of a DataFrame, encoded pictures: (N, D) float32. It raises MLflow's error."""
+    def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> "pandas.DataFrame":
+        """Embed the column `image` of a DataFrame, encoded pictures, in one pass: MLflow's way to call a model.
+
+        Returns:
+            A row a picture: the columns "vector" and, with NAMR, "structure" have an array (D,) float32 each.
+
+        Raises:
+            MlflowException: A picture cannot be decoded; MLflow's server answers with status 400.
+        """
+        import pandas as pd
+
         try:
-            return self.vectors([*map(_plain, inputs["image"])])["vector"].numpy()
-        except BadPicture as error:
+            pictures = [_plain(number, content) for number, content in enumerate(inputs["image"], 1)]
+            if not pictures:
+                raise ValueError("the input has no rows: column `image` needs a picture")
+            outputs = self.vectors(pictures)
+        except ValueError as error:
             from pipelines.tracking.server import bad_request
 
             raise bad_request(str(error)) from None
+        return pd.DataFrame({name: list(rows.numpy()) for name, rows in outputs.items()})
 
 
-def _plain(content: bytes) -> bytes:
+def _plain(number: int, content: Any) -> bytes:
     """Decode base64, in which MLflow's server leaves `inputs` and `instances`. No picture's own bytes are base64."""
+    if not isinstance(content, bytes | str):
+        raise BadPicture([(f"number {number} of the input", f"{type(content).__name__}, not bytes or base64")])
     try:
         return base64.b64decode(content, validate=True)
     except ValueError:
-        return content
+        return content.encode() if isinstance(content, str) else content
 
 
 def _load_pyfunc(path: str) -> Embedder:

@@ -128,7 +128,8 @@ def register_model(
     to_image(picture).save(example, "PNG")
     name = config.model_name or f"dml-{config.data.name}"
     with local_copy(folder.filesystem, f"{folder.path}/{checkpoint}") as local:
-        model = uri, run_id, local, name, example.getvalue(), config.embedding_dim, package_version()
+        outputs = ["vector", "structure"] if "namr" in config.method else ["vector"]
+        model = uri, run_id, local, name, example.getvalue(), outputs, package_version()
         return tracker.submit(log_model, *model).result()
 
 

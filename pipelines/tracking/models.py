@@ -21,7 +21,9 @@ def import_for_log_model() -> None:
     importlib.import_module(LOADER)
 
 
-def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example: bytes, dim: int, version: str) -> str:
+def log_model(
+    uri: str, run_id: str, checkpoint: Path, model_name: str, example: bytes, outputs: list[str], version: str
+) -> str:
     """Log a checkpoint as a pyfunc model, from encoded pictures to embeddings, and register it.
 
     The model is the folder itself, which pipelines.embedder reads: nothing is pickled.
@@ -32,21 +34,21 @@ def log_model(uri: str, run_id: str, checkpoint: Path, model_name: str, example:
         checkpoint: Its folder.
         model_name: Of the registered model, to which a version is added.
         example: An encoded picture, the input example.
-        dim: Numbers in an embedding.
+        outputs: The columns of its answer, each a list of numbers: "vector" and, with NAMR, "structure".
         version: Of this package, which the model requires.
 
     Returns:
         NAME/VERSION.
     """
-    import numpy as np
     import pandas as pd
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Array
 
     mlflow = import_mlflow()
     mlflow.set_tracking_uri(uri)
-    output = TensorSpec(np.dtype("float32"), (-1, dim))
-    signature = ModelSignature(Schema([ColSpec("binary", "image")]), Schema([output]))
+    answer = Schema([ColSpec(Array(DataType.float), name) for name in outputs])
+    signature = ModelSignature(Schema([ColSpec("binary", "image")]), answer)
     mlflow.start_run(run_id=run_id)
     try:
         info = mlflow.pyfunc.log_model(

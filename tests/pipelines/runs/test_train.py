@@ -153,8 +153,10 @@ def test_model_is_registered_and_embeds_pictures(exact: dict[int, TrainOutcome])
     model = mlflow.pyfunc.load_model(f"models:/{name}/{version}")
     buffer = io.BytesIO()
     Image.new("RGB", (50, 40), (255, 0, 0)).save(buffer, "PNG")
-    embeddings = model.predict(pd.DataFrame({"image": [buffer.getvalue()] * 3}))
-    assert embeddings.shape == (3, 128) and embeddings.dtype == np.float32
+    answer = model.predict(pd.DataFrame({"image": [buffer.getvalue()] * 3}))
+    assert [*answer.columns] == model.metadata.get_output_schema().input_names() == ["vector", "structure"]
+    embeddings = np.stack(answer["vector"])
+    assert embeddings.shape == np.stack(answer["structure"]).shape == (3, 128) and embeddings.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
 
 

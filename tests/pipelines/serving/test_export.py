@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import onnxruntime
 import pytest
@@ -38,6 +37,7 @@ from tests.pipelines.conftest import answer, dml
 
 pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
 DOCS = Path(__file__).parents[3] / "docs" / "export.md"
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,8 @@ def test_files_do_what_the_checkpoint_does(exact, pictures: list[Path], tmp_path
     """A float64 run with NAMR; the receivers' code is that of the documentation."""
     run, folder = exact[2].run_id, Path(exact[2].checkpoint)
     expected = Embedder(folder).vectors([path.read_bytes() for path in pictures])
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     names = {"batch": None, "vectors": None}
-    for to, code in zip(("onnx", "torch"), blocks, strict=True):
+    for to, code in zip(("onnx", "torch"), PYTHON_BLOCKS[:2], strict=True):
         file = tmp_path / f"model{SUFFIXES[to]}"
         made = answer("export", run, "--to", to, "--out", file)
         assert made["file"] == str(file) and made["test_pictures"] + made["random_pictures"] == 256
@@ -172,17 +171,38 @@ def asked(url: str, body: dict[str, Any]) -> tuple[int, Any]:
         return error.code, json.load(error)
 
 
-def test_served_over_http(exact, served: str, pictures: list[Path]) -> None:
-    contents = [path.read_bytes() for path in pictures[:3]]
-    expected = Embedder(exact[2].checkpoint).vectors(contents)["vector"]
-    texts = [base64.b64encode(content).decode() for content in contents]
-    rows = {"columns": ["image"], "data": [[text] for text in texts]}
-    for body in ({"dataframe_split": rows}, {"inputs": {"image": texts}}):
-        status, told = asked(served, body)
-        assert status == 200, told
-        np.testing.assert_array_equal(np.array(told["predictions"], np.float32), expected)
-    found = mlflow.pyfunc.load_model(f"models:/{exact[2].model}").predict({"image": contents})
-    np.testing.assert_array_equal(found, expected)
+def test_served_over_http(exact, served: str, pictures: list[Path], tmp_path: Path) -> None:
+    """64 pictures in one request, as the documentation asks with Python and with curl, and from Python alone."""
+    paths = [*pictures, *pictures][:64]
+    contents = [path.read_bytes() for path in paths]
+    expected = {name: rows.numpy() for name, rows in Embedder(exact[2].checkpoint).vectors(contents).items()}
+    assert expected.keys() == {"vector", "structure"}
+    code, direct = PYTHON_BLOCKS[2:]
+    names: dict[str, Any] = {}
+    code = code.replace('sorted(Path("PICTURES").glob("*/*"))[:64]', f"[Path(name) for name in {[*map(str, paths)]}]")
+    exec(code.replace("http://127.0.0.1:5001/invocations", served), names)
+    for name, rows in expected.items():
+        assert names[f"{name}s"].dtype == np.float32 and names[f"{name}s"].shape == rows.shape
+        np.testing.assert_array_equal(names[f"{name}s"], rows)
+    texts = [base64.b64encode(content).decode() for content in contents[:3]]
+    status, told = asked(served, {"inputs": {"image": texts}})
+    assert status == 200 and [*told["predictions"][2]] == ["vector", "structure"], told
+    assert len(told["predictions"]) == 3
+    (command,) = re.findall(r"(?m)^echo .*(?:\n  .*)*", DOCS.read_text())
+    command = command.replace("http://127.0.0.1:5001/invocations", served).replace("query.jpg", str(pictures[0]))
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    (row,) = json.loads(shown.stdout)["predictions"]
+    assert row.keys() == expected.keys() and len(row["vector"]) == expected["vector"].shape[1]
+    direct = direct.replace("models:/dml-glyphs/1", f"models:/{exact[2].model}")
+    exec(direct.replace('["first.jpg", "second.jpg"]', str([*map(str, paths)])), names)
+    np.testing.assert_array_equal(names["vectors"], expected["vector"])
+
+
+def test_pictures_of_a_request_go_through_the_network_together(exact, pictures: list[Path]) -> None:
+    embedder, sizes = Embedder(exact[2].checkpoint), list[int]()
+    embedder.learner.head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    answer = embedder.predict({"image": [pictures[0].read_bytes()] * 64})
+    assert sizes == [64] and len(answer) == 64
 
 
 @pytest.mark.parametrize(
@@ -201,3 +221,13 @@ def test_served_wrong_input(
     data = [[base64.b64encode(each).decode()] for each in (whole, wrong)]
     status, told = asked(served, {"dataframe_split": {"columns": [column], "data": data}})
     assert status == 400 and message in told["message"] and "stack_trace" not in told
+
+
+@pytest.mark.parametrize("image", [[], [None], ["not base64!"], [7]])
+def test_served_what_is_no_picture_at_all(served: str, image: list[Any]) -> None:
+    for body in (
+        {"inputs": {"image": image}},
+        {"dataframe_split": {"columns": ["image"], "data": [[i] for i in image]}},
+    ):
+        status, told = asked(served, body)
+        assert status == 400 and told["message"] and "stack_trace" not in told, told
