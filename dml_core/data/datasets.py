@@ -285,9 +285,10 @@ def split(
     train = np.setdiff1d(others, validation)
     test = np.sort(rng.permutation(test)[:limit_classes])
     if trains and (len(train) < 2 or len(test) == 0):
+        drawn = "data.test_fraction is the share to test on" if collection.test is None else "the set itself says which"
         raise ValueError(
             f"{len(classes)} classes give {len(train)} to train, {len(validation)} to validate and "
-            f"{len(test)} to test on; at least 2 to train and 1 to test on are needed"
+            f"{len(test)} to test on; at least 2 to train and 1 to test on are needed; {drawn}"
         )
     if len(test) == 0:
         raise ValueError(f"none of the {len(classes)} classes is one to test on")

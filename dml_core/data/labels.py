@@ -89,8 +89,15 @@ def only_numbers(labels: Sequence[str]) -> bool:
         return False
 
 
-def codes_of(texts: Sequence[str], codes: dict[str, int], name: str, source: str) -> np.ndarray:
+def codes_of(texts: Sequence[str], codes: dict[str, int], name: str, source: str, first: int | None) -> np.ndarray:
     """Return the code of each text, (n,) int8, whatever its case and the spaces around it.
+
+    Args:
+        texts: What is said.
+        codes: Code of each text that has one, in lower case.
+        name: What they say.
+        source: The key and value of the set, for errors.
+        first: Row of the set's table at which the texts begin; None: it is no table.
 
     Raises:
         ValueError: A text has none.
@@ -101,6 +108,7 @@ def codes_of(texts: Sequence[str], codes: dict[str, int], name: str, source: str
         plain = "" if plain in MISSING else plain
         if plain not in codes:
             allowed = ", ".join(code for code in codes if code and "_" not in code)
-            raise ValueError(f"{source}: {name} {text!r} is not one of {allowed}, or empty")
+            row = "" if first is None else f" (row {first + texts.index(text) + 1})"
+            raise ValueError(f"{source}: {name} {text!r} is not one of {allowed}, or empty{row}")
         known[text] = codes[plain]
     return np.fromiter(map(known.__getitem__, texts), np.int8, len(texts))

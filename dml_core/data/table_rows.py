@@ -97,7 +97,7 @@ def _csv_rows(table: str, wanted: Sequence[str]) -> Rows:
     def chunks() -> Iterator[Chunk]:
         with errors_of(table), fsspec.open(table, "rt", encoding=encoding, newline="") as lines:
             try:
-                rows = _whole_rows(csv.reader(lines, delimiter=separator), len(columns), table)
+                rows = _whole_rows(csv.reader(lines, delimiter=separator, strict=True), len(columns), table)
                 while chunk := [*islice(rows, CHUNK)]:
                     yield {name: [row[place] for row in chunk] for name, place in places.items()}
             except UnicodeDecodeError:

@@ -209,6 +209,11 @@ def load_folder(
         in_use = {(*above, *name.split("/")[len(above) :][:1]) for name, above in zip(names, words, strict=True)}
         excluded = [name for name in listing.files if exclude and (sieve.reason(name) or "").startswith(EXCLUDED)]
         _refuse_empty(folders, in_use, [*unreadable, *excluded], tops, root)
+    inner = {name.split("/")[1] for name in samples if name.count("/") > 1}
+    if labelled and len(inner) > 1 and not tops and {*texts["label"]} == {samples[0].split("/")[0]}:
+        only = samples[0].split("/")[0]
+        way = f"data.root={root.rstrip('/')}/{only} takes them as classes"
+        raise ValueError(f"data.root={root}: its only class folder {only} has {len(inner)} folders in it; {way}")
     if not samples:
         raise ValueError(f"data.root={root}: no {_what_lacks(sieve, labelled, pattern)}")
     source = f"data.root={root}"
@@ -331,7 +336,7 @@ def _samples(names: list[str], texts: dict[str, list[str]], source: str) -> _Sam
     """Code the texts of a tree's samples."""
     numbers = dict[str, int]()
     label = np.fromiter((numbers.setdefault(text, len(numbers)) for text in texts["label"]), np.int64, len(names))
-    split, role = _split_and_role(texts["split"], texts["role"], source)
+    split, role = _split_and_role(texts["split"], texts["role"], source, None)
     return _Samples(names_array(names), [*numbers], label, split, role, _one_of(texts["camera"], texts["sequence"]))
 
 
@@ -340,11 +345,11 @@ def _one_of(camera: list[str], sequence: list[str]) -> list[str] | None:
     return next((names for names in (camera, sequence) if any(names)), None)
 
 
-def _split_and_role(split: list[str], role: list[str], source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the codes of splits and of roles, which `split` may say, too, (n,) each."""
-    splits = codes_of(split, {word: code for word, (code, _) in SPLITS.items()}, "split", source)
-    said = codes_of(split, {word: code for word, (_, code) in SPLITS.items()}, "split", source)
-    roles = codes_of(role, ROLES, "role", source)
+def _split_and_role(split: list[str], role: list[str], source: str, first: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes of splits and of roles, which `split` may say, too, (n,) each. first: see codes_of."""
+    splits = codes_of(split, {word: code for word, (code, _) in SPLITS.items()}, "split", source, first)
+    said = codes_of(split, {word: code for word, (_, code) in SPLITS.items()}, "split", source, first)
+    roles = codes_of(role, ROLES, "role", source, first)
     return splits, np.where(roles == NEITHER, said, roles).astype(np.int8)
 
 
@@ -393,10 +398,15 @@ def load_table(
         texts = {name: chunk.get(name, [""] * count) for name in GROUPS}
         if labelled:
             _require_values([label.strip() for label in texts["label"]], "label", first, table)
+            if broken := [place for place, label in enumerate(texts["label"]) if "\n" in label.strip()]:
+                shown = f"{texts['label'][broken[0]][:80]!r}; is a quote not closed?"
+                raise ValueError(
+                    f"data.table={table}: the label in row {first + broken[0] + 1} has a line break: {shown}"
+                )
         kept = np.fromiter(map(sieve.keeps_row, paths), bool, count)
-        split, role = _split_and_role(texts["split"], texts["role"], source)
+        split, role = _split_and_role(texts["split"], texts["role"], source, first)
         is_query, is_gallery = (
-            codes_of(chunk.get(name, [""] * count), TRUTH, name, source) for name in ("is_query", "is_gallery")
+            codes_of(chunk.get(name, [""] * count), TRUTH, name, source, first) for name in ("is_query", "is_gallery")
         )
         role = np.where(role == NEITHER, ROLE_OF_FLAGS[is_query + 2 * is_gallery], role)
         label = np.fromiter((numbers.setdefault(text, len(numbers)) for text in texts["label"]), np.int64, count)
@@ -434,6 +444,8 @@ def _require_columns(rows: Rows, plain: Sequence[str], labelled: bool, table: st
             continue
         alike = [column for column, text in zip(rows.columns, plain, strict=True) if LIKELY.get(text) == name]
         hint = f"; if {alike[0]} is meant, rename it to {name}" if alike else ""
+        if not {*plain} & {*COLUMNS, *LIKELY} and len(rows.columns) > 1:
+            hint += "; the first line must name the columns, path,label"
         if len(rows.columns) == 1:
             hint += "; is the separator something else than a comma, semicolon, tab or bar?"
         raise ValueError(f"data.table={table}: no column {name}; there are {', '.join(rows.columns)}{hint}")
@@ -452,6 +464,18 @@ def _require_values(texts: Sequence[str], name: str, first: int, table: str) -> 
     """Raise ValueError for an empty text, with its row."""
     if "" in texts:
         raise ValueError(f"data.table={table}: row {first + texts.index('') + 1} has no {name}")
+
+
+def _require_labels(labels: Sequence[str], first: int, table: str) -> None:
+    """Raise ValueError for a label that is empty or of several lines, with its row."""
+    labels = [label.strip() for label in labels]
+    _require_values(labels, "label", first, table)
+    broken = next((place for place, label in enumerate(labels) if "\n" in label), None)
+    if broken is not None:
+        row, shown = first + broken + 1, labels[broken][:80]
+        raise ValueError(
+            f"data.table={table}: the label in row {row} has a line break: {shown!r}; is a quote not closed?"
+        )
 
 
 def _refuse_missing_numbers(labels: Sequence[str], label: np.ndarray, rows: np.ndarray, table: str) -> None:

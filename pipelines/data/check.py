@@ -17,10 +17,11 @@ from dml_core.data.datasets import LabelledImages, Retrieval
 from dml_core.data.pictures import BadPicture, decode
 from pipelines.config.identity import with_absolute_places
 from pipelines.config.sections import Data
-from pipelines.data.sets import cache_folder, load_collection
+from pipelines.data.sets import cache_folder, load_collection, named_by
 from pipelines.files import write_atomically
 
 PICTURES_BETWEEN_MESSAGES = 512
+MOST_LINES = 20  # of one kind of problem
 
 
 class Reading(NamedTuple):
@@ -127,6 +128,28 @@ def unreadable_pictures(config: Data, console: Console, labelled: bool = True) -
     return names
 
 
+def require_pictures(images: LabelledImages) -> None:
+    """Read a few pictures of a set, so that a run whose root is wrong ends before any worker starts.
+
+    Raises:
+        ValueError: None of them can be read.
+    """
+    if images.files is None:
+        return
+    reasons = dict[str, str]()
+    for index in sorted({0, len(images) // 2, len(images) - 1}):
+        try:
+            images.read_file(index)
+            return
+        except BadPicture as error:
+            reasons.update(error.bad)
+    name, reason = next(iter(reasons.items()))
+    raise ValueError(
+        f"data.root={images.files.root}: {name} cannot be read ({reason}), nor can others; are the names relative to "
+        f"another folder?"
+    )
+
+
 def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
     """Count a set's classes and images, and list what is wrong with it.
 
@@ -138,7 +161,8 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
     config = with_absolute_places(config).model_copy(update={"on_bad_image": "skip"})
     with console.status("reading the lists"):
         collection = load_collection(config)
-        splits = datasets.split(collection, config.fractions[0], 0.0, config.split_seed, trains=False)
+        with named_by(config):
+            splits = datasets.split(collection, config.fractions[0], 0.0, config.split_seed, trains=False)
     images = collection.images
     counted = count_parts(splits)
     if splits.validation:
@@ -165,7 +189,9 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
         for name, count in without_match.items()
         if count
     ]
-    problems += [f"unreadable: {name}: {reason}" for name, reason in collection.unreadable.items()]
+    problems += _first(
+        [f"unreadable: {name}: {reason}" for name, reason in collection.unreadable.items()], "unreadable entries"
+    )
     report = SetReport(
         data=config.name,
         digest=images.digest(),
@@ -178,14 +204,19 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
     )
     if pictures and images.files is not None:
         reading = read_pictures(images, console)
-        problems += [f"unreadable: {name}: {reason}" for name, reason in reading.reasons.items()]
+        problems += _first([f"unreadable: {name}: {reason}" for name, reason in reading.reasons.items()], "unreadable")
+        if len(reading.reasons) == len(images):
+            root = images.files.root
+            problems.append(f"no picture can be read: are the names relative to another folder than data.root={root}?")
         is_tested = np.zeros(len(images), bool)
         for part in (part for task in splits.tests.values() for part in (task.query, task.gallery) if part):
             is_tested[part.places] = True
         pairs = _in_train_and_test(images.names.tolist(), reading.contents.tolist(), is_tested.tolist())
-        problems += [f"the same picture in train and test: {one} and {other}" for one, other in pairs]
+        problems += _first(
+            [f"the same picture in train and test: {one} and {other}" for one, other in pairs], "such pairs"
+        )
         several = _under_several_labels(images, reading.contents)
-        problems += [_describe_several_labels(images, group) for group in several]
+        problems += _first([_describe_several_labels(images, group) for group in several], "such pictures")
         copies = {name: _copies_in_gallery(task, reading.contents) for name, task in splits.tests.items()}
         problems += [line for name, counts in copies.items() for line in _describe_copies(name, counts)]
         report["unreadable"] = dict(collection.unreadable) | reading.reasons
@@ -193,6 +224,12 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
         report["under_several_labels"] = [images.names[group].tolist() for group in several]
         report["copies_in_gallery"] = copies
     return report
+
+
+def _first(lines: list[str], noun: str) -> list[str]:
+    """Return the first lines, and one that counts the others."""
+    more = len(lines) - MOST_LINES
+    return [*lines[:MOST_LINES], f"{more:,} more {noun}, which --json names"] if more > 0 else lines
 
 
 def _places(images: LabelledImages) -> np.ndarray:

@@ -1,7 +1,8 @@
 """From the data section of a config to a set of labelled images and its splits."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +103,18 @@ def _split(data: Data, unreadable: Sequence[str]) -> Splits:
     if whole.validation is not None and (data.fold is not None or data.validation_fraction is not None):
         key = "validation_fraction" if data.fold is None else "fold"
         raise ValueError(f"data.{key} cannot act: the set itself says which classes are validated on")
-    return datasets.split(whole, *data.fractions, data.split_seed, data.fold_of, data.limit_classes)
+    with named_by(data):
+        return datasets.split(whole, *data.fractions, data.split_seed, data.fold_of, data.limit_classes)
+
+
+@contextmanager
+def named_by(data: Data) -> Iterator[None]:
+    """Have an error of the block name the set."""
+    try:
+        yield
+    except ValueError as error:
+        key = "table" if data.table else "root" if data.root else "name"
+        raise ValueError(f"data.{key}={getattr(data, key)}: {error}") from None
 
 
 def _with_test_classes(config: Data, whole: Collection) -> Collection:

@@ -19,7 +19,7 @@ from pipelines.cluster.failures import call_in_thread
 from pipelines.config.identity import require_same, with_absolute_paths, with_slices
 from pipelines.config.schema import AUTO, Config
 from pipelines.console import messages, print_notes, stage
-from pipelines.data.check import unreadable_pictures
+from pipelines.data.check import require_pictures, unreadable_pictures
 from pipelines.data.sets import cache_folder, load_splits
 from pipelines.models.run_folder import RunFolder, checkpoint_name
 from pipelines.phases import Clock, Phase
@@ -236,6 +236,7 @@ def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Co
     with stage(console, "reading the data"):
         splits = load_splits(config, unreadable)
         print_notes(console, splits.notes)
+        require_pictures(splits.train)
         if not _may_fail_to_build(config):
             return Inputs(splits, unreadable)
         from pipelines.models.build import build_learner

@@ -170,3 +170,8 @@ def test_cameras_reach_the_tasks(load: Callable[..., Collection]) -> None:
              for number in range(3)]  # fmt: skip
     parts = split(load(*names, pattern=r"(?P<label>[a-e])_c(?P<camera>\d)"))
     assert np.array_equal(parts.tests["test"].query.cameras, [0, 1, 2, 0, 1, 2])
+
+
+def test_a_folder_above_the_class_folders_names_them(load: Callable[..., Collection]) -> None:
+    with pytest.raises(ValueError, match=r"only class folder images has 2 folders in it; data.root=.*/images takes"):
+        load(*tree(images="ab"), "README.md")
