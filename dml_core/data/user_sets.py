@@ -397,12 +397,7 @@ def load_table(
             paths = _tidy_paths(paths, root or ".", given_root, table, first)
         texts = {name: chunk.get(name, [""] * count) for name in GROUPS}
         if labelled:
-            _require_values([label.strip() for label in texts["label"]], "label", first, table)
-            if broken := [place for place, label in enumerate(texts["label"]) if "\n" in label.strip()]:
-                shown = f"{texts['label'][broken[0]][:80]!r}; is a quote not closed?"
-                raise ValueError(
-                    f"data.table={table}: the label in row {first + broken[0] + 1} has a line break: {shown}"
-                )
+            _require_labels(texts["label"], first, table)
         kept = np.fromiter(map(sieve.keeps_row, paths), bool, count)
         split, role = _split_and_role(texts["split"], texts["role"], source, first)
         is_query, is_gallery = (

@@ -1,5 +1,6 @@
 """What is wrong with a set: pictures that cannot be read, pictures on both sides of a split, counts that are off."""
 
+import errno
 import hashlib
 import json
 import os
@@ -205,9 +206,11 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
     if pictures and images.files is not None:
         reading = read_pictures(images, console)
         problems += _first([f"unreadable: {name}: {reason}" for name, reason in reading.reasons.items()], "unreadable")
-        if len(reading.reasons) == len(images):
+        if [*reading.reasons.values()].count(os.strerror(errno.ENOENT)) == len(images):
             root = images.files.root
-            problems.append(f"no picture can be read: are the names relative to another folder than data.root={root}?")
+            problems.append(
+                f"there is none of the pictures: are their names relative to another folder than data.root={root}?"
+            )
         is_tested = np.zeros(len(images), bool)
         for part in (part for task in splits.tests.values() for part in (task.query, task.gallery) if part):
             is_tested[part.places] = True
@@ -261,9 +264,11 @@ def _in_train_and_test(
 
 def _under_several_labels(images: LabelledImages, contents: np.ndarray) -> list[np.ndarray]:
     """Return the samples of each content that comes with different labels."""
-    order = np.argsort(contents, kind="stable")
+    readable = np.flatnonzero(contents >= 0)
+    repeated = readable[np.bincount(contents[readable])[contents[readable]] > 1] if len(readable) else readable
+    order = repeated[np.argsort(contents[repeated], kind="stable")]
     groups = np.split(order, np.flatnonzero(np.diff(contents[order])) + 1)
-    return [group for group in groups if contents[group[0]] >= 0 and len(np.unique(images.labels[group])) > 1]
+    return [group for group in groups if len(np.unique(images.labels[group])) > 1]
 
 
 def _describe_several_labels(images: LabelledImages, group: np.ndarray) -> str:

@@ -244,3 +244,27 @@ def test_a_forbidden_picture_on_a_server_is_named_at_once(web, root: Path, tmp_p
     server.do_GET = lambda self: self.send_error(403) if "forbidden" in self.path else super(server, self).do_GET()
     code, report = check("table", f"table={tmp_path}/t.csv", f"root={url}")
     assert code == 1 and report["unreadable"] == {"class 1/forbidden.jpg": "the server answers 403"}
+
+
+def test_names_relative_to_another_folder_are_said_at_once(root: Path, tmp_path: Path) -> None:
+    """Instead of a failure of a worker, and instead of a line for each of many pictures."""
+    rows = [f"set/{path.relative_to(root)},{path.parent.name}" for path in sorted(root.glob("*/*.jpg"))]
+    (root / "t.csv").write_text("path,label\n" + "\n".join(rows))
+    code, report = check("table", f"table={root}/t.csv")
+    assert code == 1 and len(report["unreadable"]) == 40 and len(report["problems"]) == 22
+    assert report["problems"][-2] == "20 more unreadable, which --json names"
+    assert f"relative to another folder than data.root={root}" in report["problems"][-1]
+    config = load_recipe("glyphs", [*SMALL, "data.name=table", f"data.table={root}/t.csv", f"storage={tmp_path}"])
+    with pytest.raises(
+        ValueError, match=r"set/class .* cannot be read \(No such file or directory\), nor can others; are"
+    ):
+        run_training(config, QUIET)
+
+
+def test_a_run_says_how_it_understood_the_set(root: Path, tmp_path: Path) -> None:
+    (root / "Thumbs.db").write_text("")
+    output = Console(file=io.StringIO(), width=300)
+    config = load_recipe("glyphs", [*SMALL, f"data.root={root}", f"storage={tmp_path}", "name=telling"])
+    run_training(config, output, here=True)
+    assert output.file.getvalue().count("passed over: 1 files in or named Thumbs.db\n") == 1
+    assert "passed over: 1 files in or named Thumbs.db" in (tmp_path / "telling" / "logs" / "driver.log").read_text()
