@@ -30,7 +30,10 @@ def train(
     """
     hint = ""
     with exit_on_error():
+        from pipelines.cluster.address import require_cluster
+
         config = load_config(arguments)
+        require_cluster()  # before imports that take seconds
         if config.name:
             hint = "the same command again continues it"
     with exit_on_error(hint):

@@ -4,6 +4,7 @@ Ray Tune draws the points and ends what falls behind. Nothing of the test classe
 """
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -90,8 +91,7 @@ def start_sweep(
     config, space = load_space(options.space, config)
     _check_options(config, space, options)
     if config.name is None:
-        parts = [config.data.name, options.space.replace(".py", "").replace("/", "-"), str(options.search)]
-        config = with_values(config, {"name": "-".join([*parts, datetime.now().strftime("%Y%m%d-%H%M%S")])})
+        config = with_values(config, {"name": default_name(config, options)})
     config = with_experiment(with_absolute_paths(config), None)
     folder = RunFolder(config)
     if folder.read("sweep.json") or folder.read("run.json"):
@@ -102,6 +102,12 @@ def start_sweep(
     begun = {"run_id": sweep.run_id, "uri": without_password(sweep.uri), "options": options._asdict()}
     folder.write("sweep.json", begun | {"config": config.model_dump(exclude_none=True)})
     return _run_sweep(sweep, space, folder, console)
+
+
+def default_name(config: Config, options: SweepOptions) -> str:
+    """Name a sweep by its set, its spaces (of a file by the file's name), its search and the time."""
+    spaces = "-".join(re.sub(r"\W+", "-", Path(space).stem) for space in options.space.split("+"))
+    return "-".join([config.data.name, spaces, str(options.search), datetime.now().strftime("%Y%m%d-%H%M%S")])
 
 
 def resume_sweep(name: str, storage: str = "runs", console: Console = messages) -> SweepOutcome:
@@ -115,7 +121,10 @@ def resume_sweep(name: str, storage: str = "runs", console: Console = messages) 
     Raises:
         ValueError, RunFailed, KeyboardInterrupt: See start_sweep.
     """
-    config = with_absolute_paths(with_values(Config(), {"name": name, "storage": storage}))
+    try:
+        config = with_absolute_paths(with_values(Config(), {"name": name, "storage": storage}))
+    except ValueError as error:
+        raise ValueError(str(error).replace("name=", "--resume ", 1)) from None
     folder = RunFolder(config)
     if (begun := folder.read("sweep.json")) is None:
         raise ValueError(f"--resume {name}: no sweep of that name in {storage}; storage=FOLDER says where")
