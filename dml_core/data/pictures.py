@@ -46,8 +46,9 @@ def picture_endings() -> frozenset[str]:
     """Return the endings of the files that Pillow can open, in lower case, with their dot."""
     from PIL import Image
 
-    load_plugins()
+    Image.preinit()  # the usual formats come first: files are tried in the order in which formats are registered
     Image.init()
+    load_plugins()
     kinds = {*Image.OPEN, "MPO"} - NO_PICTURES  # MPO files are opened as JPEGs
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in kinds)
 

@@ -102,7 +102,7 @@ def test_skip_leaves_out_what_cannot_be_read_and_says_so(root: Path) -> None:
     left_out = mlflow.artifacts.load_text(f"runs:/{outcome.run_id}/left_out.txt").split("\n")
     assert left_out == [f"class 2/{number}.jpg" for number in range(3)]
     assert run_training(config, QUIET) == outcome
-    from pipelines.cluster.launch import RunFailed
+    from pipelines.console import RunFailed
 
     with pytest.raises(RunFailed, match="unreadable picture"):
         run_training(load_recipe("glyphs", [*given, "name=failing", "steps_per_epoch=20"]), QUIET, here=True)
