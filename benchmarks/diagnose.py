@@ -22,7 +22,7 @@ from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.progress import Reporter
 from pipelines.config.recipe import load_recipe
 from pipelines.config.schema import Config
-from pipelines.data.sets import load_splits
+from pipelines.data.sets import identify, load_splits
 from pipelines.data.sources import Sources
 from pipelines.models import run_folder
 from pipelines.models.build import build_learner
@@ -41,7 +41,7 @@ def trained(arguments: list[str], folder: str, methods: list[str]) -> tuple[Conf
     learner = build_learner(config, len(splits.train.class_names))
     best = Path(run_folder.locate(config)[1]) / checkpoint_name(int(metrics["best_epoch"]))
     load_weights(best, learner)
-    sources = Sources(config, learner, torch.device("cpu"), 1, Reporter(None))
+    sources = Sources(config, learner, torch.device("cpu"), 1, Reporter(None), identify(config.data))
     features = next(iter(sources.of(splits.train).batches([[(i, None) for i in range(len(splits.train))]])))
     return config, learner, features, torch.from_numpy(splits.train.labels)
 

@@ -28,6 +28,7 @@ from pipelines.cluster.progress import Reporter
 from pipelines.cluster.worker import Worker
 from pipelines.config.recipe import load_recipe
 from pipelines.config.schema import Config
+from pipelines.data.sets import identify
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_learner
 from pipelines.training.optimizer import build_optimizer
@@ -119,7 +120,8 @@ class Measured:
         learner = build_learner(config, CLASSES).to(self.device)
         # Exact slices go side by side on one thread each.
         torch.set_num_threads(self.cpus if config.gradients == "ddp" else 1)
-        sources, noise = Sources(config, learner, self.device, self.cpus, Reporter(None)), torch.Generator(self.device)
+        sources = Sources(config, learner, self.device, self.cpus, Reporter(None), identify(config.data))
+        noise = torch.Generator(self.device)
         prepare_passes(learner, sources, [noise, *global_generators(self.device)])
         if learner.iaa is not None:
             z = torch.randn(3000, DIM, device=self.device)

@@ -5,7 +5,8 @@ are to share: they are compared with each other.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 MOST_KEPT = 16  # folds, seeds and backbones that are in use at the same time are fewer
@@ -20,6 +21,23 @@ def keep_between_runs() -> None:
     global _kept
     if _kept is None:
         _kept = OrderedDict()
+
+
+@contextmanager
+def keep_meanwhile() -> Iterator[None]:
+    """Have this process keep what it makes through `once` for the time of the block: a set is listed once, not thrice.
+
+    What it keeps for longer anyway, it goes on to keep.
+    """
+    global _kept
+    if _kept is not None:
+        yield
+        return
+    _kept = OrderedDict()
+    try:
+        yield
+    finally:
+        _kept = None
 
 
 def forget() -> None:

@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +17,12 @@ from dml_core.data.pictures import BadPicture, Box, decode
 if TYPE_CHECKING:  # lists of pictures are read without torch
     from torch import Tensor
 
+LOGGER = logging.getLogger(__name__)
+
 NEITHER, QUERY, GALLERY, BOTH = 0, 1, 2, 3  # roles of a sample in validation and test
 OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # which are no fault of the file that is read
 CHUNK = 2**17  # names that become Python strings at a time
+READERS = 16  # threads that read files, where their content alone tells whether they change
 
 
 def names_array(names: list[str]) -> np.ndarray:
@@ -121,22 +126,67 @@ class LabelledImages:
         names = tuple(self.class_names[c] for c in classes)
         return replace(kept, labels=number[kept.labels], class_names=names)
 
-    def digest(self, stamps: bool = False) -> str:
-        """Return 16 hex digits that identify the set: of the sha256 of names (or pictures), labels and class names.
-
-        Args:
-            stamps: Whether sizes and times of change of the files count, too.
-        """
+    def digest(self) -> str:
+        """Return 16 hex digits of what is listed: names (or embedded pictures), labels and class names."""
         h = hashlib.sha256(repr(self.class_names).encode() + self.labels.tobytes())
         if self.files is None:
             h.update(self.names.tobytes())
         else:
-            for start in range(0, len(self), CHUNK):
-                names = self.entry(slice(start, start + CHUNK)).tolist()
-                h.update("\0".join(names).encode())
-                if stamps:
-                    h.update("\0".join(map(self.files.stamp, names)).encode())
+            _hash_texts(h, self.names)
         return h.hexdigest()[:16]
+
+    def stamps(self, tell: Callable[[str], object]) -> np.ndarray:
+        """Return a text for each file, (N,) strings, that changes when the file does: size and time, or an ETag.
+
+        Args:
+            tell: Called with a line where contents must be read to know.
+
+        Raises:
+            ConnectionError: A server does not answer.
+        """
+        assert self.files is not None
+        stamps = self.files.stamps(self.names)
+        unknown = np.flatnonzero(stamps == "")
+        if unknown.size:
+            tell(
+                f"{self.files.root}: neither an ETag nor a time of change is told of {unknown.size} pictures; they are "
+                "read once, to know them again"
+            )
+            with ThreadPoolExecutor(READERS) as threads:
+                stamps[unknown] = np.array([*threads.map(self._hash_file, unknown.tolist())], StringDType())
+        return stamps
+
+    def _hash_file(self, index: int) -> str:
+        try:
+            return hashlib.sha256(self.read_file(index)).hexdigest()
+        except BadPicture:
+            return "missing"
+
+
+def _hash_texts(h: "hashlib._Hash", texts: np.ndarray) -> None:
+    """Add texts, (N,) strings, to a hash."""
+    for start in range(0, len(texts), CHUNK):
+        h.update("\0".join(texts[start : start + CHUNK].tolist()).encode())
+
+
+class SetIdentity(NamedTuple):
+    """What tells a set from all others: the same where a folder has only moved, another where a file has changed.
+
+    Attributes:
+        digest: 16 hex digits of `pictures`, and of how they are used: roles, cameras, test and validation classes.
+        pictures: 16 hex digits of `listing`, and of each file's size and time of change, or ETag.
+        listing: LabelledImages.digest().
+        classes, images: How many there are.
+    """
+
+    digest: str
+    pictures: str
+    listing: str
+    classes: int
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.digest} ({self.classes:,} classes, {self.images:,} pictures)"
 
 
 @dataclass(frozen=True)
@@ -166,6 +216,29 @@ class Collection:
     passed_over: Mapping[str, int] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def identity(self, tell: Callable[[str], object] = LOGGER.info) -> SetIdentity:
+        """Return what tells this set from all others.
+
+        Args:
+            tell: Called with a line where contents must be read to know the files again.
+
+        Raises:
+            ConnectionError: A server does not answer.
+        """
+        images = self.images
+        listing = images.digest()
+        h = hashlib.sha256(listing.encode())
+        if images.files is not None:
+            _hash_texts(h, images.stamps(tell))
+        pictures = h.hexdigest()[:16]
+        lists = {f"list {name}": classes for name, classes in self.lists.items()}
+        uses = {"test": self.test, "validation": self.validation, "role": self.role, "camera": images.cameras, **lists}
+        h = hashlib.sha256(f"{pictures} {self.draws}".encode())
+        for name, use in uses.items():
+            if use is not None:
+                h.update(f"{name} {len(use)} ".encode() + np.asarray(use, np.int64).tobytes())
+        return SetIdentity(h.hexdigest()[:16], pictures, listing, len(images.class_names), len(images))
 
     def without(self, bad: np.ndarray) -> "Collection":
         """Leave out unreadable samples, and the classes that then have none.

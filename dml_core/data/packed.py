@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.dtypes import StringDType
 
-from dml_core.data.files import Files, check_names
+from dml_core.data.files import Files, below, check_names
 from dml_core.data.table_rows import errors_of
 
 AT_ONCE = 64  # pictures in memory, whatever the size of a row group
@@ -52,11 +52,15 @@ class PackedPictures:
         check_names(np.array([path], StringDType()), f"row {row}")
         return self.others.read(path)
 
-    def stamp(self, name: str) -> str:
-        row, _, path = name.partition(":")
+    def stamps(self, names: np.ndarray) -> np.ndarray:
         unpacked = self._open()
-        start, end = unpacked.starts[int(row) - 1 : int(row) + 1]
-        return f"{unpacked.hashes[int(row) - 1]:x}" if start < end else self.others.stamp(path)
+        parts = [name.partition(":") for name in names]
+        rows = np.array([int(row) - 1 for row, _, _ in parts], np.int64)
+        stamps = np.array([f"{content:x}" for content in unpacked.hashes[rows].tolist()], StringDType())
+        paths = np.array([path for _, _, path in parts], StringDType())
+        files = np.flatnonzero((unpacked.starts[rows] == unpacked.starts[rows + 1]) & (paths != ""))
+        stamps[files] = self.others.stamps(paths[files])
+        return stamps
 
     def _open(self) -> Unpacked:
         if self._opened is None:
@@ -73,11 +77,14 @@ class PackedPictures:
 
 
 def _version(table: str) -> str:
-    """Return a text that changes when a file does, as far as its file system can tell."""
+    """Return a text that changes when a file does."""
     import fsspec
 
-    system, path = fsspec.core.url_to_fs(table)
-    return str(system.ukey(path))
+    folder, _, name = table.rpartition("/")
+    if stamp := below(folder or ("/" if table.startswith("/") else ".")).stamps(np.array([name], StringDType()))[0]:
+        return str(stamp)
+    with fsspec.open(table, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unpack(table: str, column: str, path: Path) -> None:

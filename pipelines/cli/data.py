@@ -39,7 +39,8 @@ def data_check(
         from pipelines.data.check import check_set
 
         facts = check_set(data_section(name, assignments or []), pictures, messages)
-    counts = (f"{key:<20} {count:>9,}" for key, count in facts["counts"].items())
+    counts = [f"{key:<20} {count:>9,}" for key, count in facts["counts"].items()]
+    counts.append(f"{'digest':<20} {facts['digest']}")
     problems = [Text(problem, "red") for problem in facts["problems"]]
     all_well = "nothing wrong" if pictures else "the counts are right; the pictures were not read"
     notes = [Text(note, "yellow") for note in facts["notes"]]

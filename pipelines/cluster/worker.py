@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow.fs
 
+from dml_core.data.datasets import SetIdentity
 from pipelines.cluster.progress import Board
 from pipelines.cluster.ray_private import preemption_notice
 from pipelines.config.schema import Config
@@ -45,12 +46,14 @@ class Job:
         loop: "module:function". By name: Ray's controller unpacks jobs, too, and need not import networks.
         config: With `use_gpu` and `precision` made definite, see devices.resolve_devices.
         unreadable: Names of pictures to leave out of the set.
+        data: What the set is, as the driver has found once for all workers; None: each worker looks for itself.
         worker: Filled in by launch.py.
     """
 
     loop: ClassVar[str]
     config: Config
     unreadable: tuple[str, ...] = ()
+    data: SetIdentity | None = None
     worker: Worker = field(default_factory=Worker)
 
 

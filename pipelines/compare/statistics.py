@@ -16,16 +16,18 @@ RESAMPLES = 10_000
 
 MIN_SEEDS = 5  # with fewer an interval says little
 
+DIGEST_KEY = "data_digest"  # a tag of MLflow's runs, beside the params in labels
+
 BUDGET_KEYS = ("epochs", "steps_per_epoch", "batch.classes", "batch.images")
 
 
 class Group(NamedTuple):
-    """The runs of one config, which differ by their seed alone.
+    """The runs of one config over one set of pictures, which differ by their seed alone.
 
     Attributes:
         label: The settings in which the config differs from the other groups' configs.
         key: The `group` tag that its runs have in MLflow.
-        params: The flat config of its first run.
+        params: The flat config of its first run, and the digest of its set as DIGEST_KEY.
         runs: The run of each seed.
     """
 
@@ -107,7 +109,8 @@ def group_runs(runs: Sequence[LoggedRun], labels: Mapping[str, str] | None = Non
         if run.seed in seeds:
             warnings.append(f"seed {run.seed} comes twice in one config; {run.name} counts, {seeds[run.seed].name} not")
         seeds[run.seed] = run
-    params = {key: next(iter(seeds.values())).params for key, seeds in by_group.items()}
+    first_runs = {key: next(iter(seeds.values())) for key, seeds in by_group.items()}
+    params = {key: run.params | {DIGEST_KEY: run.tags.get(DIGEST_KEY, "unknown")} for key, run in first_runs.items()}
     labels = labels or _label_configs(params)
     return [Group(labels[key], key, params[key], seeds) for key, seeds in by_group.items()], warnings
 
@@ -218,7 +221,7 @@ def adjust_p_values(lines: Sequence[Line]) -> list[Line]:
 
 
 def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
-    """List what makes a comparison weaker than its numbers look: few seeds, unpaired seeds, unequal budgets."""
+    """List what makes a comparison weaker than its numbers look: few or unpaired seeds, other pictures or budgets."""
     warnings = []
     for group in groups:
         if len(group.runs) < MIN_SEEDS:
@@ -228,6 +231,12 @@ def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
         if group.runs.keys() != baseline.runs.keys():
             shared = len(group.runs.keys() & baseline.runs.keys())
             warnings.append(f"{group.label}: its seeds differ from the baseline's; {shared} are shared and paired")
+        pictures, others = group.params[DIGEST_KEY], baseline.params[DIGEST_KEY]
+        if pictures != others:
+            warnings.append(
+                f"{group.label}: other pictures than the baseline's ({DIGEST_KEY} {pictures} against {others}): a gain "
+                "is not one of settings alone; a copy without its files' times is another set (cp -a keeps them)"
+            )
         if different := [key for key in BUDGET_KEYS if group.params.get(key) != baseline.params.get(key)]:
             settings = ", ".join(f"{k}={group.params.get(k)} against {baseline.params.get(k)}" for k in different)
             warnings.append(f"{group.label}: another budget than the baseline: {settings}")

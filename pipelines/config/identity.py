@@ -1,23 +1,25 @@
-"""What makes two runs the same: the keys that results depend on, absolute paths, and the check of a continued run."""
+"""What makes two runs the same: the keys and pictures that results depend on, and the check of a continued run."""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dml_core.data.datasets import SetIdentity
 from pipelines.config.recipe import parse_stored_config
 from pipelines.config.schema import AUTO, Config
 from pipelines.config.sections import Data
 
-# Keys that a training does not depend on: they may differ when a run is continued, and within a group of seeds.
+# Keys that a training does not depend on: they may differ when a run is continued, and within a group of seeds. Where
+# the pictures lie is free, as they are known by themselves (SetIdentity).
 FREE_KEYS = (
     *("workers", "use_gpu", "gpus_per_worker", "name", "storage", "max_failures", "timeout", "wait_for_nodes"),
     *("checkpoint_every", "experiment", "model_name", "metrics"),
-    *("data.root", "data.loader", "data.loader_processes", "data.download", "data.links"),
+    *("data.root", "data.table", "data.loader", "data.loader_processes", "data.download", "data.links"),
 )
 # Of these and the keys of how pictures are found and computed with, those that may differ when a report looks at a
 # trained model; which run it is, and what was measured of it, is that of the run.
-REPORT_KEYS = {*FREE_KEYS, "precision", *("data.on_bad_image", "data.table", "data.decode")}
+REPORT_KEYS = {*FREE_KEYS, "precision", *("data.on_bad_image", "data.decode")}
 REPORT_KEYS -= {"name", "storage", "experiment", "metrics"}
 
 
@@ -78,3 +80,34 @@ def require_same(config: Config, earlier: Mapping[str, Any], path: str, may_diff
         if different == ["gradients"]:
             remedy += ", or go on with --switch-gradients: checkpoints are the same, results are not"
         raise ValueError(f"name={config.name} was begun with another config in {path}: {changes}{remedy}")
+
+
+def require_same_pictures(name: str, data: SetIdentity, earlier: SetIdentity, path: str) -> None:
+    """Refuse to continue a run or a sweep over other pictures than it was begun with.
+
+    Args:
+        name: How it is named on the command line, such as name=x.
+        data: What the set is now.
+        earlier: What it was.
+        path: The folder of the run or sweep, for the message.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if data.digest != earlier.digest:
+        raise ValueError(
+            f"{name} was begun on other pictures in {path}: the set was {earlier} then and is {data} now; "
+            f"{describe_change(data, earlier)}"
+        )
+
+
+def describe_change(data: SetIdentity, earlier: SetIdentity) -> str:
+    """Say in a line what has changed in a set, and the way on. data, earlier: different ones."""
+    if data.listing != earlier.listing:
+        return "files were added, removed, renamed or labelled anew: choose another name, or put them back"
+    if data.pictures != earlier.pictures:
+        return (
+            "names and labels are the same, but not the files' sizes or times: choose another name or, if they were "
+            "only copied, copy them with their times (cp -a, rsync -a)"
+        )
+    return "the pictures are the same, but not what is tested or validated on, or roles or cameras: choose another name"

@@ -7,19 +7,22 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, NotRequired, TypedDict
+from functools import partial
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from rich.console import Console
 
 from dml_core.data import datasets
 from dml_core.data.benchmarks import BENCHMARKS, count_parts
-from dml_core.data.datasets import LabelledImages, Retrieval
+from dml_core.data.datasets import LabelledImages, Retrieval, SetIdentity
 from dml_core.data.pictures import BadPicture, decode
-from pipelines.config.identity import with_absolute_places
+from pipelines.config.identity import require_same_pictures, with_absolute_places
 from pipelines.config.sections import Data
-from pipelines.data.sets import cache_folder, load_collection, named_by
+from pipelines.console import stage
+from pipelines.data.sets import cache_folder, identify, load_collection, named_by
 from pipelines.files import write_atomically
+from pipelines.kept import keep_meanwhile
 
 PICTURES_BETWEEN_MESSAGES = 512
 MOST_LINES = 20  # of one kind of problem
@@ -55,7 +58,7 @@ class SetReport(TypedDict):
 
     Attributes:
         data: Name of the set.
-        digest: Of its names, sizes and labels.
+        digest: Of its pictures and how they are used; that of a run, see datasets.SetIdentity.
         counts, expected: Classes and images by part; and as published, for a benchmark.
         passed_over: Files that are none of the set's: why -> how many.
         notes: Lines on how the set was understood.
@@ -103,25 +106,50 @@ def read_pictures(images: LabelledImages, console: Console) -> Reading:
     return Reading({name: reasons[name] for name in images.names.tolist() if name in reasons}, contents)
 
 
-def unreadable_pictures(config: Data, console: Console, labelled: bool = True) -> tuple[str, ...]:
+def identify_again(
+    config: Data, name: str, begun: Mapping[str, Any] | None, path: str, console: Console
+) -> SetIdentity:
+    """Return what the set of a run or sweep is, and refuse to go on over another than it was begun with.
+
+    Args:
+        config: Of the set.
+        name: How the run or sweep is named on the command line, such as name=x.
+        begun: What its folder remembers, with the set's identity as "data"; None: it begins now.
+        path: Its folder, for the message.
+        console: Where progress is told.
+
+    Raises:
+        ValueError: The set is another one, or missing.
+    """
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    with stage(console, "reading the data"):
+        data = identify(config, tell)
+    if begun and "data" in begun:
+        require_same_pictures(name, data, SetIdentity(**begun["data"]), path)
+    elif begun:
+        tell(f"{name} was begun by an earlier version; whether its pictures are still the same is not known")
+    return data
+
+
+def unreadable_pictures(config: Data, data: SetIdentity, console: Console, labelled: bool = True) -> tuple[str, ...]:
     """List the pictures to leave out, by name; none with on_bad_image=fail.
 
     With on_bad_image=skip all are read, once: the outcome is kept on disk until a file changes.
 
     Args:
         config: Of the set.
+        data: What the set is now, see sets.identify.
         console: Where progress and the number of pictures are told.
         labelled: See load_collection.
     """
     if config.on_bad_image == "fail" or config.name == "glyphs":
         return ()
     collection = load_collection(config, labelled=labelled)
-    images = collection.images
-    cache = cache_folder() / "unreadable" / f"{images.digest(stamps=True)}.json"
+    cache = cache_folder() / "unreadable" / f"{data.pictures}.json"
     if cache.is_file():
         names = tuple(json.loads(cache.read_text()))
     else:
-        names = tuple(read_pictures(images, console).reasons)
+        names = tuple(read_pictures(collection.images, console).reasons)
         write_atomically(cache, json.dumps(names))
     names = (*collection.unreadable, *names)
     if names:
@@ -160,8 +188,9 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
         console: Where progress is told.
     """
     config = with_absolute_places(config).model_copy(update={"on_bad_image": "skip"})
-    with console.status("reading the lists"):
+    with keep_meanwhile(), console.status("reading the lists"):
         collection = load_collection(config)
+        digest = identify(config, partial(console.print, highlight=False, markup=False, soft_wrap=True)).digest
         with named_by(config):
             splits = datasets.split(collection, config.fractions[0], 0.0, config.split_seed, trains=False)
     images = collection.images
@@ -195,7 +224,7 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
     )
     report = SetReport(
         data=config.name,
-        digest=images.digest(),
+        digest=digest,
         counts=counted,
         expected=expected,
         passed_over=collection.passed_over,

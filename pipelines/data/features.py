@@ -14,6 +14,7 @@ import pyarrow.fs
 import torch
 from torch import Tensor
 
+from dml_core.data.datasets import LabelledImages, SetIdentity
 from dml_core.data.jpegs import JpegViews
 from dml_core.data.loading import Views, sent_ahead
 from dml_core.data.sampling import Rows, blocks
@@ -25,8 +26,6 @@ from pipelines.files import partial_file
 if TYPE_CHECKING:
     from pipelines.data.streaming import StreamedViews
 
-# The evaluation view in a file's key, as torchvision writes it: by that name files of earlier versions are kept.
-VIEW = "Compose(\n      MiddleSquare()\n      Resize(size=[{0}, {0}], interpolation=bilinear, antialias=True)\n)"
 BATCH = {"cpu": 16, "cuda": 256}  # pictures at a time; the same at any worker count, hence the same bits
 
 
@@ -46,6 +45,7 @@ class Features:
 
 def cached_features(
     config: Config,
+    data: SetIdentity,
     learner: Learner,
     views: "Views | JpegViews | StreamedViews",
     folder: Path,
@@ -58,6 +58,7 @@ def cached_features(
 
     Args:
         config: Of the run.
+        data: What the set is, of which `views` may leave out pictures and classes.
         learner: Whose backbone computes them.
         views: Of the whole set.
         folder: On this node's disk, for caches.
@@ -66,7 +67,7 @@ def cached_features(
         processes: Decoding processes of this worker.
         progress: Called with (done, total).
     """
-    path = folder / "features" / f"{_key(config, learner, views)}.npy"
+    path = folder / "features" / f"{_key(config, data, learner, views.images)}.npy"
     files, root = pyarrow.fs.FileSystem.from_uri(config.storage)
     bucket = None if isinstance(files, pyarrow.fs.LocalFileSystem) else f"{root}/features/{path.name}"
     if writes and bucket and not path.is_file() and files.get_file_info(bucket).is_file:
@@ -115,13 +116,10 @@ def _compute(
             file.flush()
 
 
-def _key(config: Config, learner: Learner, views: "Views | JpegViews | StreamedViews") -> str:
-    """Hash what features depend on: pictures, backbone with its weights, transform, precision."""
-    h = hashlib.sha256(views.images.digest(stamps=True).encode())
-    size = config.data.image_size
-    h.update(f"{config.backbone.name}|{size}|{VIEW.format(size)}|{config.precision}".encode())
-    if config.data.decode != "cpu":  # whose files have the key of earlier versions
-        h.update(f"|decode={config.data.decode}".encode())
+def _key(config: Config, data: SetIdentity, learner: Learner, images: LabelledImages) -> str:
+    """Hash what features depend on: pictures, backbone with its weights, size and decoder of views, precision."""
+    h = hashlib.sha256(f"{data.pictures} {images.digest()}".encode())
+    h.update(f"{config.backbone.name} {config.data.image_size} {config.data.decode} {config.precision}".encode())
     for name, tensor in learner.backbone.state_dict().items():
         h.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:24]

@@ -1,7 +1,8 @@
 """From the data section of a config to a set of labelled images and its splits."""
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from dml_core.data import benchmarks, datasets, glyphs, user_sets
-from dml_core.data.datasets import Collection, LabelledImages, Splits, names_array
+from dml_core.data.datasets import Collection, LabelledImages, SetIdentity, Splits, names_array
 from pipelines.config.schema import Config
 from pipelines.config.sections import Data
 from pipelines.kept import once
 
+LOGGER = logging.getLogger(__name__)
 FOLD_KEYS = {"fold", "folds", "validation_fraction"}  # in which the folds of a trial differ; the whole set is the same
 
 
@@ -77,6 +79,24 @@ def _load_whole(config: Data, labelled: bool) -> Collection:
         except OSError as error:
             raise OSError(f"data.download=true: {benchmark.title} cannot be fetched ({error})") from None
     return benchmark.load(Path(config.root))
+
+
+def identify(config: Data, tell: Callable[[str], object] = LOGGER.info, labelled: bool = True) -> SetIdentity:
+    """Return what tells a set, as it is now, from all others.
+
+    Args:
+        config: Of the set.
+        tell: Called with a line where contents of files must be read to know them again.
+        labelled: See load_collection.
+
+    Raises:
+        ValueError: It is missing, something is wrong with it, or its server does not answer.
+    """
+    whole = load_collection(config, labelled=labelled)
+    try:
+        return whole.identity(tell)
+    except ConnectionError as error:
+        raise ValueError(str(error)) from None
 
 
 def load_splits(config: Config, unreadable: Sequence[str] = ()) -> Splits:

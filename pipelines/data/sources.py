@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from dml_core.data.datasets import LabelledImages
+from dml_core.data.datasets import LabelledImages, SetIdentity
 from dml_core.data.jpegs import JpegViews
 from dml_core.data.loading import Views, sent_ahead
 from dml_core.data.sampling import Rows
@@ -45,6 +45,7 @@ class Sources:
         processes: Decoding processes of this worker.
         at_once: How many batches this worker computes on at the same time.
         progress: Told of features that are computed.
+        data: What the whole set is: features belong to its pictures.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Sources:
         device: torch.device,
         cpus: float,
         progress: Reporter,
+        data: SetIdentity,
     ):
-        self.config, self.learner, self.device, self.progress = config, learner, device, progress
+        self.config, self.learner, self.device, self.progress, self.data = config, learner, device, progress, data
         # Who writes to its node's disk. Ray Train itself would say so to its own workers, not in a trial of Ray Tune.
         self.writes = int(os.environ.get("LOCAL_RANK", 0)) == 0
         spare = max(0, int(cpus) - 1) if config.data.name != "glyphs" else 0
@@ -93,10 +95,10 @@ class Sources:
             if images is whole:
                 return path
 
-        config = self.config
+        config, pictures = self.config, (self.data.pictures, whole.digest())
         backbone = config.backbone.model_dump_json(), config.seed, config.precision, config.storage
         path = once(
-            ("features", whole.digest(), config.data.model_dump_json(), *backbone), lambda: self._find_features(whole)
+            ("features", *pictures, config.data.model_dump_json(), *backbone), lambda: self._find_features(whole)
         )
         self._feature_files.append((whole, path))
         return path
@@ -108,7 +110,7 @@ class Sources:
         with torch_threads(self.cpus):
             views, folder = self._views(whole), cache_folder()
             return cached_features(
-                self.config, self.learner, views, folder, self.device, self.writes, self.processes, note
+                self.config, self.data, self.learner, views, folder, self.device, self.writes, self.processes, note
             )
 
     def _views(self, images: LabelledImages) -> "Views | JpegViews | StreamedViews":

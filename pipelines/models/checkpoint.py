@@ -6,6 +6,7 @@ epoch.safetensors     terms and gradient norms of the steps of an epoch that is 
 state.json            finished epochs, and steps of the next (with the seed, that is the sampler's position and the
                       state of every generator: all derived from seed, epoch and step), the best epoch so far
 history.json          every metric of every step and epoch so far
+data.json             what the set was, which digests tell from all others
 config.yaml  metrics.json  classes.json
 manifest.json         size and sha256 of each of these, written last: a torn folder has none that fits
 """
@@ -16,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dml_core.data.datasets import SetIdentity
 from pipelines.config.recipe import read_stored_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.tracking.records import EpochRecord
@@ -61,6 +63,7 @@ class LoadedCheckpoint(NamedTuple):
 def save(
     folder: Path,
     config: Config,
+    data: SetIdentity,
     class_names: tuple[str, ...],
     learner: "nn.Module",
     optimizer: "torch.optim.Optimizer",
@@ -85,6 +88,7 @@ def save(
         ("history.json", history),
         ("metrics.json", metrics),
         ("classes.json", class_names),
+        ("data.json", data._asdict()),
     ):
         (folder / name).write_text(json.dumps(content))
     files = {path.name: _fingerprint(path) for path in folder.iterdir()}
@@ -108,6 +112,12 @@ def read_config(folder: Path) -> Config:
 def read_class_names(folder: Path) -> tuple[str, ...]:
     """Read the names of the training classes, in the order of their labels."""
     return tuple(json.loads((folder / "classes.json").read_text()))
+
+
+def read_data(folder: Path) -> SetIdentity | None:
+    """Read what the set of a checkpoint's training was; None where an earlier version, without digests, wrote it."""
+    path = folder / "data.json"
+    return SetIdentity(**json.loads(path.read_text())) if path.exists() else None
 
 
 def read_history(folder: Path) -> list[EpochRecord]:

@@ -21,7 +21,7 @@ from pipelines.config.schema import Config
 from pipelines.console import messages, stage
 from pipelines.files import write_atomically
 from pipelines.models import run_folder
-from pipelines.models.checkpoint import read_history, read_state
+from pipelines.models.checkpoint import read_data, read_history, read_state
 from pipelines.models.find import find_checkpoint
 from pipelines.models.run_folder import local_copy, newest_checkpoint
 from pipelines.pages.render import made_by
@@ -221,7 +221,7 @@ def write_report(subject: Subject, path: Path, log: bool = True, console: Consol
 def _page_of_run(run: RunSubject, footer: str, console: Console) -> str:
     model, logged, state = run.model, run.logged, read_state(run.model.checkpoint)
     metrics = logged.metrics if logged and "test/map_at_r" in logged.metrics else None
-    job = InspectJob(model.config, model.unreadable, metrics=metrics, epoch=max(0, state.epoch - 1))
+    job = InspectJob(model.config, model.unreadable, model.data, metrics=metrics, epoch=max(0, state.epoch - 1))
     inspection = run_with_model(model, job, "report", console)
     with stage(console, "drawing the page"):
         from pipelines.reports.page import render_run
@@ -257,6 +257,8 @@ def _environment(run: RunSubject, config: Config) -> dict[str, str]:
     facts = {
         "run": logged.run_id if logged else "not known to MLflow",
         "checkpoint": str(run.model.checkpoint),
+        "pictures of the training": str(read_data(run.model.checkpoint) or "not known: an earlier version trained it"),
+        "pictures now": str(run.model.data),
         "commit of the training": tags.get("git_commit", "unknown"),
         "workers of the training": tags.get("workers", str(config.workers)),
         "device of the training": f"{'GPU' if config.use_gpu else 'CPU'}, {config.precision}",

@@ -36,5 +36,5 @@ def evaluate_run(run: str, assignments: Mapping[str, Any], console: Console = me
 
     model = open_model(folder, flatten(dict(assignments)), console)
     require_splits(model, console)
-    metrics = run_with_model(model, ModelJob(model.config, model.unreadable), "evaluate", console)
+    metrics = run_with_model(model, ModelJob(model.config, model.unreadable, model.data), "evaluate", console)
     return {"checkpoint": str(model.checkpoint), "metrics": metrics}

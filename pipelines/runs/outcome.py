@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dml_core.data.datasets import SetIdentity
 from pipelines.phases import Phase
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class SweepMember(NamedTuple):
     Attributes:
         uri: MLflow's store.
         parent: The sweep's run in MLflow.
+        data: What the set is, for all runs of the sweep.
         tags: Of the run in MLflow.
         test: Whether the run is tested at its end and its model registered.
         report: Called with the metrics of each validated epoch, when the run is in this process.
@@ -58,6 +60,7 @@ class SweepMember(NamedTuple):
 
     uri: str
     parent: str
+    data: SetIdentity
     tags: dict[str, str]
     test: bool
     report: Report = dict

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dml_core.data.datasets import Splits
+from dml_core.data.datasets import SetIdentity, Splits
 from dml_core.data.pictures import to_image
 from pipelines.config.identity import FREE_KEYS
 from pipelines.config.recipe import parse_config, to_yaml
@@ -56,7 +56,7 @@ def record_run(
     config: Config,
     params: Mapping[str, Any],
     tags: Mapping[str, str],
-    splits: Splits,
+    data: SetIdentity,
     texts: Mapping[str, str] = MappingProxyType({}),
     key: str = "",
 ) -> str:
@@ -68,7 +68,7 @@ def record_run(
         config: Of the run.
         params: To log, by name.
         tags: Besides those that every run has: method, base loss, backbone, data, seed, git commit.
-        splits: Of the run's data set.
+        data: What the run's set is.
         texts: Artifacts besides the config, by file name.
         key: By which a start that was cut off is found again, see start_run.
 
@@ -81,14 +81,14 @@ def record_run(
         "base_loss": config.loss.name,
         "backbone": config.backbone.name,
         "data": config.data.name,
+        "data_digest": data.digest,
         "seed": str(config.seed),
         "git_commit": _git_commit(),
         **tags,
     }
-    whole = splits.train.whole or splits.train
-    data = config.data.name, whole.digest(), config.data.table or config.data.root or "embedded"
+    named = config.data.name, data.digest, config.data.table or config.data.root or "embedded"
     files = {"config.yaml": to_yaml(config), **texts}
-    started = tracker.submit(start_run, uri, config.experiment, config.name, params, all_tags, *data, files, key)
+    started = tracker.submit(start_run, uri, config.experiment, config.name, params, all_tags, *named, files, key)
     return started.result()
 
 
@@ -96,12 +96,12 @@ def record_training(
     tracker: Executor,
     uri: str,
     config: Config,
-    splits: Splits,
+    data: SetIdentity,
     unreadable: Sequence[str],
     member: SweepMember | None,
     key: str,
 ) -> str:
-    """Start a training's run in MLflow; runs that differ by their seed alone share the tag `group`. Return its id.
+    """Start a training's run in MLflow, and return its id; runs that differ by their seed alone share the tag `group`.
 
     A start that was cut off is completed: the key is that of before.
     """
@@ -110,9 +110,10 @@ def record_training(
         tags |= member.tags | {"mlflow.parentRunId": member.parent}
     if member is None or member.test:  # a trial has nothing that `dml compare` could compare
         group = {key: value for key, value in params.items() if key not in (*FREE_KEYS, "seed")}
+        group["data_digest"] = data.digest
         tags["group"] = hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12]
     texts = {"left_out.txt": "\n".join(unreadable)} if unreadable else {}
-    return record_run(tracker, uri, config, params, tags, splits, texts, key)
+    return record_run(tracker, uri, config, params, tags, data, texts, key)
 
 
 def register_model(

@@ -5,6 +5,7 @@ import importlib
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from dml_core.data.datasets import Splits
+from dml_core.data.datasets import SetIdentity, Splits
 from pipelines.cluster.address import cluster_address, require_cluster
 from pipelines.cluster.devices import describe_workers, has_cluster, needs_ray, resolve_devices, resolve_workers
 from pipelines.cluster.failures import call_in_thread
 from pipelines.config.identity import require_same, with_absolute_paths, with_slices
 from pipelines.config.schema import AUTO, Config
 from pipelines.console import messages, print_notes, stage
-from pipelines.data.check import require_pictures, unreadable_pictures
+from pipelines.data.check import identify_again, require_pictures, unreadable_pictures
 from pipelines.data.sets import cache_folder, load_splits
+from pipelines.kept import keep_meanwhile
 from pipelines.models.run_folder import RunFolder, checkpoint_name
 from pipelines.phases import Clock, Phase
 from pipelines.runs.log import logged_to
@@ -37,8 +39,9 @@ from pipelines.training.job import TrainingJob, TrainingResult
 
 
 class Inputs(NamedTuple):
-    """A run's data, checked: its splits, and the names of pictures that are left out."""
+    """A run's data, checked: what the set is, its splits, and the names of pictures that are left out."""
 
+    data: SetIdentity
     splits: Splits
     unreadable: tuple[str, ...]
 
@@ -87,14 +90,23 @@ def run_training(
     if here or not has_cluster():
         config, reason = resolve_workers(config, here=here)
         config = with_slices(config, begun)
-    unreadable = tuple(earlier.get("unreadable", ())) if earlier else None
+    may_differ = ["gradients"] if switch_gradients else []
+    if earlier:  # again when devices are known, on which a precision that is left open depends
+        open_keys = ["precision"] if config.precision is None else []
+        require_same(config, earlier["config"], folder.path, may_differ + open_keys)
     log_folder = folder.logs or cache_folder() / "logs" / str(config.name)
     with logged_to(log_folder) as log, contextlib.ExitStack() as cluster:
         here = here or not needs_ray(config)
+        if earlier and (result := folder.read("result.json")):
+            if member is None:
+                identify_again(config.data, f"name={config.name}", earlier, folder.path, console)
+            console.print(f"{config.name} is finished; this is its outcome. Another name starts a new run.")
+            return TrainOutcome.from_json(result)
+        check = partial(check_inputs, config, earlier, folder, member, console)
         if here:
-            inputs = _check_and_import(config, unreadable, console, clock)
+            inputs = _check_and_import(check, console, clock)
         else:
-            inputs = _open_cluster_and_check(config, unreadable, console, folder, clock, cluster)
+            inputs = _open_cluster_and_check(config, check, earlier is not None, console, folder, clock, cluster)
         store.result()
         if config.workers == AUTO:
             config, reason = resolve_workers(config)
@@ -103,13 +115,11 @@ def run_training(
         facts = f"{describe_workers(config, reason)}, batch.slices={config.slices}, precision={config.precision}"
         console.print(facts, highlight=False, soft_wrap=True)
         if earlier:
-            require_same(config, earlier["config"], folder.path, ["gradients"] if switch_gradients else [])
-            if result := folder.read("result.json"):
-                console.print(f"{config.name} is finished; this is its outcome. Another name starts a new run.")
-                return TrainOutcome.from_json(result)
+            require_same(config, earlier["config"], folder.path, may_differ)
         run_id = _open_run(config, folder, earlier or {}, inputs, tracker, uri, member, console)
         clock.lap("the run in MLflow")
-        job = TrainingJob(config, inputs.unreadable, started=started, test=member is None or member.test)
+        test = member is None or member.test
+        job = TrainingJob(config, inputs.unreadable, inputs.data, started=started, test=test)
         (metrics, _, phases), unsent = _train(job, tracker, uri, run_id, console, here, member)
         if not here:
             clock.add(Phase("workers", clock.last, phases[0].begun - clock.last))
@@ -151,9 +161,9 @@ def run_training(
     return outcome
 
 
-def _check_and_import(config: Config, unreadable: tuple[str, ...] | None, console: Console, clock: Clock) -> Inputs:
+def _check_and_import(check: Callable[[], Inputs], console: Console, clock: Clock) -> Inputs:
     """Check the inputs, and import what a training in this process needs while MLflow's process is busy."""
-    inputs = check_inputs(config, unreadable, console)
+    inputs = check()
     clock.lap("data")
     with stage(console, "importing torch and the losses"):
         for module in (TrainingJob.loop.partition(":")[0], "dml_core.base_losses"):
@@ -177,9 +187,10 @@ def _open_run(
     The folder has a key before MLflow has a run: one that is killed in between is found by it, and not started twice.
     """
     known = {"start_key": uuid.uuid4().hex, **earlier, "config": config.to_dict(), "unreadable": inputs.unreadable}
+    known |= {"data": inputs.data._asdict()}
     if run_id := known.get("run_id"):
         console.print(f"continuing {config.name}")
-        tags = {"workers": str(config.workers)}
+        tags = {"workers": str(config.workers), "data_digest": inputs.data.digest}
         if config.gradients != earlier["config"].get("gradients", "exact"):
             tags["gradients"] = f"{config.gradients} since this run was continued"
         tracker.submit(resume_run, uri, run_id, tags).result()
@@ -188,29 +199,36 @@ def _open_run(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
         folder.write("run.json", known)
         key = known["start_key"]
-        run_id = record_training(tracker, uri, config, inputs.splits, inputs.unreadable, member, key)
+        run_id = record_training(tracker, uri, config, inputs.data, inputs.unreadable, member, key)
     folder.write("run.json", known | {"run_id": run_id})
     return run_id
 
 
 def _open_cluster_and_check(
     config: Config,
-    unreadable: tuple[str, ...] | None,
+    check: Callable[[], Inputs],
+    continues: bool,
     console: Console,
     folder: RunFolder,
     clock: Clock,
     cluster: contextlib.ExitStack,
 ) -> Inputs:
-    """Connect to or start Ray, which `cluster` closes, and check the inputs beside it."""
+    """Connect to or start Ray, which `cluster` closes, and check the inputs beside it, or before it.
 
-    def check() -> Inputs:
+    Args:
+        check: Checks the inputs.
+        continues: Whether the run goes on: over other pictures it is refused before Ray starts.
+        config, console, folder, clock, cluster: Of the run.
+    """
+
+    def check_beside() -> Inputs:
         with clock.beside("data"):
-            return check_inputs(config, unreadable, console)
+            return check()
 
-    checked = call_in_thread(check)
+    checked = call_in_thread(check_beside)
     from pipelines.cluster.session import open_cluster  # Ray's import takes half a second
 
-    if checked.done():
+    if continues or checked.done():
         checked.result()  # what is refused by now need not wait for a Ray
     with stage(console, "connecting to Ray" if cluster_address() else "starting Ray"):
         cluster.enter_context(open_cluster(config, folder.logs))
@@ -220,25 +238,37 @@ def _open_cluster_and_check(
     return inputs
 
 
-def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Console) -> Inputs:
+def check_inputs(
+    config: Config, earlier: dict[str, Any] | None, folder: RunFolder, member: SweepMember | None, console: Console
+) -> Inputs:
     """Read the data and build the learner once, so that what is wrong with them ends a run before any worker starts.
 
     Args:
         config: Of the run.
-        unreadable: Names of pictures to leave out, known from before; None: they are looked for.
+        earlier: The run's run.json, if it goes on.
+        folder: Of the run.
+        member: What a run that belongs to a sweep is given.
         console: Where messages go.
 
     Raises:
-        ValueError: The set is missing or too small; the network is unknown, or its weights are not here.
+        ValueError: The set is missing, too small, or not the one that the run was begun with; the network is unknown,
+            or its weights are not here.
     """
-    if unreadable is None:
-        unreadable = unreadable_pictures(config.data, console)
-    with stage(console, "reading the data"):
-        splits = load_splits(config, unreadable)
-        print_notes(console, splits.notes)
-        require_pictures(splits.train)
-        if not _may_fail_to_build(config):
-            return Inputs(splits, unreadable)
+    with keep_meanwhile():
+        if member:
+            data = member.data
+        else:
+            data = identify_again(config.data, f"name={config.name}", earlier, folder.path, console)
+        known = tuple(earlier.get("unreadable", ())) if earlier else None
+        unreadable = unreadable_pictures(config.data, data, console) if known is None else known
+        with stage(console, "reading the data"):
+            splits = load_splits(config, unreadable)
+            print_notes(console, splits.notes)
+            require_pictures(splits.train)
+    inputs = Inputs(data, splits, unreadable)
+    if not _may_fail_to_build(config):
+        return inputs
+    with stage(console, "building the network"):
         from pipelines.models.build import build_learner
 
         try:
@@ -249,7 +279,7 @@ def check_inputs(config: Config, unreadable: tuple[str, ...] | None, console: Co
         raise ValueError(
             f"batch.images=1: loss.name={config.loss.name} compares images of one class and needs at least 2"
         )
-    return Inputs(splits, unreadable)
+    return inputs
 
 
 def _may_fail_to_build(config: Config) -> bool:

@@ -2,21 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from dml_core.data.datasets import SetIdentity
 from pipelines.cluster.address import require_cluster
 from pipelines.cluster.devices import describe_workers, has_cluster, needs_ray, resolve_devices, resolve_workers
 from pipelines.cluster.transfer import SentFiles, scratch_storage, send_files
-from pipelines.config.identity import with_absolute_paths
+from pipelines.config.identity import FREE_KEYS, with_absolute_paths
 from pipelines.config.recipe import with_values
 from pipelines.config.schema import AUTO, Config
 from pipelines.console import print_notes, stage
 from pipelines.data.check import unreadable_pictures
-from pipelines.data.sets import load_splits
-from pipelines.models.checkpoint import MODEL_FILES, read_config
+from pipelines.data.sets import identify, load_splits
+from pipelines.kept import keep_meanwhile
+from pipelines.models.checkpoint import MODEL_FILES, read_config, read_data
 from pipelines.training.job import ModelJob
 
 
@@ -27,12 +30,14 @@ class TrainedModel(NamedTuple):
         checkpoint: Its folder, on this machine.
         trained_by: The config that it was trained by.
         config: The same with other values, and with absolute paths.
+        data: What the set of `config` is.
         unreadable: Names of pictures to leave out.
     """
 
     checkpoint: Path
     trained_by: Config
     config: Config
+    data: SetIdentity
     unreadable: tuple[str, ...]
 
 
@@ -51,7 +56,19 @@ def open_model(folder: Path, values: Mapping[str, Any], console: Console, labell
     require_cluster()
     trained_by = read_config(folder)
     config = with_absolute_paths(with_values(trained_by, {"workers": AUTO, **values}))
-    return TrainedModel(folder, trained_by, config, unreadable_pictures(config.data, console, labelled))
+    with keep_meanwhile():
+        with stage(console, "reading the data"):
+            data = identify(config.data, partial(console.print, highlight=False, markup=False), labelled)
+        unreadable = unreadable_pictures(config.data, data, console, labelled)
+    earlier = read_data(folder)
+    asks_for_others = not labelled or any(key.startswith("data.") and key not in FREE_KEYS for key in values)
+    if earlier and earlier.digest != data.digest and not asks_for_others:
+        console.print(
+            f"the pictures are not those of the training, which were {earlier}; they are {data} now",
+            style="yellow",
+            highlight=False,
+        )
+    return TrainedModel(folder, trained_by, config, data, unreadable)
 
 
 def require_splits(model: TrainedModel, console: Console) -> None:

@@ -161,7 +161,7 @@ def write_embeddings(plan: EmbeddingPlan, out: str, console: Console) -> Embeddi
     """
     started = time.monotonic()
     output, config = prepare_output(out), plan.model.config
-    job = EmbedJob(config, plan.model.unreadable, part=plan.part, out=output.address)
+    job = EmbedJob(config, plan.model.unreadable, plan.model.data, part=plan.part, out=output.address)
     try:
         workers = int(run_with_model(plan.model, job, "embed", console)["workers"])
         columns = columns_of(config).with_metadata({METADATA_KEY: json.dumps(plan.metadata)})

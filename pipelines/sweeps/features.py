@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pipelines.cluster.progress import Reporter
 from pipelines.cluster.worker import Job, device_of_worker
-from pipelines.data.sets import load_splits
+from pipelines.data.sets import identify, load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_learner
 
@@ -24,4 +24,5 @@ def compute_features(job: FeaturesJob) -> None:
     learner = build_learner(config, len(splits.train.class_names)).to(device)
     if config.precision == "float64":
         learner.double()
-    Sources(config, learner, device, job.worker.cpus, Reporter(None)).of(splits.train)
+    data = job.data or identify(config.data)
+    Sources(config, learner, device, job.worker.cpus, Reporter(None), data).of(splits.train)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any, Final, Literal, NamedTuple, NotRequired, TypedDict
 
+from dml_core.data.datasets import SetIdentity
 from pipelines.compare.wording import Line
 from pipelines.config.schema import Config
 from pipelines.sweeps.spaces import Point
@@ -183,6 +184,7 @@ class Sweep(NamedTuple):
         uri: MLflow's store.
         run_id: The sweep's run in MLflow, the parent of its trials' runs.
         config: What the sweep starts from.
+        data: What its set is.
         options: The rest of what it is.
     """
 
@@ -191,6 +193,7 @@ class Sweep(NamedTuple):
     uri: str
     run_id: str
     config: Config
+    data: SetIdentity
     options: SweepOptions
 
 

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from pipelines.config.identity import with_absolute_paths
 from pipelines.config.recipe import load_recipe, parse_assignments, parse_stored_config, to_yaml, with_values
 from pipelines.config.schema import AUTO, Config
 from pipelines.console import RunFailed, messages, print_notes
-from pipelines.data.check import unreadable_pictures
-from pipelines.data.sets import cache_folder, load_splits
+from pipelines.data.check import identify_again, unreadable_pictures
+from pipelines.data.sets import cache_folder, identify, load_splits
+from pipelines.kept import keep_meanwhile
 from pipelines.models.checkpoint import read_history
 from pipelines.models.run_folder import RunFolder, local_copy, newest_checkpoint
 from pipelines.pages.render import made_by
@@ -100,6 +102,7 @@ def start_sweep(
         )
     sweep = _record_sweep(config, space, options, console)
     begun = {"run_id": sweep.run_id, "uri": without_password(sweep.uri), "options": options._asdict()}
+    begun |= {"data": sweep.data._asdict()}
     folder.write("sweep.json", begun | {"config": config.model_dump(exclude_none=True)})
     return _run_sweep(sweep, space, folder, console)
 
@@ -128,19 +131,21 @@ def resume_sweep(name: str, storage: str = "runs", console: Console = messages) 
     folder = RunFolder(config)
     if (begun := folder.read("sweep.json")) is None:
         raise ValueError(f"--resume {name}: no sweep of that name in {storage}; storage=FOLDER says where")
+    stored = parse_stored_config(begun["config"])
+    data = identify_again(stored.data, f"--resume {name}", begun, folder.path, console)
     if outcome := folder.read("outcome.json"):
         console.print(f"{name} is finished; this is its outcome")
         return SweepOutcome.from_json(outcome)
     require_cluster()
     options = SweepOptions(**begun["options"])
-    config, space = load_space(options.space, parse_stored_config(begun["config"]))
+    config, space = load_space(options.space, stored)
     config = with_experiment(config, begun["config"])
     uri, default = begun["uri"], default_uri(Path.cwd())
     if without_password(default) == uri:
         uri = default  # with its password, which is kept nowhere
     prepare_store(uri)
     resume_run(uri, begun["run_id"], {})
-    sweep = Sweep(name, f"{config.storage}/{name}", uri, begun["run_id"], config, options)
+    sweep = Sweep(name, f"{config.storage}/{name}", uri, begun["run_id"], config, data, options)
     return _run_sweep(sweep, space, folder, console)
 
 
@@ -158,8 +163,9 @@ def _check_options(config: Config, space: Space, options: SweepOptions) -> None:
 
 def _record_sweep(config: Config, space: Space, options: SweepOptions, console: Console) -> Sweep:
     """Read the data once and start the sweep's run in MLflow."""
-    with console.status("reading the data"):
-        unreadable = unreadable_pictures(config.data, console)
+    with keep_meanwhile(), console.status("reading the data"):
+        data = identify(config.data, partial(console.print, highlight=False, markup=False, soft_wrap=True))
+        unreadable = unreadable_pictures(config.data, data, console)
         splits = load_splits(config, unreadable)
         print_notes(console, splits.notes)
         if splits.validation is None:
@@ -172,8 +178,8 @@ def _record_sweep(config: Config, space: Space, options: SweepOptions, console: 
         f"space.{key}": f"{type(d.get_sampler()).__name__.strip('_')} {d.domain_str}" for key, d in space.items()
     }
     tags = {"kind": "sweep", **{key: str(value) for key, value in options._asdict().items()}}
-    run_id = record_run(SameProcess(), uri, config, config.flat() | domains, tags, splits)
-    return Sweep(str(config.name), f"{config.storage}/{config.name}", uri, run_id, config, options)
+    run_id = record_run(SameProcess(), uri, config, config.flat() | domains, tags, data)
+    return Sweep(str(config.name), f"{config.storage}/{config.name}", uri, run_id, config, data, options)
 
 
 def _run_sweep(sweep: Sweep, space: Space, folder: RunFolder, console: Console) -> SweepOutcome:
@@ -210,8 +216,8 @@ def _search_and_test(
         placement = place_trials(sweep, in_process, console)
         if config.backbone.frozen:
             with console.status("features of the frozen backbone, for all trials"):
-                unreadable = unreadable_pictures(config.data, console)
-                run_in_process(FeaturesJob(resolve_devices(config, here=True), unreadable), console)
+                unreadable = unreadable_pictures(config.data, sweep.data, console)
+                run_in_process(FeaturesJob(resolve_devices(config, here=True), unreadable, sweep.data), console)
         trials = _search(placement, space)
         finished = [trial for trial in trials if trial.ended == "finished"]
         if not finished:

@@ -61,7 +61,9 @@ def run_trial(config: TrialConfig, sweep: Sweep, in_process: bool) -> None:
             earlier_epochs=fold * base.epochs,
             total_epochs=folds * base.epochs,
         )
-        member = SweepMember(sweep.uri, sweep.run_id, {"trial": name, "fold": str(fold)}, False, progress.report)
+        member = SweepMember(
+            sweep.uri, sweep.run_id, sweep.data, {"trial": name, "fold": str(fold)}, False, progress.report
+        )
         try:
             member = member if in_process else member._replace(callbacks=[_Relay(progress)])
             outcome = run_training(run, QUIET, in_process, member)
@@ -136,7 +138,7 @@ def run_final(config: FinalConfig, sweep: Sweep, in_process: bool) -> None:
     prepare_process()
     task = config["point"]
     location = {"name": f"{task['role']}-s{task['seed']}", "storage": sweep.folder}
-    member = SweepMember(sweep.uri, sweep.run_id, {"final": task["role"]}, test=True)
+    member = SweepMember(sweep.uri, sweep.run_id, sweep.data, {"final": task["role"]}, test=True)
     run = with_values(sweep.config, task["settings"] | {"seed": task["seed"]} | location)
     outcome = run_training(run, QUIET, in_process, member)
     report: FinalReport = {

@@ -20,7 +20,7 @@ from pipelines.cluster.progress import Reporter
 from pipelines.cluster.transfer import received_files
 from pipelines.cluster.worker import device_of_worker
 from pipelines.data.features import BATCH
-from pipelines.data.sets import load_splits
+from pipelines.data.sets import identify, load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_embedder
 from pipelines.training.job import ModelJob
@@ -223,7 +223,8 @@ def load_sources(job: ModelJob) -> Sources:
         learner = build_embedder(config, folder)
     learner.to(device, torch.float64 if config.precision == "float64" else torch.float32)
     progress = Reporter(job.worker.board if rank() == 0 else None)
-    sources = Sources(config, learner, device, job.worker.cpus, progress)
+    data = job.data or identify(config.data)
+    sources = Sources(config, learner, device, job.worker.cpus, progress, data)
     prepare_passes(learner, sources)
     return sources
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.fs
 import torch
 
-from dml_core.data.datasets import Splits
+from dml_core.data.datasets import SetIdentity, Splits
 from dml_core.data.sampling import BatchPlan
 from dml_core.gather import broadcast, broadcast_object, own_columns, rank, world_size
 from dml_core.learner import Learner, Terms
@@ -22,7 +22,7 @@ from pipelines.cluster.progress import Reporter
 from pipelines.cluster.threads import torch_threads
 from pipelines.cluster.worker import PreemptionWatch, Worker, device_of_worker
 from pipelines.config.schema import Config
-from pipelines.data.sets import load_splits
+from pipelines.data.sets import identify, load_splits
 from pipelines.data.sources import Sources
 from pipelines.models import checkpoint
 from pipelines.models.build import build_learner
@@ -62,6 +62,7 @@ class Training:
     """One worker's training: its parts, and the sentences of the loop that stand between epochs.
 
     Attributes:
+        data: What the set is.
         job: What the worker was given; `job.config` is the config of the whole run.
         settings: The config that holds in the current epoch, see Config.at.
         splits: Training classes, validation classes, and tests.
@@ -82,6 +83,7 @@ class Training:
         startup_seconds: From the start of the command to the end of the first step; none before that.
     """
 
+    data: SetIdentity
     job: TrainingJob
     settings: Config
     device: torch.device
@@ -221,6 +223,7 @@ class Training:
             checkpoint.save(
                 Path(scratch),
                 self.config,
+                self.data,
                 self.splits.train.class_names,
                 self.learner,
                 self.optimizer,
@@ -274,16 +277,18 @@ def begin(job: TrainingJob) -> Training:
     device, progress = device_of_worker(config), Reporter(job.worker.board if rank() == 0 else None)
     progress.note("preparing", 0, 1)
     splits = load_splits(config, job.unreadable)
+    data = job.data or identify(config.data)
     learner = build_on(config, len(splits.train.class_names), device)
     batch = config.batch
     plan = BatchPlan(splits.train.labels, batch.classes, batch.images, config.seed, config.steps_per_epoch)
     optimizer = build_optimizer(config, learner)
     files, folder = locate(config)
     noise = torch.Generator(device)
-    sources = Sources(config, learner, device, job.worker.cpus, progress)
+    sources = Sources(config, learner, device, job.worker.cpus, progress, data)
     generators = [noise, *global_generators(device)]
     prepare_passes(learner, sources, generators)
     return Training(
+        data=data,
         job=job,
         settings=config.at(0),
         device=device,

@@ -1,6 +1,7 @@
 """Tables that hold the pictures themselves, as Hugging Face's datasets are written."""
 
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -54,14 +55,20 @@ def test_bytes_without_a_path_and_paths_without_bytes(tmp_path: Path) -> None:
     assert images.picture(0, 8)[0, 0, 0] == 7 and images.names.tolist() == ["1:picture"]
 
 
-def test_another_table_under_the_same_name_is_another_set(tmp_path: Path) -> None:
-    stamps = []
+@pytest.mark.parametrize("served", [False, True])
+def test_another_table_under_the_same_name_is_another_set(tmp_path: Path, web, served: bool) -> None:
+    """Whatever is known of a server's files: fsspec would tell them apart by their URL alone."""
+    url, identities = web(tmp_path)[0], []
     for shade in (1, 2):
-        entries = [{"bytes": encoded(shade), "path": "a.png"}]
-        images = load_table(table(tmp_path, "path", entries), None, cache=tmp_path / "cache").images
-        assert images.picture(0, 8)[0, 0, 0] == shade
-        stamps.append(images.files.stamp("1:a.png"))
-    assert stamps[0] != stamps[1]
+        entries = [{"bytes": encoded(shade), "path": "a.png"}, {"bytes": None, "path": None}]
+        path = table(tmp_path, "path", entries)
+        os.utime(path, (shade, shade))
+        whole = load_table(f"{url}/{Path(path).name}" if served else path, None, cache=tmp_path / "cache")
+        assert whole.images.picture(0, 8)[0, 0, 0] == shade
+        (tmp_path / f"another file {shade}").touch()
+        assert whole.identity() == whole.identity()
+        identities.append(whole.identity())
+    assert identities[0].pictures != identities[1].pictures and identities[0].listing == identities[1].listing
 
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pipelines.config.methods import METHODS
 from pipelines.config.recipe import load_recipe, parse_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.data.check import unreadable_pictures
-from pipelines.data.sets import load_collection, load_splits
+from pipelines.data.sets import identify, load_collection, load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.run_folder import RunFolder, locate
 from pipelines.runs import record
@@ -155,7 +155,7 @@ def recorded(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     """The experiment that MLflow is given."""
     config = record.with_experiment(config, None)
     patch.setattr(record, "start_run", lambda *given: given[1])
-    return record.record_training(SameProcess(), "uri", config, load_splits(config), (), None, "")
+    return record.record_training(SameProcess(), "uri", config, identify(config.data), (), None, "")
 
 
 def collection(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
@@ -171,14 +171,14 @@ def collection(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> objec
 
 def left_out(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     patch.setenv("DML_CACHE", str(folder))
-    return unreadable_pictures(config.data, QUIET)
+    return unreadable_pictures(config.data, identify(config.data), QUIET)
 
 
 def decoded_by(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     """What gives batches, and in how many processes."""
     patch.setattr("pipelines.data.streaming.ray.put", lambda views: views)
     learner: Any = None
-    sources = Sources(config, learner, torch.device("cpu"), 3, Reporter(None))
+    sources = Sources(config, learner, torch.device("cpu"), 3, Reporter(None), identify(config.data))
     return type(sources.of(load_collection(config.data).images)).__name__, sources.processes
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from pipelines.cli import main
 from pipelines.config.recipe import data_section, load_recipe
 from pipelines.data.check import unreadable_pictures
-from pipelines.data.sets import load_collection
+from pipelines.data.sets import identify, load_collection
 from pipelines.runs.train import run_training
 
 pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
@@ -217,7 +217,7 @@ def test_bad_entries_of_a_table_are_listed_and_left_out(root: Path, tmp_path: Pa
     assert code == 1 and [*report["unreadable"]] == BAD_PATHS and len(report["problems"]) == len(BAD_PATHS)
     assert all("Errno" not in line and "\n" not in line for line in report["problems"])
     config = data_section("table", [*where, "on_bad_image=skip"])
-    assert unreadable_pictures(config, QUIET) == tuple(BAD_PATHS)
+    assert unreadable_pictures(config, identify(config), QUIET) == tuple(BAD_PATHS)
     assert len(load_collection(config, BAD_PATHS).images) == 40
 
 
@@ -232,7 +232,7 @@ def test_names_that_no_list_can_hold_are_left_out_or_refused(root: Path) -> None
     ):
         load_collection(config)
     skipping = config.model_copy(update={"on_bad_image": "skip"})
-    assert unreadable_pictures(skipping, QUIET) == ("class 1/caf\\xe9.jpg",)
+    assert unreadable_pictures(skipping, identify(skipping), QUIET) == ("class 1/caf\\xe9.jpg",)
     assert len(load_collection(skipping).images) == 40
 
 

@@ -13,7 +13,7 @@ from pipelines.cluster.devices import resolve_devices
 from pipelines.cluster.progress import Reporter
 from pipelines.config.recipe import load_recipe
 from pipelines.data.features import _key
-from pipelines.data.sets import load_collection
+from pipelines.data.sets import identify, load_collection
 from pipelines.data.sources import MOST_PROCESSES, Sources
 
 ROWS = [[(3, 5), (1, 6)], [(0, 7)]]
@@ -21,7 +21,8 @@ ROWS = [[(3, 5), (1, 6)], [(0, 7)]]
 
 def sources_of(cpus: int, *settings: str) -> Sources:
     learner: Any = None
-    return Sources(load_recipe("glyphs", settings), learner, torch.device("cpu"), cpus, Reporter(None))
+    config = load_recipe("glyphs", settings)
+    return Sources(config, learner, torch.device("cpu"), cpus, Reporter(None), identify(config.data))
 
 
 def embedded(side: int) -> LabelledImages:
@@ -72,5 +73,5 @@ def test_decoding_by_gpu_needs_one_and_has_features_of_its_own(folder: Path) -> 
     keys = set()
     for decode in ("cpu", "gpu"):
         sources = sources_of(1, *given, f"data.decode={decode}")
-        keys.add(_key(sources.config, learner, sources.of(load_collection(sources.config.data).images)))
+        keys.add(_key(sources.config, sources.data, learner, load_collection(sources.config.data).images))
     assert len(keys) == 2

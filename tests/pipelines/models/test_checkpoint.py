@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dml_core.data.datasets import SetIdentity
 from pipelines.config.recipe import load_recipe
 from pipelines.models import checkpoint
 from pipelines.models.checkpoint import TrainingState, is_whole, read_class_names, read_config
@@ -30,13 +31,26 @@ class Parts:
         self.schedule.step()
 
 
+SET = SetIdentity("d", "p", "l", 3, 7)
+
+
 def save(folder: Path, parts: Parts, epoch: int = 2) -> Path:
     state = TrainingState(epoch, 1, 0.5)
     history = [{"step": 1, "metrics": {"a": 0.1}}]
     folder = folder / checkpoint_name(epoch)
     names = ("x", "ü/y")
     checkpoint.save(
-        *(folder, load_recipe("glyphs", []), names, parts.network, parts.optimizer, parts.schedule, state, history),
+        *(
+            folder,
+            load_recipe("glyphs", []),
+            SET,
+            names,
+            parts.network,
+            parts.optimizer,
+            parts.schedule,
+            state,
+            history,
+        ),
         *({"m": 1 / 3}, torch.tensor([[0.1, 0.2]], dtype=torch.float64)),
     )
     return folder

@@ -24,7 +24,7 @@ from pipelines.cluster.threads import torch_threads
 from pipelines.cluster.worker import Job, Worker
 from pipelines.config.recipe import load_recipe, with_values
 from pipelines.console import RunFailed
-from pipelines.models.checkpoint import read_config, read_history
+from pipelines.models.checkpoint import read_config, read_data, read_history
 from pipelines.models.run_folder import checkpoint_name
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
@@ -61,6 +61,8 @@ def assert_like_one_worker(exact: dict[int, TrainOutcome], losses: np.ndarray, m
 
 def test_two_workers_change_no_loss_and_no_metric(exact: dict[int, TrainOutcome]) -> None:
     assert_like_one_worker(exact, step_losses(exact[2]), exact[2].metrics)
+    one, two = (read_data(Path(exact[workers].checkpoint)) for workers in (1, 2))
+    assert one is not None and one == two
 
 
 def train_in_group(job: TrainingJob, folder: Path, cache: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+from dml_core.data.datasets import SetIdentity
 from pipelines.config.recipe import load_recipe
 from pipelines.config.sections import Data
 from pipelines.data.sets import load_collection
@@ -91,7 +92,7 @@ def test_a_frozen_network_whose_pictures_are_not_at_hand(tmp_path: Path, monkeyp
     learner = build_learner(config, 5)
     optimizer = build_optimizer(config, learner)
     given = learner, optimizer, build_schedule(config, optimizer, 1), TrainingState(), [], {}, torch.zeros(0, 7)
-    checkpoint.save(tmp_path / "run", config, tuple("abcde"), *given)
+    checkpoint.save(tmp_path / "run", config, SetIdentity("d", "p", "l", 5, 9), tuple("abcde"), *given)
     file = tmp_path / "model.onnx"
     found = dml("export", tmp_path / "run", "--to", "onnx", "--out", file, "--json")
     assert found.exit_code == 0 and "test pictures cannot be read here: data.root=/nowhere" in found.stderr

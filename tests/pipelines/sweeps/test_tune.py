@@ -214,6 +214,16 @@ def test_a_sweep_from_python_goes_on_where_its_plots_and_mlflow_fail(
     assert log.read_text().count("OSError: nothing to draw with") == 2 and "Traceback" in log.read_text()
     assert resume_sweep("plain") == outcome
 
+    experiment = mlflow.get_experiment_by_name("glyphs").experiment_id
+    members = f"tags.`mlflow.parentRunId` = '{outcome.run_id}'"
+    digests = {run.data.tags["data_digest"] for run in mlflow.MlflowClient().search_runs([experiment], members)}
+    assert digests == {begun["data"]["digest"]}
+    Path("runs/plain/outcome.json").unlink()
+    begun["data"] |= {"digest": "of other pictures", "listing": "other", "classes": 7}
+    Path("runs/plain/sweep.json").write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match=r"--resume plain was begun on other pictures in .*\(7 classes"):
+        resume_sweep("plain")
+
 
 SPACE = {
     "sgar.intensity": "tune.loguniform(0.02, 0.5)",
