@@ -172,6 +172,11 @@ def test_picture_of_the_tree_is_what_its_script_draws() -> None:
     assert (ROOT / "docs" / "tree.svg").read_text() == draw()
 
 
+def test_notebook_is_the_page() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_notebook.py"))["draw"]
+    assert (ROOT / "docs" / "python.ipynb").read_text() == draw()
+
+
 def test_formulas_of_the_scaling_page_are_what_the_script_prints() -> None:
     command = [sys.executable, "benchmarks/scaling.py", "--formulas"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The code blocks of docs/python.md, as they stand there, and the types that another project's checker sees."""
+"""The code of docs/python.md, as it stands there, and the types that another project's checker sees."""
 
 import re
 import shutil
@@ -7,43 +7,46 @@ import sys
 import venv
 from pathlib import Path
 
+import nbformat
 import pytest
-from torchvision.transforms.functional import to_pil_image
+from nbclient import NotebookClient
+from PIL import Image
 
 from pipelines.config.recipe import load_recipe
-from pipelines.config.sections import Data
-from pipelines.data.sets import load_collection
 
 ROOT = Path(__file__).parents[2]
-CLASSES, EACH = 44, 2
-TRAINING, LOOP = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
+NOTEBOOK = ROOT / "docs" / "python.ipynb"
 
 
-@pytest.fixture(scope="module")
-def pictures(tracked_folder: Path, without_ray: None) -> Path:
-    """A folder for each character, beside which the code runs."""
-    images = load_collection(Data()).images
-    for label in range(CLASSES):
-        for number in (images.labels == label).nonzero()[0][:EACH]:
-            path = tracked_folder / "PICTURES" / images.class_names[label] / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil_image(images.picture(number, 32)).save(path)
-    return tracked_folder
-
-
-def test_training_and_search(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(TRAINING, {})
-    output = capsys.readouterr()
-    lines = output.out.splitlines()
-    recall, checkpoint, model = lines[0].split()
+def test_notebook(tracked_folder: Path, without_ray: None) -> None:
+    """The page docs/python.md, cell after cell in a kernel of Jupyter: training, neighbours as a picture, a loop."""
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbformat.validate(notebook)
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tracked_folder)}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    texts = [
+        "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout") for cell in cells
+    ]
+    errors = [
+        "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stderr") for cell in cells
+    ]
+    recall, checkpoint, model = texts[1].split()
     assert 0 < float(recall) <= 1 and Path(checkpoint, "manifest.json").is_file() and model.startswith("dml-folder/")
-    assert len(lines) == 6 and lines[1] == str(sorted(Path("PICTURES").glob("*/*"))[0])
-    assert re.search(r"^\w+ +\d+/\d+ epoch 3/3  loss 0\.", output.err, re.M) and "\x1b" not in output.err + output.out
+    assert re.search(r"^\w+ +\d+/\d+ epoch 3/3  loss 0\.", errors[1], re.M) and "\x1b" not in errors[1] + texts[1]
+    assert any("image/png" in output.get("data", {}) for output in cells[2].outputs)
+    picture = Image.open(tracked_folder / "neighbors.png")
+    assert picture.size == Image.open(NOTEBOOK.parent / "neighbors.png").size and len(set(picture.getdata())) > 100
+    assert "'map_at_r'" in texts[3]
 
 
-def test_losses_without_ray(pictures: Path) -> None:
+def test_losses_without_ray(tracked_folder: Path) -> None:
+    """The loop of the page, alone: it imports neither Ray nor MLflow."""
+    pictures, *_, loop = re.findall(r"```python\n(.*?)```", NOTEBOOK.with_suffix(".md").read_text(), re.S)
+    exec(pictures, {})
     check = "import sys; assert not {'ray', 'mlflow', 'pipelines'} & {*sys.modules}"
-    done = subprocess.run([sys.executable, "-c", f"{LOOP}\n{check}"], cwd=pictures, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{loop}\n{check}"], cwd=tracked_folder, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "'map_at_r'" in done.stdout, done.stderr
 
 
