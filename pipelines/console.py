@@ -1,6 +1,7 @@
 """Where messages go, what is said while one waits, the progress bar, and the exception of a run that failed."""
 
 import logging
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 QUIET_SECONDS = 0.5  # what takes less needs no words in a log file
 
-messages = Console(stderr=True, force_jupyter=False)  # plain lines in a notebook, too: no widgets
+# A notebook's stream says that it is a terminal, and cannot take a line back: it gets plain lines, as a file does.
+_in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+messages = Console(stderr=True, force_jupyter=False, force_terminal=False if _in_notebook else None)
 
 
 class RunFailed(Exception):
