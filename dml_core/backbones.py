@@ -11,6 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dml_core.weights import compare, read_state_dict
+
+OF_LEARNER = (
+    "backbone.network."  # what the network's tensors begin with in the state dict of a learner, as checkpoints have it
+)
+
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of pixels in [0, 1], by channel
 
 IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -25,6 +31,9 @@ class Backbone(nn.Module):
         dim: Width of the features.
         mean: Mean by channel, of pixels in [0, 1], that images are normalised with.
         std: Standard deviation by channel.
+
+    Attributes:
+        unused: Names of tensors in the file of its weights that the network has no place for, such as a classifier's.
     """
 
     mean: Tensor
@@ -32,7 +41,7 @@ class Backbone(nn.Module):
 
     def __init__(self, network: nn.Module, dim: int, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        self.network, self.dim = network, dim
+        self.network, self.dim, self.unused = network, dim, tuple[str, ...]()
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.memory_format = torch.contiguous_format
@@ -58,7 +67,7 @@ def build(name: str, weights: str, read: bool = True) -> Backbone:
     Args:
         name: `small`, `efficientnet_lite0`, a torchvision name (resnet50, googlenet, ...) or timm:NAME.
         weights: `imagenet`, `none`, or a file with the network's state dict (.safetensors, or .pt, which is read with
-            weights_only).
+            weights_only), or a checkpoint's learner.safetensors, of which the backbone is taken.
         read: False builds the same network without reading its weights, for a checkpoint to fill.
 
     Returns:
@@ -83,11 +92,13 @@ def build(name: str, weights: str, read: bool = True) -> Backbone:
     else:
         network = _torchvision(name, weights == "imagenet", read)
         dim = _drop_classifier(network)
+    unused: tuple[str, ...] = ()
     if weights == "none":
         network = _group_norm(network)
     elif weights != "imagenet" and read:
-        _read_weights(network, Path(weights))
+        unused = _read_weights(network, name, Path(weights))
     backbone = Backbone(network, dim, mean, std)
+    backbone.unused = unused
     if name == "small":
         backbone.memory_format = torch.channels_last  # by a fifth faster on a processor, unlike large networks
     return backbone
@@ -172,15 +183,25 @@ def _group_norm(network: nn.Module) -> nn.Module:
     return network
 
 
-def _read_weights(network: nn.Module, path: Path) -> None:
+def _read_weights(network: nn.Module, name: str, path: Path) -> tuple[str, ...]:
+    """Load a file of weights into a network, and return the names of the file's tensors that it has no place for."""
     if not path.is_file():
         raise ValueError(f"backbone.weights={path}: not imagenet, none or a file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    missing, _ = network.load_state_dict(state, strict=False)
-    if missing:
-        raise ValueError(f"backbone.weights={path}: lacks {len(missing)} of the network's tensors, {missing[0]} first")
+    try:
+        state = read_state_dict(path)
+    except ValueError as error:
+        raise ValueError(f"backbone.weights={path}: {error}") from None
+    if of_learner := {name.removeprefix(OF_LEARNER): t for name, t in state.items() if name.startswith(OF_LEARNER)}:
+        state = of_learner
+    # How many batches a norm has seen, which old files do not say, has no effect on one that is not trained.
+    own = network.state_dict()
+    fit = compare({key: own[key] for key in own if key in state or not key.endswith("num_batches_tracked")}, state)
+    if not fit.is_whole:
+        hint = ""
+        if fit.missing and not fit.reshaped and all("running_" in missing for missing in fit.missing):
+            hint = (
+                "; they belong to batch norms: was it trained from nothing (backbone.weights=none), with group norms?"
+            )
+        raise ValueError(f"backbone.weights={path}: does not fit backbone.name={name}: {fit.describe()}{hint}")
+    network.load_state_dict({name: tensor for name, tensor in state.items() if name not in {*fit.unknown}})
+    return tuple(fit.unknown)
