@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 # What ranks need, the modules with their functions among it, is imported once for all of a process's tests.
 USERS = ["dml_core.test_gather", "dml_core.test_gradients", "dml_core.test_variation"]
 USERS += ["pipelines.runs.test_any_worker_count", "dml_core.retrieval.test_metrics", "dml_core.retrieval.test_mutual"]
-USERS += ["dml_core.retrieval.test_task"]
+USERS += ["dml_core.retrieval.test_task", "pipelines.runs.test_start_from"]
 mp.set_forkserver_preload(["pipelines.training.loop", "torch._dynamo", *(f"tests.{name}" for name in USERS)])
 
 

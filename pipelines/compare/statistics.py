@@ -221,11 +221,16 @@ def adjust_p_values(lines: Sequence[Line]) -> list[Line]:
 
 
 def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
-    """List what makes a comparison weaker than its numbers look: few or unpaired seeds, other pictures or budgets."""
+    """List what makes a comparison weaker than its numbers look.
+
+    That is few or unpaired seeds, other pictures or budgets, and test classes that were trained on before.
+    """
     warnings = []
     for group in groups:
         if len(group.runs) < MIN_SEEDS:
             warnings.append(f"{group.label}: {len(group.runs)} seeds; an interval needs at least {MIN_SEEDS} to hold")
+        if seen := next((run.tags["start_saw"] for run in group.runs.values() if "start_saw" in run.tags), ""):
+            warnings.append(f"{group.label}: it began with a model that was trained on {seen} of its test classes")
         if group.key == baseline.key:
             continue
         if group.runs.keys() != baseline.runs.keys():

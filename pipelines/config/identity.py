@@ -30,7 +30,12 @@ def with_absolute_paths(config: Config) -> Config:
         parts = [config.data.name, *config.method, config.loss.name, f"s{config.seed}"]
         name = "-".join([*parts, datetime.now().strftime("%Y%m%d-%H%M%S")])
     storage = config.storage if "://" in config.storage else str(Path(config.storage).expanduser().resolve())
-    return config.model_copy(update={"name": name, "storage": storage, "data": with_absolute_places(config.data)})
+    values: dict[str, Any] = {"name": name, "storage": storage, "data": with_absolute_places(config.data)}
+    if config.start_from is not None:
+        values["start_from"] = _absolute_if_there(config.start_from)
+    weights = _absolute_if_there(config.backbone.weights)
+    values["backbone"] = config.backbone.model_copy(update={"weights": weights})
+    return config.model_copy(update=values)
 
 
 def with_absolute_places(data: Data) -> Data:
@@ -38,6 +43,12 @@ def with_absolute_places(data: Data) -> Data:
     places = {"root": data.root, "table": data.table}
     local = {k: str(Path(v).expanduser().resolve()) for k, v in places.items() if v and "://" not in v}
     return data.model_copy(update=local)
+
+
+def _absolute_if_there(text: str) -> str:
+    """Return the absolute path of a file or a folder that a text names; any other text as it is: a run id, a URL."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text not in ("imagenet", "none") and path.exists() else text
 
 
 def with_slices(config: Config, earlier: Mapping[str, Any] | None) -> Config:

@@ -67,6 +67,10 @@ class Config(Methods):
     experiment: ExperimentName | None = None
     """Name of the experiment in MLflow that records the run. A run that goes on stays in its own. none: that of the
     variable MLFLOW_EXPERIMENT_NAME, or else the name of the set."""
+    start_from: Address | None = None
+    """An earlier run whose model this one begins with: its run id, a checkpoint folder or its URL, the run's folder, or
+    models:/NAME@ALIAS. Backbone, head and the methods' layers are taken, and of the loss and the class statistics what
+    belongs to classes of the same name. Optimizer, schedule and epochs begin anew."""
     model_name: ModelName | None = None
     """Name of the registered model in MLflow that this run's model becomes a version of. none: dml-SET."""
     max_failures: Annotated[int, Field(ge=0)] | None = None

@@ -244,8 +244,9 @@ class Backbone(Section):
     """The network: `small` (for pictures of about 32 pixels), `efficientnet_lite0`, a name of torchvision, or
     timm:NAME."""
     weights: str = "imagenet"
-    """Initial weights: `imagenet`, `none` (group norm then takes the place of batch norm), or a file with a state
-    dict."""
+    """Initial weights: `imagenet`, `none` (group norm then takes the place of batch norm), a file with a state dict, or
+    an earlier run, as `start_from` takes it, of which the backbone alone is taken. With `start_from` they are those of
+    the earlier run."""
     frozen: bool = False
     """Whether to leave the backbone as it is: features are computed once and kept on disk, and the head is trained on
     them."""

@@ -96,7 +96,7 @@ class Sources:
                 return path
 
         config, pictures = self.config, (self.data.pictures, whole.digest())
-        backbone = config.backbone.model_dump_json(), config.seed, config.precision, config.storage
+        backbone = config.backbone.model_dump_json(), config.start_from, config.seed, config.precision, config.storage
         path = once(
             ("features", *pictures, config.data.model_dump_json(), *backbone), lambda: self._find_features(whole)
         )

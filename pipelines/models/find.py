@@ -6,7 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pyarrow.fs
+
 from pipelines.models.checkpoint import is_whole
+from pipelines.models.run_folder import best_checkpoint
 from pipelines.tracking.address import default_uri, without_password
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -16,7 +19,8 @@ def find_checkpoint(run: str) -> Path:
     """Find the checkpoint folder that a name means; one that is elsewhere is copied until this process ends.
 
     Args:
-        run: An MLflow run id, a checkpoint folder or its URL in a bucket, or models:/NAME@ALIAS.
+        run: An MLflow run id, a checkpoint folder or its URL in a bucket, likewise a run's folder, which stands for its
+            best checkpoint, or models:/NAME@ALIAS.
 
     Raises:
         ValueError: It is not there, or it is torn.
@@ -25,17 +29,29 @@ def find_checkpoint(run: str) -> Path:
     if "://" in run:
         folder = Path(tempfile.mkdtemp(prefix="dml-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        import pyarrow.fs
-
         try:
-            pyarrow.fs.copy_files(run, str(folder))
+            files, path = pyarrow.fs.FileSystem.from_uri(run)
+            name = _best_of_run(files, path)
+            pyarrow.fs.copy_files(f"{path}{name}", str(folder), source_filesystem=files)
         except (OSError, ValueError) as error:
             raise ValueError(f"{run}: cannot be read ({str(error).splitlines()[0]})") from None
-    elif not folder.is_dir():
+    elif folder.is_dir():
+        folder = Path(f"{run}{_best_of_run(pyarrow.fs.LocalFileSystem(), run)}")
+    else:
         folder = _fetch_from_mlflow(run)
     if not is_whole(folder):
-        raise ValueError(f"{run}: not a whole checkpoint folder (its manifest does not fit)")
+        what = (
+            "a run's folder without a whole checkpoint" if (folder / "run.json").is_file() else "not a whole checkpoint"
+        )
+        raise ValueError(f"{run}: {what} folder (its manifest does not fit)")
     return folder.resolve()
+
+
+def _best_of_run(files: pyarrow.fs.FileSystem, path: str) -> str:
+    """Return /NAME of the best checkpoint where a path is a run's folder with one; else nothing to add to the path."""
+    is_run = files.get_file_info(f"{path}/run.json").is_file
+    name = best_checkpoint(files, path) if is_run else None
+    return f"/{name}" if name else ""
 
 
 def _fetch_from_mlflow(run: str) -> Path:

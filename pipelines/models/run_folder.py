@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.fs
 
 from pipelines.config.schema import Config
-from pipelines.models.checkpoint import TrainingState, is_whole
+from pipelines.models.checkpoint import TrainingState, is_whole, read_state
 
 
 def locate(config: Config) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -60,6 +60,16 @@ def newest_checkpoint(files: pyarrow.fs.FileSystem, run: str) -> str | None:
     return None
 
 
+def best_checkpoint(files: pyarrow.fs.FileSystem, run: str) -> str | None:
+    """Return the name of the checkpoint of a run's best epoch so far; None where it has no whole checkpoint."""
+    newest = newest_checkpoint(files, run)
+    if newest is None:
+        return None
+    with local_copy(files, f"{run}/{newest}") as folder:
+        best = read_state(folder).best_epoch
+    return checkpoint_name(best) if best else newest  # before the first validation there is no best
+
+
 @contextlib.contextmanager
 def local_copy(files: pyarrow.fs.FileSystem, path: str) -> Iterator[Path]:
     """Yield a local folder with the content of a checkpoint: itself, or a copy for the time of the block."""
@@ -97,10 +107,15 @@ class RunFolder:
             return None
 
     def delete_checkpoints(self, except_of: Container[str]) -> None:
-        """Delete the checkpoints of all runs in a sweep's folder but the named ones; their other files stay."""
+        """Delete the checkpoints of all runs in a sweep's folder but the named ones, and their starts.
+
+        Their other files stay, and so does the start of the sweep itself.
+        """
         for entry in self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, recursive=True)):
             run, name = Path(entry.path).parts[-2:]
-            if name.startswith(("epoch_", "checkpoint_")) and run not in except_of and not entry.is_file:
+            if entry.is_file or run in except_of or entry.path == f"{self.path}/start":
+                continue
+            if name == "start" or name.startswith(("epoch_", "checkpoint_")):
                 self.filesystem.delete_dir(entry.path)
 
     def write(self, name: str, content: dict[str, Any] | str) -> None:

@@ -264,6 +264,10 @@ def _environment(run: RunSubject, config: Config) -> dict[str, str]:
         "device of the training": f"{'GPU' if config.use_gpu else 'CPU'}, {config.precision}",
         "report made on": f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
     }
+    if "start_from" in tags:
+        facts["began with"] = f"{tags['start_from']}, checkpoint {tags['start_fingerprint'][:12]}"
+    if "start_saw" in tags:
+        facts["test classes that it was trained on"] = tags["start_saw"]
     for package in PACKAGES:
         try:
             facts[package] = version(package)

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dml_core.data.datasets import SetIdentity, Splits
 from dml_core.data.pictures import to_image
@@ -18,6 +18,7 @@ from pipelines.config.identity import FREE_KEYS
 from pipelines.config.recipe import parse_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.models.run_folder import RunFolder, local_copy
+from pipelines.models.start import OpenStart
 from pipelines.runs.outcome import SweepMember
 from pipelines.tracking.address import experiment_of_environment
 from pipelines.tracking.models import log_model
@@ -48,6 +49,30 @@ def with_experiment(config: Config, begun: Mapping[str, Any] | None) -> Config:
             "choose another name"
         )
     return config.model_copy(update={"experiment": kept or asked or config.data.name})
+
+
+class Lineage(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        opened: The start.
+        seen_classes: How many of the test classes it was trained on, as of check_start.
+    """
+
+    opened: OpenStart
+    seen_classes: str = ""
+
+    @property
+    def params(self) -> dict[str, str]:
+        """The param that names the start: which checkpoint it is, by whatever name the user has called it."""
+        return {self.opened.key: self.opened.start.label}
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The earlier run (its id, or its name where that is not known), and the checkpoint's fingerprint."""
+        start = self.opened.start
+        tags = {"start_from": start.run_id or start.name, "start_fingerprint": start.fingerprint}
+        return tags | ({"start_saw": self.seen_classes} if self.seen_classes else {})
 
 
 def record_run(
@@ -98,6 +123,7 @@ def record_training(
     config: Config,
     data: SetIdentity,
     unreadable: Sequence[str],
+    lineage: Lineage | None,
     member: SweepMember | None,
     key: str,
 ) -> str:
@@ -106,6 +132,8 @@ def record_training(
     A start that was cut off is completed: the key is that of before.
     """
     params, tags = config.flat(), {"workers": str(config.workers)}
+    if lineage:
+        params, tags = params | lineage.params, tags | lineage.tags
     if member:
         tags |= member.tags | {"mlflow.parentRunId": member.parent}
     if member is None or member.test:  # a trial has nothing that `dml compare` could compare

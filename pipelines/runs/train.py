@@ -24,10 +24,12 @@ from pipelines.data.check import identify_again, require_pictures, unreadable_pi
 from pipelines.data.sets import cache_folder, load_splits
 from pipelines.kept import keep_meanwhile
 from pipelines.models.run_folder import RunFolder, checkpoint_name
+from pipelines.models.start import OpenStart, keep_start, open_start
 from pipelines.phases import Clock, Phase
 from pipelines.runs.log import logged_to
 from pipelines.runs.outcome import SweepMember, TrainOutcome
-from pipelines.runs.record import record_training, register_model, with_experiment
+from pipelines.runs.record import Lineage, record_training, register_model, with_experiment
+from pipelines.runs.start import check_start
 from pipelines.tracking.address import default_uri
 from pipelines.tracking.models import import_for_log_model
 from pipelines.tracking.process import SameProcess
@@ -39,11 +41,19 @@ from pipelines.training.job import TrainingJob, TrainingResult
 
 
 class Inputs(NamedTuple):
-    """A run's data, checked: what the set is, its splits, and the names of pictures that are left out."""
+    """A run's data, checked.
+
+    Attributes:
+        data: What the set is.
+        splits: Of the set.
+        unreadable: Names of pictures that are left out.
+        seen_classes: How many of the test classes the start was trained on, as of check_start.
+    """
 
     data: SetIdentity
     splits: Splits
     unreadable: tuple[str, ...]
+    seen_classes: str = ""
 
 
 def run_training(
@@ -85,6 +95,7 @@ def run_training(
     earlier = folder.read("run.json")
     begun, reason = earlier and earlier["config"], ""
     config = config if member else with_experiment(config, begun)
+    config, start = open_start(config, folder, begun)
     store = tracker.submit(prepare_store, uri)
     config = with_slices(config, begun)  # is refused before it waits for a cluster
     if here or not has_cluster():
@@ -102,7 +113,7 @@ def run_training(
                 identify_again(config.data, f"name={config.name}", earlier, folder.path, console)
             console.print(f"{config.name} is finished; this is its outcome. Another name starts a new run.")
             return TrainOutcome.from_json(result)
-        check = partial(check_inputs, config, earlier, folder, member, console)
+        check = partial(check_inputs, config, earlier, folder, member, start, console)
         if here:
             inputs = _check_and_import(check, console, clock)
         else:
@@ -116,7 +127,9 @@ def run_training(
         console.print(facts, highlight=False, soft_wrap=True)
         if earlier:
             require_same(config, earlier["config"], folder.path, may_differ)
-        run_id = _open_run(config, folder, earlier or {}, inputs, tracker, uri, member, console)
+        run_id = _open_run(config, folder, earlier or {}, inputs, start, tracker, uri, member, console)
+        if start:
+            keep_start(folder, start)
         clock.lap("the run in MLflow")
         test = member is None or member.test
         job = TrainingJob(config, inputs.unreadable, inputs.data, started=started, test=test)
@@ -177,6 +190,7 @@ def _open_run(
     folder: RunFolder,
     earlier: dict[str, Any],
     inputs: Inputs,
+    start: OpenStart | None,
     tracker: Executor,
     uri: str,
     member: SweepMember | None,
@@ -199,7 +213,8 @@ def _open_run(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
         folder.write("run.json", known)
         key = known["start_key"]
-        run_id = record_training(tracker, uri, config, inputs.data, inputs.unreadable, member, key)
+        lineage = Lineage(start, inputs.seen_classes) if start else None
+        run_id = record_training(tracker, uri, config, inputs.data, inputs.unreadable, lineage, member, key)
     folder.write("run.json", known | {"run_id": run_id})
     return run_id
 
@@ -239,7 +254,12 @@ def _open_cluster_and_check(
 
 
 def check_inputs(
-    config: Config, earlier: dict[str, Any] | None, folder: RunFolder, member: SweepMember | None, console: Console
+    config: Config,
+    earlier: dict[str, Any] | None,
+    folder: RunFolder,
+    member: SweepMember | None,
+    start: OpenStart | None,
+    console: Console,
 ) -> Inputs:
     """Read the data and build the learner once, so that what is wrong with them ends a run before any worker starts.
 
@@ -248,6 +268,7 @@ def check_inputs(
         earlier: The run's run.json, if it goes on.
         folder: Of the run.
         member: What a run that belongs to a sweep is given.
+        start: What the run begins with.
         console: Where messages go.
 
     Raises:
@@ -266,20 +287,28 @@ def check_inputs(
             print_notes(console, splits.notes)
             require_pictures(splits.train)
     inputs = Inputs(data, splits, unreadable)
-    if not _may_fail_to_build(config):
+    if not start and not _may_fail_to_build(config):
         return inputs
     with stage(console, "building the network"):
         from pipelines.models.build import build_learner
 
         try:
-            loss = build_learner(config, len(splits.train.class_names)).base_loss
+            learner = build_learner(config, len(splits.train.class_names), read_weights=start is None)
         except OSError as error:
             raise ValueError(f"backbone.weights={config.backbone.weights}: cannot be had here ({error})") from None
+    loss, seen = learner.base_loss, ""
+    if unused := learner.backbone.unused:
+        from dml_core.weights import count
+
+        line = f"backbone.weights={config.backbone.weights}: {count(unused)} of the file not used"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if start and not start.is_kept:
+        seen = check_start(start, learner, config, splits, console)
     if loss and loss.needs_positives and config.batch.images < 2:
         raise ValueError(
             f"batch.images=1: loss.name={config.loss.name} compares images of one class and needs at least 2"
         )
-    return inputs
+    return inputs._replace(seen_classes=seen)
 
 
 def _may_fail_to_build(config: Config) -> bool:

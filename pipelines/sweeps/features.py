@@ -8,6 +8,7 @@ from pipelines.cluster.worker import Job, device_of_worker
 from pipelines.data.sets import identify, load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_learner
+from pipelines.models.start import kept_start, take_over
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,12 @@ def compute_features(job: FeaturesJob) -> None:
     """Compute the features of the whole set, if this node does not have them, and keep them on its disk."""
     config = job.config
     splits, device = load_splits(config, job.unreadable), device_of_worker(config)
-    learner = build_learner(config, len(splits.train.class_names)).to(device)
-    if config.precision == "float64":
-        learner.double()
+    names = splits.train.class_names
+    with kept_start(config) as start:
+        learner = build_learner(config, len(names), read_weights=start is None).to(device)
+        if config.precision == "float64":
+            learner.double()
+        if start is not None:
+            take_over(learner, start, config, names)
     data = job.data or identify(config.data)
     Sources(config, learner, device, job.worker.cpus, Reporter(None), data).of(splits.train)

@@ -33,11 +33,15 @@ from pipelines.console import RunFailed, messages, print_notes
 from pipelines.data.check import identify_again, unreadable_pictures
 from pipelines.data.sets import cache_folder, identify, load_splits
 from pipelines.kept import keep_meanwhile
+from pipelines.models.build import build_learner
 from pipelines.models.checkpoint import read_history
 from pipelines.models.run_folder import RunFolder, local_copy, newest_checkpoint
+from pipelines.models.start import FOLDER as START_FOLDER
+from pipelines.models.start import OpenStart, keep_start, open_start
 from pipelines.pages.render import made_by
 from pipelines.runs.log import logged_to
-from pipelines.runs.record import record_run, with_experiment
+from pipelines.runs.record import Lineage, record_run, with_experiment
+from pipelines.runs.start import check_start
 from pipelines.sweeps.features import FeaturesJob
 from pipelines.sweeps.plots import draw_figures
 from pipelines.sweeps.population import make_pbt_scheduler
@@ -100,7 +104,14 @@ def start_sweep(
         raise ValueError(
             f"name={config.name} is taken in {config.storage}; to continue a sweep: --resume {config.name}"
         )
-    sweep = _record_sweep(config, space, options, console)
+    config, start = open_start(config, folder, None)
+    if start:
+        if fixed := sorted({"backbone.name", "backbone.weights", "embedding_dim", "start_from"} & {*space}):
+            raise ValueError(f"{fixed[0]} cannot be searched: {start.key} decides it")
+        config = with_values(config, {start.key: f"{config.storage}/{config.name}/{START_FOLDER}"})
+    sweep = _record_sweep(config, space, options, start, console)
+    if start:
+        keep_start(folder, start)
     begun = {"run_id": sweep.run_id, "uri": without_password(sweep.uri), "options": options._asdict()}
     begun |= {"data": sweep.data._asdict()}
     folder.write("sweep.json", begun | {"config": config.model_dump(exclude_none=True)})
@@ -161,7 +172,9 @@ def _check_options(config: Config, space: Space, options: SweepOptions) -> None:
         with_values(config, fold_values(0, options.folds))
 
 
-def _record_sweep(config: Config, space: Space, options: SweepOptions, console: Console) -> Sweep:
+def _record_sweep(
+    config: Config, space: Space, options: SweepOptions, start: OpenStart | None, console: Console
+) -> Sweep:
     """Read the data once and start the sweep's run in MLflow."""
     with keep_meanwhile(), console.status("reading the data"):
         data = identify(config.data, partial(console.print, highlight=False, markup=False, soft_wrap=True))
@@ -172,13 +185,18 @@ def _record_sweep(config: Config, space: Space, options: SweepOptions, console: 
             raise ValueError("data.validation_fraction=0: a sweep chooses by validation classes")
         if options.folds > 1:  # refused here, not in every trial, where the set itself says what is validated on
             load_splits(with_values(config, fold_values(0, options.folds)), unreadable)
+    lineage = None
+    if start:
+        learner = build_learner(config, len(splits.train.class_names), read_weights=False)
+        lineage = Lineage(start, check_start(start, learner, config, splits, console))
     uri = default_uri(Path.cwd())
     prepare_store(uri)
     domains = {
         f"space.{key}": f"{type(d.get_sampler()).__name__.strip('_')} {d.domain_str}" for key, d in space.items()
     }
     tags = {"kind": "sweep", **{key: str(value) for key, value in options._asdict().items()}}
-    run_id = record_run(SameProcess(), uri, config, config.flat() | domains, tags, data)
+    params = config.flat() | domains | (lineage.params if lineage else {})
+    run_id = record_run(SameProcess(), uri, config, params, tags | (lineage.tags if lineage else {}), data)
     return Sweep(str(config.name), f"{config.storage}/{config.name}", uri, run_id, config, data, options)
 
 

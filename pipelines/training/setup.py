@@ -3,7 +3,7 @@
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipelines.models import checkpoint
 from pipelines.models.build import build_learner
 from pipelines.models.checkpoint import TrainingState, load_weights
 from pipelines.models.run_folder import checkpoint_name, keep_checkpoint, local_copy, locate, newest_checkpoint
+from pipelines.models.start import kept_start, take_over
 from pipelines.phases import Clock
 from pipelines.tracking.records import EpochRecord
 from pipelines.training.evaluation import (
@@ -157,7 +158,7 @@ class Training:
         if settings == self.settings:
             return
         self.settings, earlier = settings, self.learner
-        self.learner = self._build(settings, read_weights=False)
+        self.learner = build_on(settings, len(self.splits.train.class_names), self.device, read_weights=False)
         self.learner.load_state_dict(earlier.state_dict(keep_vars=True), assign=True)
         # Through a network of the same parameters; the loss is recorded anew, as its learner is another.
         self.learner.passes, self.learner.run_loss = earlier.passes, earlier.run_loss
@@ -260,14 +261,11 @@ class Training:
                 load_weights(local, self.learner)
             self.learner.eval()
             metrics |= test_metrics(self.learner, self.splits, self.sources)
-            untrained = self._build(self.config).eval()
+            untrained = build_begun(self.config, self.splits.train.class_names, self.device).eval()
             metrics |= baseline_metrics(untrained, self.splits, self.sources)
             self.clock.lap("test")
         end = EpochRecord(time=now_in_ms(), step=self.config.epochs, metrics=final_metrics(metrics))
         return TrainingResult(metrics, [*self.history, end], [*self.clock.phases.values()])
-
-    def _build(self, settings: Config, read_weights: bool = True) -> Learner:
-        return build_on(settings, len(self.splits.train.class_names), self.device, read_weights)
 
 
 def begin(job: TrainingJob) -> Training:
@@ -278,7 +276,7 @@ def begin(job: TrainingJob) -> Training:
     progress.note("preparing", 0, 1)
     splits = load_splits(config, job.unreadable)
     data = job.data or identify(config.data)
-    learner = build_on(config, len(splits.train.class_names), device)
+    learner = build_begun(config, splits.train.class_names, device)
     batch = config.batch
     plan = BatchPlan(splits.train.labels, batch.classes, batch.images, config.seed, config.steps_per_epoch)
     optimizer = build_optimizer(config, learner)
@@ -339,6 +337,21 @@ def build_on(config: Config, classes: int, device: torch.device, read_weights: b
     """Build a learner on a device, in the run's precision. Arguments as of build_learner."""
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return build_learner(config, classes, read_weights).to(device, dtype)
+
+
+def build_begun(config: Config, class_names: Sequence[str], device: torch.device) -> Learner:
+    """Build a learner as a run begins: with what an earlier run has learned, or as the seed initialises it.
+
+    Args:
+        config: Of the run.
+        class_names: Of its training classes, by label.
+        device: Of this worker.
+    """
+    with kept_start(config) as start:
+        learner = build_on(config, len(class_names), device, read_weights=start is None)
+        if start is not None:
+            take_over(learner, start, config, class_names)
+    return learner
 
 
 def global_generators(device: torch.device) -> list[torch.Generator]:
