@@ -89,7 +89,8 @@ def open_start(config: Config, folder: RunFolder, earlier: Mapping[str, Any] | N
         The config, and the start; None where the run begins with none.
 
     Raises:
-        ValueError: There is no such checkpoint, or its network is another than the config's.
+        ValueError: There is no such checkpoint, its network is another than the config's, or the run was begun with
+            another.
     """
     key = key_of_start(config)
     if key is None:
@@ -106,7 +107,13 @@ def open_start(config: Config, folder: RunFolder, earlier: Mapping[str, Any] | N
             known = "not imagenet, none or a file, and as a run: " if key == "backbone.weights" else ""
             raise ValueError(f"{key}={text}: {known}{reason}") from None
         opened = OpenStart(_identify(text, checkpoint), key, text, checkpoint, False)
-        if kept and Start(**kept).fingerprint == opened.start.fingerprint:  # by another name
+        if kept:
+            if Start(**kept).fingerprint != opened.start.fingerprint:
+                raise ValueError(
+                    f"{key}={text}: name={config.name} was begun with another checkpoint, {key}={begun_with} (in "
+                    f"{folder.path}); choose another name"
+                )
+            # The same by another name.
             config, opened = _with_value(config, key, begun_with), opened._replace(is_kept=True)
     as_begun = _with_network_of(config, opened)
     return as_begun, opened._replace(is_new_network=as_begun.backbone.weights != config.backbone.weights)

@@ -32,10 +32,12 @@ from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import identify, load_collection, load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.run_folder import RunFolder, locate
+from pipelines.models.start import keep_start, open_start
 from pipelines.runs import record
 from pipelines.tracking.process import SameProcess
 from pipelines.training.job import TrainingJob
 from pipelines.training.loop import train_loop
+from pipelines.training.setup import build_begun
 
 CLASSES, EACH = 12, 5
 QUIET = Console(file=io.StringIO())
@@ -63,6 +65,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "set" / "split.csv").write_text(f"path,label,split\n{said}")
     torch.manual_seed(5)
     save_file(small_network().state_dict(), place / "weights.safetensors")
+    earlier = config_of(place, ["name=earlier", "seed=7", "epochs=1", "steps_per_epoch=1"])
+    (place / "runs" / "earlier").mkdir(parents=True)
+    (place / "runs" / "earlier" / "run.json").write_text("{}")
+    threads = torch.get_num_threads()
+    train_loop(TrainingJob(earlier, worker=Worker(report=dict)))
+    torch.set_num_threads(threads)
     return place
 
 
@@ -174,6 +182,16 @@ def left_out(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     return unreadable_pictures(config.data, identify(config.data), QUIET)
 
 
+def begun_with(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
+    """The head that the training begins with; what it begins with is in the run's folder, as the driver keeps it."""
+    config = config.model_copy(update={"storage": str(folder), "name": "run"})
+    config, start = open_start(config, RunFolder(config), None)
+    if start:
+        keep_start(RunFolder(config), start)
+    learner = build_begun(config, load_splits(config).train.class_names, torch.device("cpu"))
+    return [tensor.tolist() for tensor in learner.head.state_dict().values()]
+
+
 def decoded_by(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     """What gives batches, and in how many processes."""
     patch.setattr("pipelines.data.streaming.ray.put", lambda views: views)
@@ -218,6 +236,7 @@ CASES = {
     "name": acts(launched, "other"),
     "storage": acts(kept_in, "{place}/others"),
     "experiment": acts(recorded, "mine"),
+    "start_from": acts(begun_with, "{place}/runs/earlier"),
     "model_name": acts(registered, "mine"),
     "max_failures": acts(launched, "7"),
     "timeout": acts(launched, "60"),

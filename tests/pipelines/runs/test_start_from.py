@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from dml_core.gather import rank
 from pipelines.cluster.worker import Worker
 from pipelines.compare.comparison import compare_experiments
 from pipelines.config.recipe import load_recipe, with_values
-from pipelines.models.checkpoint import model_fingerprint, read_config
+from pipelines.models.checkpoint import model_fingerprint, read_class_names, read_config
 from pipelines.models.run_folder import checkpoint_name
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
@@ -141,7 +143,8 @@ def test_an_alias_that_has_moved_changes_no_run(first, tuned, tracked_folder) ->
     by_id = ["name=by-alias", f"start_from={first.run_id}", *TUNED]  # by another name, but the same checkpoint
     assert train(*by_id).run_id == outcome.run_id
     message = refusal("name=by-alias", f"start_from={tuned[0].run_id}", *TUNED)
-    assert "was begun with another config" in message and f"start_from={tuned[0].run_id} (was models:/" in message
+    assert message.startswith(f"start_from={tuned[0].run_id}: name=by-alias was begun with another checkpoint, ")
+    assert f"start_from=models:/{model}@moving (in " in message
     assert "start_from=None (was models:/" in refusal("name=by-alias", *TUNED)
 
 
@@ -161,15 +164,28 @@ def test_two_workers_give_the_same_bits(tuned, tmp_path: Path, cache: Path) -> N
         assert key in TIMED or metrics[key] == value, key
 
 
-def test_classes_that_are_tested_on_and_were_trained_on_are_told(first, tracked_folder) -> None:
+def test_classes_that_are_tested_on_and_were_trained_on_are_told(tmp_path: Path, tracked_folder) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(48):
+        folder = tmp_path / f"c{number // 4:02d}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / f"{number}.png")
+    given = ["data.name=folder", f"data.root={tmp_path}", "data.image_size=32", "data.limit_classes=null"]
+    given += ["epochs=1", "steps_per_epoch=1", "data.validation_fraction=0.25"]
+    earlier = train("name=before", "data.test_classes=[c00,c01,c02,c03]", *given)
+    tested = ["c00", "c08", "c09", "c10", "c11"]
     outcome, text = told(
-        "name=leaks", f"start_from={first.run_id}", "data.split_seed=1", "data.limit_classes=60", *TUNED
+        "name=leaks", f"start_from={earlier.run_id}", f"data.test_classes=[{','.join(tested)}]", *given
     )
-    tag = mlflow.get_run(outcome.run_id).data.tags["start_saw"]
-    assert f"start_from: first was trained on {tag} test classes, by name (U+" in text
+    trained = read_class_names(Path(earlier.checkpoint))
+    seen = [name for name in tested if name in trained]
+    assert 0 < len(seen) < 5
+    share = f"{len(seen)} of 5"
+    assert mlflow.get_run(outcome.run_id).data.tags["start_saw"] == share
+    assert f"start_from: before was trained on {share} test classes, by name ({', '.join(seen[:3])}" in text
     assert "test metrics are not those of unseen classes" in text
     (warning,) = [w for w in compare_experiments([outcome.run_id], log=False).comparison.warnings if "began" in w]
-    assert warning.endswith(f"it began with a model that was trained on {tag} of its test classes")
+    assert warning.endswith(f"it began with a model that was trained on {share} of its test classes")
 
 
 def test_a_frozen_backbone_and_another_loss_and_method(first, tracked_folder) -> None:
