@@ -92,7 +92,12 @@ def open_start(config: Config, folder: RunFolder, earlier: Mapping[str, Any] | N
         ValueError: There is no such checkpoint, its network is another than the config's, or the run was begun with
             another.
     """
-    key = key_of_start(config)
+    key, before = key_of_start(config), (earlier or {}).get("start_from")
+    if before and config.start_from is None:
+        raise ValueError(
+            f"name={config.name} was begun with start_from={before} (in {folder.path}); set it again, or choose "
+            "another name"
+        )
     if key is None:
         return config, None
     text, kept = str(config.flat()[key]), folder.read(f"{FOLDER}/{RECORD}") if earlier else None
