@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dml_core.data.datasets import SetIdentity
 from dml_core.learner import Learner
 from pipelines.config.recipe import load_recipe
 from pipelines.config.schema import Config
@@ -30,7 +31,7 @@ def store(folder: Path, config: Config, names: tuple[str, ...] = BEFORE) -> Lear
     learner.load_state_dict({n: torch.rand_like(t.float()).to(t.dtype) for n, t in learner.state_dict().items()})
     nothing: Any = SimpleNamespace(state_dict=dict)
     rest = nothing, nothing, TrainingState(1, 1), [], {}, torch.zeros(0, 7)
-    checkpoint.save(folder, config, names, learner, *rest)
+    checkpoint.save(folder, config, SetIdentity("d", "p", "l", 4, 9), names, learner, *rest)
     return learner
 
 
