@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from pipelines.tracking.process import SameProcess
 from pipelines.tracking.records import EpochRecord
 from pipelines.tracking.runs import end_run, resume_run
 from pipelines.tracking.sender import MetricSender
-from pipelines.tracking.server import prepare_store
+from pipelines.tracking.server import prepare_run
 from pipelines.training.job import TrainingJob, TrainingResult
 
 
@@ -96,7 +96,8 @@ def run_training(
     begun, reason = earlier and earlier["config"], ""
     config = config if member else with_experiment(config, begun)
     config, start = open_start(config, folder, begun)
-    store = tracker.submit(prepare_store, uri)
+    anew = f"without {folder.path}/run.json it goes on as a new run"
+    store = tracker.submit(prepare_run, uri, str(config.experiment), (earlier or {}).get("run_id"), anew)
     config = with_slices(config, begun)  # is refused before it waits for a cluster
     if here or not has_cluster():
         config, reason = resolve_workers(config, here=here)
@@ -115,10 +116,9 @@ def run_training(
             return TrainOutcome.from_json(result)
         check = partial(check_inputs, config, earlier, folder, member, start, console)
         if here:
-            inputs = _check_and_import(check, console, clock)
+            inputs = _check_and_import(check, console, clock, store)
         else:
-            inputs = _open_cluster_and_check(config, check, earlier is not None, console, folder, clock, cluster)
-        store.result()
+            inputs = _open_cluster_and_check(config, check, earlier is not None, console, folder, clock, cluster, store)
         if config.workers == AUTO:
             config, reason = resolve_workers(config)
             config = with_slices(config, begun)
@@ -174,13 +174,22 @@ def run_training(
     return outcome
 
 
-def _check_and_import(check: Callable[[], Inputs], console: Console, clock: Clock) -> Inputs:
-    """Check the inputs, and import what a training in this process needs while MLflow's process is busy."""
-    inputs = check()
+def _check_and_import(check: Callable[[], Inputs], console: Console, clock: Clock, store: Future[None]) -> Inputs:
+    """Check the inputs, and import what a training in this process needs while MLflow's process is busy.
+
+    A store that refuses ends a long look at the inputs.
+    """
+    checked = call_in_thread(check)
+    both: list[Future[Any]] = [checked, store]
+    wait(both, return_when=FIRST_COMPLETED)
+    if store.done():
+        store.result()
+    inputs = checked.result()
     clock.lap("data")
     with stage(console, "importing torch and the losses"):
         for module in (TrainingJob.loop.partition(":")[0], "dml_core.base_losses"):
             importlib.import_module(module)
+    store.result()
     clock.lap("imports")
     return inputs
 
@@ -227,13 +236,15 @@ def _open_cluster_and_check(
     folder: RunFolder,
     clock: Clock,
     cluster: contextlib.ExitStack,
+    store: Future[None],
 ) -> Inputs:
-    """Connect to or start Ray, which `cluster` closes, and check the inputs beside it, or before it.
+    """Connect to or start Ray, which `cluster` closes, and check the inputs beside it, or before it; MLflow's store is looked at before.
 
     Args:
         check: Checks the inputs.
         continues: Whether the run goes on: over other pictures it is refused before Ray starts.
         config, console, folder, clock, cluster: Of the run.
+        store: Done when MLflow's store is prepared.
     """
 
     def check_beside() -> Inputs:
@@ -243,6 +254,7 @@ def _open_cluster_and_check(
     checked = call_in_thread(check_beside)
     from pipelines.cluster.session import open_cluster  # Ray's import takes half a second
 
+    store.result()
     if continues or checked.done():
         checked.result()  # what is refused by now need not wait for a Ray
     with stage(console, "connecting to Ray" if cluster_address() else "starting Ray"):

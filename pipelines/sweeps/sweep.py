@@ -60,12 +60,12 @@ from pipelines.sweeps.search import NumberedOptuna
 from pipelines.sweeps.spaces import Point, Space, config_point, draw_points, load_space
 from pipelines.sweeps.stages import Placement, failure_reason, place_trials, read_trial, run_stage
 from pipelines.sweeps.trial import run_final, run_trial
-from pipelines.tracking.address import default_uri, without_password
+from pipelines.tracking.address import database_file, default_uri, without_password
 from pipelines.tracking.models import set_alias
 from pipelines.tracking.process import SameProcess
 from pipelines.tracking.runs import end_run, log_figure, log_metrics, log_text, read_runs, resume_run, running_children
 from pipelines.tracking.sender import MetricSender
-from pipelines.tracking.server import prepare_store
+from pipelines.tracking.server import prepare_run
 
 LOGGER = logging.getLogger(__name__)
 
@@ -152,9 +152,10 @@ def resume_sweep(name: str, storage: str = "runs", console: Console = messages) 
     config, space = load_space(options.space, stored)
     config = with_experiment(config, begun["config"])
     uri, default = begun["uri"], default_uri(Path.cwd())
-    if without_password(default) == uri:
-        uri = default  # with its password, which is kept nowhere
-    prepare_store(uri)
+    database = database_file(uri)
+    if without_password(default) == uri or (database and not database.exists()):
+        uri = default  # with its password, which is kept nowhere; or the project's folder has moved
+    prepare_run(uri, str(config.experiment), begun["run_id"], "another name= starts a new sweep")
     resume_run(uri, begun["run_id"], {})
     sweep = Sweep(name, f"{config.storage}/{name}", uri, begun["run_id"], config, data, options)
     return _run_sweep(sweep, space, folder, console)
@@ -176,6 +177,9 @@ def _record_sweep(
     config: Config, space: Space, options: SweepOptions, start: OpenStart | None, console: Console
 ) -> Sweep:
     """Read the data once and start the sweep's run in MLflow."""
+    uri = default_uri(Path.cwd())
+    with console.status("preparing MLflow's store"):
+        prepare_run(uri, str(config.experiment))
     with keep_meanwhile(), console.status("reading the data"):
         data = identify(config.data, partial(console.print, highlight=False, markup=False, soft_wrap=True))
         unreadable = unreadable_pictures(config.data, data, console)
@@ -189,8 +193,6 @@ def _record_sweep(
     if start:
         learner = build_learner(config, len(splits.train.class_names), read_weights=False)
         lineage = Lineage(start, check_start(start, learner, config, splits, console))
-    uri = default_uri(Path.cwd())
-    prepare_store(uri)
     domains = {
         f"space.{key}": f"{type(d.get_sampler()).__name__.strip('_')} {d.domain_str}" for key, d in space.items()
     }

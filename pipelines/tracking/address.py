@@ -29,6 +29,12 @@ def experiment_of_environment() -> str | None:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or None
 
 
+def database_file(uri: str) -> Path | None:
+    """Return the file of a store that is an SQLite database; None for a server."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path).resolve() if uri.startswith("sqlite:///") else None
+
+
 def without_password(uri: str) -> str:
     """Return an address without the password that it may hold."""
     return re.sub(r"://[^/@]*@", "://***@", uri)

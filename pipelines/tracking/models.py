@@ -1,11 +1,18 @@
 """Checkpoints as models of MLflow: log, register, fetch."""
 
 import importlib
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.tracking import server
 from pipelines.tracking.address import without_password
+from pipelines.tracking.moved_files import is_there, local_folder
+from pipelines.tracking.refusals import refused_in_one_line
 from pipelines.tracking.server import import_mlflow
+
+if TYPE_CHECKING:
+    import mlflow
 
 LOADER = "pipelines.embedder"  # the module by which MLflow loads our models
 
@@ -66,19 +73,82 @@ def log_model(
 
 
 def fetch_checkpoint(uri: str, run: str) -> Path:
-    """Fetch the checkpoint folder of a run id or models:/NAME@ALIAS from MLflow. ValueError if there is none."""
+    """Fetch the checkpoint folder of a run id or a registered model from MLflow; one on this machine is used in place.
+
+    Args:
+        uri: MLflow's store.
+        run: A run id, models:/NAME/VERSION or models:/NAME@ALIAS.
+
+    Raises:
+        ValueError: There is none, or its files are gone.
+    """
     mlflow = import_mlflow()
     mlflow.set_tracking_uri(uri)
-    try:
+    client = server.connect(uri)
+    with refused_in_one_line(uri):
         if run.startswith("models:/"):
-            model = run
+            location = _location_of_registered(client, uri, run)
         else:
-            outputs = server.connect(uri).get_run(run).outputs
-            if not outputs or not outputs.model_outputs:
-                raise ValueError(f"run {run} has no model: it did not finish")
-            model = f"models:/{outputs.model_outputs[-1].model_id}"
-        local = Path(mlflow.artifacts.download_artifacts(model))
-    except mlflow.MlflowException as error:
-        reason = f"not a checkpoint folder, and unknown to MLflow at {without_password(uri)}"
-        raise ValueError(f"{run}: {reason} ({error.message})") from None
-    return next(path.parent for path in local.rglob("manifest.json"))
+            location = client.get_logged_model(_model_of_run(client, uri, run)).artifact_location
+        if not is_there(location):
+            raise ValueError(
+                f"{run}: its files are no longer at {local_folder(location)}; put them back, or name a checkpoint "
+                "folder, runs/NAME/epoch_..."
+            )
+        local = Path(mlflow.artifacts.download_artifacts(location))
+    for manifest in local.rglob("manifest.json"):
+        return manifest.parent
+    raise ValueError(f"{run}: not a model of dml train; {location} has no manifest.json")
+
+
+def _model_of_run(client: "mlflow.MlflowClient", uri: str, run_id: str) -> str:
+    """Return the id of the model that a run has made."""
+    try:
+        run = client.get_run(run_id)
+    except import_mlflow().MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ValueError(
+            f"{run_id}: not a checkpoint folder, and unknown to MLflow at {without_password(uri)}; `dml ui` shows "
+            "the runs that it has"
+        ) from None
+    if run.outputs and run.outputs.model_outputs:
+        return str(run.outputs.model_outputs[-1].model_id)
+    if kind := run.data.tags.get("kind"):
+        raise ValueError(
+            f"run {run_id} is a {kind}, which has no model of its own; dml ui shows the runs of its models"
+        )
+    raise ValueError(
+        f"run {run_id} has no model: it did not finish; continue it, or name one of its checkpoint folders, "
+        "runs/NAME/epoch_..."
+    )
+
+
+def _location_of_registered(client: "mlflow.MlflowClient", uri: str, model: str) -> str:
+    """Return where the files of models:/NAME/VERSION, models:/NAME@ALIAS or models:/m-ID are."""
+    if logged := re.fullmatch(r"models:/+(m-[0-9a-f]{32})", model):
+        return str(client.get_logged_model(logged[1]).artifact_location)
+    named = re.fullmatch(r"models:/+([^/@]+)(?:/(\d+|latest)|@([^/@]+))", model)
+    if not named:
+        raise ValueError(f"{model}: not models:/NAME/VERSION or models:/NAME@ALIAS")
+    name, version, alias = named.groups()
+    try:
+        registered = client.get_registered_model(name)
+    except import_mlflow().MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = ", ".join(other.name for other in client.search_registered_models()) or "none"
+        raise ValueError(
+            f"{model}: unknown to MLflow at {without_password(uri)}; its registered models: {names}"
+        ) from None
+    versions = sorted(int(entry.version) for entry in client.search_model_versions(f"name = '{name}'"))
+    if version == "latest" and versions:
+        version = str(versions[-1])
+    version = version or str(registered.aliases.get(alias, ""))
+    if not version.isdecimal() or int(version) not in versions:
+        allowed = [f"models:/{name}/{number}" for number in versions]
+        allowed += [f"models:/{name}@{other}" for other in registered.aliases]
+        raise ValueError(
+            f"{model}: unknown to MLflow at {without_password(uri)}; of {name} it has {', '.join(allowed) or 'none'}"
+        )
+    return str(client.get_model_version_download_uri(name, version))

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.tracking import server
 from pipelines.tracking.address import without_password
-from pipelines.tracking.server import experiment_id, import_mlflow
+from pipelines.tracking.moved_files import is_there, local_folder
+from pipelines.tracking.refusals import refused_in_one_line
+from pipelines.tracking.server import experiment_id, import_mlflow, require_active
 
 if TYPE_CHECKING:
     import mlflow
@@ -55,33 +57,38 @@ def start_run(
 
     Returns:
         The run's id.
+
+    Raises:
+        ValueError: The store refuses.
     """
     from mlflow.entities import Dataset, DatasetInput, Param
 
     client = server.connect(uri)
-    within = experiment_id(client, uri, experiment)
-    if key and (begun := client.search_runs([within], f"tags.start_key = '{key}'")):
-        run = begun[0]
-        client.update_run(run.info.run_id, status="RUNNING")
-    else:
-        run = client.create_run(within, run_name=name, tags={**tags, "start_key": key} if key else tags)
-    logged = [Param(key, str(value)[:6000]) for key, value in params.items()]
-    for start in range(0, len(logged), PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, params=logged[start : start + PARAMS_PER_CALL])
-    dataset = Dataset(data, digest, "local", source, profile="{}")
-    client.log_inputs(run.info.run_id, [DatasetInput(dataset)])
-    for file, text in texts.items():
-        client.log_text(run.info.run_id, text, file)
-    return run.info.run_id
+    with refused_in_one_line(uri):
+        within = experiment_id(client, uri, experiment)
+        if key and (begun := client.search_runs([within], f"tags.start_key = '{key}'")):
+            run = begun[0]
+            client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            run = client.create_run(within, run_name=name, tags={**tags, "start_key": key} if key else tags)
+        logged = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        for start in range(0, len(logged), PARAMS_PER_CALL):
+            client.log_batch(run.info.run_id, params=logged[start : start + PARAMS_PER_CALL])
+        dataset = Dataset(data, digest, "local", source, profile="{}")
+        client.log_inputs(run.info.run_id, [DatasetInput(dataset)])
+        for file, text in texts.items():
+            client.log_text(run.info.run_id, text, file)
+        return run.info.run_id
 
 
 def resume_run(uri: str, run_id: str, tags: dict[str, str]) -> None:
-    """Set a run to RUNNING again, with tags on top of its own."""
+    """Set a run to RUNNING again, with tags on top of its own. ValueError: the store refuses."""
     from mlflow.entities import RunTag
 
     client = server.connect(uri)
-    client.update_run(run_id, status="RUNNING")
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    with refused_in_one_line(uri):
+        client.update_run(run_id, status="RUNNING")
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
 def end_run(uri: str, run_id: str, status: str) -> None:
@@ -167,24 +174,37 @@ def find_run(uri: str, name: str) -> LoggedRun | None:
 
 
 def read_text(uri: str, run_id: str, name: str) -> str:
-    """Read a text that is an artifact of a run."""
+    """Read a text that is an artifact of a run. ValueError: it is not there."""
     mlflow = import_mlflow()
     mlflow.set_tracking_uri(uri)
-    return str(mlflow.artifacts.load_text(f"runs:/{run_id}/{name}"))
+    with refused_in_one_line(uri):
+        location = server.connect(uri).get_run(run_id).info.artifact_uri
+        if not is_there(location):
+            raise ValueError(f"run {run_id}: its files are no longer at {local_folder(location)}; put them back")
+        return str(mlflow.artifacts.load_text(f"{location}/{name}"))
 
 
 def read_runs(uri: str, names: Sequence[str]) -> list[LoggedRun]:
     """Read the runs of run ids and experiments, each once. ValueError for a name that is neither."""
     client, runs_by_id = server.connect(uri), dict[str, LoggedRun]()
-    for name in names:
-        experiment = client.get_experiment_by_name(name)
-        try:
-            runs = _search_runs(client, experiment.experiment_id) if experiment else [client.get_run(name)]
-        except import_mlflow().MlflowException:
-            raise ValueError(f"{name}: neither a run nor an experiment of MLflow at {without_password(uri)}") from None
-        for run in runs:
-            if "group" in run.data.tags:
-                runs_by_id[run.info.run_id] = _logged_run(run)
+    mlflow, where = import_mlflow(), f"MLflow at {without_password(uri)}"
+    with refused_in_one_line(uri):
+        for name in names:
+            experiment = client.get_experiment_by_name(name)
+            if experiment:
+                require_active(experiment, uri, "its runs cannot be compared before")
+            try:
+                runs = _search_runs(client, experiment.experiment_id) if experiment else [client.get_run(name)]
+            except mlflow.MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                others = ", ".join(other.name for other in client.search_experiments()) or "none"
+                raise ValueError(
+                    f"{name}: neither a run nor an experiment of {where}; its experiments: {others}"
+                ) from None
+            for run in runs:
+                if "group" in run.data.tags:
+                    runs_by_id[run.info.run_id] = _logged_run(run)
     return [*runs_by_id.values()]
 
 

@@ -10,15 +10,21 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from pipelines.tracking.address import without_password
+from pipelines.tracking.address import database_file, without_password
+from pipelines.tracking.moved_files import ARTIFACTS, follow_moved_files, local_folder
+from pipelines.tracking.refusals import refused_in_one_line
 
 if TYPE_CHECKING:
     import mlflow
+
+LAST_START = "dml.last_start"  # a tag of an experiment, by which each start writes to the store
 
 
 @cache
@@ -47,19 +53,87 @@ def prepare_store(uri: str) -> None:
     Done once, before any worker: several writers that meet on a fresh sqlite file break it.
 
     Raises:
-        ValueError: It does not answer within seconds, or it is no store.
+        ValueError: It does not answer within seconds, or it is no store that this MLflow can use.
     """
     if not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "databricks")):
         raise ValueError(
             f"MLFLOW_TRACKING_URI={without_password(uri)}: not an http(s) server or a database (sqlite:///FILE)"
         )
-    try:
+    database = database_file(uri)
+    if database and database.is_dir():  # MLflow would try it for minutes
+        raise ValueError(f"MLflow's database {database} is a folder; remove it, or set MLFLOW_TRACKING_URI")
+    import_mlflow()
+    with refused_in_one_line(uri):
         connect(uri).search_experiments(max_results=1)
-    except Exception as error:
-        reason = without_password(str(error).splitlines()[0][:200])
-        logging.getLogger(__name__).debug("MLflow does not answer", exc_info=True)
+        if database:
+            follow_moved_files(database)
+
+
+def prepare_run(uri: str, experiment: str, run_id: str | None = None, otherwise: str = "") -> None:
+    """Prepare the store for a run, and write to it, so that what would refuse the run's first lines does so now.
+
+    Args:
+        uri: MLflow's store.
+        experiment: The experiment of a new run, by name; it is made if there is none.
+        run_id: A run that goes on, instead.
+        otherwise: How to go on where that run is not to be had.
+
+    Raises:
+        ValueError: The store refuses, the experiment or the run is deleted, or the run's files cannot be written.
+    """
+    prepare_store(uri)
+    client = connect(uri)
+    with refused_in_one_line(uri):
+        if run_id:
+            run = _require_run(client, uri, run_id, otherwise)
+            within, files = run.info.experiment_id, run.info.artifact_uri
+        else:
+            within = experiment_id(client, uri, experiment)
+            files = client.get_experiment(within).artifact_location
+        client.set_experiment_tag(within, LAST_START, time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    if files and (folder := local_folder(files)):
+        _require_writable(folder)
+
+
+def _require_run(client: mlflow.MlflowClient, uri: str, run_id: str, otherwise: str) -> mlflow.entities.Run:
+    """Return a run that may go on. ValueError where the store has it no more."""
+    mlflow, where = import_mlflow(), f"MLflow at {without_password(uri)}"
+    try:
+        run = client.get_run(run_id)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         raise ValueError(
-            f"MLflow at {without_password(uri)} does not answer ({reason}); set MLFLOW_TRACKING_URI or start it"
+            f"run {run_id} is unknown to {where}; set MLFLOW_TRACKING_URI to the store that has it; {otherwise}"
+        ) from None
+    require_active(client.get_experiment(run.info.experiment_id), uri, otherwise)
+    if run.info.lifecycle_stage == "deleted":
+        restore = f"MLFLOW_TRACKING_URI={without_password(uri)} mlflow runs restore --run-id {run_id}"
+        raise ValueError(f"run {run_id} is deleted in {where}; `{restore}` restores it; {otherwise}")
+    return run
+
+
+def require_active(experiment: mlflow.entities.Experiment, uri: str, otherwise: str) -> None:
+    """Raise ValueError for an experiment that is deleted in MLflow. otherwise: how to go on without it."""
+    if experiment.lifecycle_stage == "deleted":
+        address = without_password(uri)
+        restore = f"MLFLOW_TRACKING_URI={address} mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        raise ValueError(
+            f"experiment {experiment.name} is deleted in MLflow at {address}; `{restore}` restores it; {otherwise}"
+        )
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise ValueError where the files of runs cannot be written: by writing one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        raise ValueError(
+            f"MLflow keeps the files of runs in {folder}, which cannot be written to ({error.strerror}); make it "
+            "writable, or set MLFLOW_TRACKING_URI"
         ) from None
 
 
@@ -77,13 +151,13 @@ def _folder_for(experiment: str) -> str:
 
 
 def experiment_id(client: mlflow.MlflowClient, uri: str, name: str) -> str:
-    """Return the id of an experiment, which is made if there is none of that name."""
+    """Return the id of an experiment, which is made if there is none of that name. ValueError: it is deleted."""
     if experiment := client.get_experiment_by_name(name):
+        require_active(experiment, uri, "experiment=OTHER takes another")
         return experiment.experiment_id
     # Beside a database in a file, artifacts go to a folder next to it; a server has its own place for them.
-    location = None
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts" / _folder_for(name)).as_uri()
+    database = database_file(uri)
+    location = (database.parent / ARTIFACTS / _folder_for(name)).as_uri() if database else None
     try:
         # The kind chooses which of its two faces MLflow's page shows: training, not chat.
         return client.create_experiment(name, location, {"mlflow.experimentKind": "custom_model_development"})

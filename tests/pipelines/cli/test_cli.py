@@ -8,6 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipelines.cli import main
+from pipelines.tracking.server import connect, prepare_run
 
 
 def dml(*arguments: str):
@@ -79,6 +80,19 @@ def test_a_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monke
     found = dml("train")
     assert found.exit_code == 2 and "MLflow at http://127.0.0.1:9 does not answer" in found.stderr
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_experiment_that_was_deleted_is_told_before_ray_starts(
+    tmp_path: Path, workers: int, tracked_here: None
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    prepare_run(uri, "glyphs")
+    connect(uri).delete_experiment("1")
+    found = dml("train", f"workers={workers}")
+    assert found.exit_code == 2 and found.stderr.count("\n") == 1
+    assert found.stderr.startswith("bad input: experiment glyphs is deleted in MLflow")
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize("run", ["nothing", "models:/none@champion", "torn"])

@@ -149,7 +149,7 @@ def test_a_server_that_goes_away_gets_the_rest_later(mlflow_server, run_id: str)
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////dev/null/mlflow.db", "somewhere"])
 def test_a_store_that_does_not_answer_is_bad_input(uri: str) -> None:
-    with pytest.raises(ValueError, match=uri.replace("/", r"\/")) as found:
+    with pytest.raises(ValueError, match=uri.removeprefix("sqlite:///")) as found:
         prepare_store(uri)
     assert "\n" not in str(found.value)
 
