@@ -15,14 +15,20 @@ LIBRARIES = ("mlflow", "sqlalchemy", "alembic", "sqlite3")  # whose exceptions t
 DATABASE_FAULTS = (
     (
         r"file is not a database|disk image is malformed",
-        "is damaged, or no database; put a copy of it back, or move it away: then a new one is made",
+        "MLflow's database {file} is damaged, or no database; put a copy back, or move it away: a new one is made",
     ),
     (
         r"readonly database|unable to open database file|[Pp]ermission denied|Read-only file system",
-        "cannot be written to; make the file and its folder writable, or set MLFLOW_TRACKING_URI",
+        "MLflow's database {file} cannot be written to; make it and its folder writable, or set MLFLOW_TRACKING_URI",
     ),
-    (r"database is locked", "is locked by another program; end that program, or wait for it, and try again"),
-    (r"database or disk is full", "has no room on its disk; free some, or set MLFLOW_TRACKING_URI"),
+    (
+        r"database is locked",
+        "MLflow's database {file} is locked by another program; end that program, or wait for it, and try again",
+    ),
+    (
+        r"database or disk is full",
+        "MLflow's database {file} has no room on its disk; free some, or set MLFLOW_TRACKING_URI",
+    ),
 )
 
 
@@ -47,14 +53,13 @@ def explain(error: Exception, uri: str) -> str:
     """Return in one line why the store at an address refused, and how to go on."""
     address, text = without_password(uri), without_password(str(error))
     database = database_file(uri)
-    where = f"MLflow's database {database or address}"
     for sign, words in DATABASE_FAULTS:
         if re.search(sign, text) and not uri.startswith("http"):
-            return f"{where} {words}"
+            return words.format(file=database or address)
     if schema := re.search(r"database schema \(found version (\w+), but expected (\w+)", text):
         return (
-            f"{where} is of another version of MLflow (schema {schema[1]}; {schema[2]} is wanted); of an older one: "
-            f"copy it, then `mlflow db upgrade {address}`; of a newer one: pip install --upgrade mlflow"
+            f"MLflow's database {database or address} is of another version of MLflow (schema {schema[1]}; {schema[2]} "
+            f"is wanted); of an older one: copy it, then `mlflow db upgrade {address}`; of a newer one: pip install --upgrade mlflow"
         )
     if isinstance(error, ImportError):
         return (
@@ -74,7 +79,10 @@ def explain(error: Exception, uri: str) -> str:
     if uri.startswith("http") and code not in ("INTERNAL_ERROR", ""):
         return f"MLflow at {address} refuses: {_first_line(text)}"
     if database:
-        return f"{where} cannot be opened ({_reason(text)}); set MLFLOW_TRACKING_URI=sqlite:///FILE to one that can"
+        reason = _reason(text)
+        return (
+            f"MLflow's database {database} cannot be used ({reason}); set MLFLOW_TRACKING_URI=sqlite:///FILE to another"
+        )
     return f"MLflow at {address} does not answer ({_reason(text)}); set MLFLOW_TRACKING_URI or start it"
 
 

@@ -29,7 +29,7 @@ def made_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     uri = sqlite_uri(folder / "mlflow.db")
     prepare_run(uri, "set")
-    run_id = start_run(uri, "set", "a run", {}, {"group": "g"}, "digest", "folder", {"kept.txt": "a text"})
+    run_id = start_run(uri, "set", "a run", {}, {"group": "g"}, "set", "digest", "folder", {"kept.txt": "a text"})
     end_run(uri, run_id, "FINISHED")
     return folder
 
@@ -76,7 +76,7 @@ def test_files_that_are_no_database(project: Path) -> None:
     assert f"MLflow's database {file} is a folder; remove it" in refusal(sqlite_uri(file))
     (project / "notes").write_text("")
     below = project / "notes" / "mlflow.db"
-    assert f"MLflow's database {below} cannot be opened" in refusal(sqlite_uri(below))
+    assert f"MLflow's database {below} cannot be used" in refusal(sqlite_uri(below))
 
 
 def test_a_database_of_another_version(project: Path) -> None:
@@ -150,7 +150,7 @@ def test_what_was_deleted_in_mlflows_page(project: Path) -> None:
     with pytest.raises(ValueError, match="experiment set is deleted"):
         read_runs(uri, ["set"])
     with pytest.raises(ValueError, match="experiment set is deleted"):
-        start_run(uri, "set", "late", {}, {}, "digest", "folder")
+        start_run(uri, "set", "late", {}, {}, "set", "digest", "folder")
 
 
 def test_a_database_that_was_removed_knows_a_run_no_more(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def with_model(project: Path) -> Path:
     prepare_store(uri)
     checkpoint.mkdir()
     (checkpoint / "manifest.json").write_text("{}")
-    run = start_run(uri, "set", "another", {}, {}, "digest", "folder")
+    run = start_run(uri, "set", "another", {}, {}, "set", "digest", "folder")
     import mlflow
 
     mlflow.set_tracking_uri(uri)
@@ -243,7 +243,7 @@ def test_a_project_that_has_moved_takes_its_files_along(with_model: Path, tmp_pa
     prepare_run(uri, "set")
     assert fetch_checkpoint(uri, "models:/shoes@best").is_relative_to(moved)
     assert read_text(uri, first, "kept.txt") == "a text"
-    new = start_run(uri, "set", "new", {}, {}, "digest", "folder", {"new.txt": "new"})
+    new = start_run(uri, "set", "new", {}, {}, "set", "digest", "folder", {"new.txt": "new"})
     assert [*moved.rglob(f"{new}/artifacts/new.txt")] and not with_model.exists()
 
 
