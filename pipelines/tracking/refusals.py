@@ -59,7 +59,8 @@ def explain(error: Exception, uri: str) -> str:
     if schema := re.search(r"database schema \(found version (\w+), but expected (\w+)", text):
         return (
             f"MLflow's database {database or address} is of another version of MLflow (schema {schema[1]}; {schema[2]} "
-            f"is wanted); of an older one: copy it, then `mlflow db upgrade {address}`; of a newer one: pip install --upgrade mlflow"
+            f"is wanted); of an older one: copy it, then `mlflow db upgrade {address}`; "
+            "of a newer one: pip install --upgrade mlflow"
         )
     if isinstance(error, ImportError):
         return (
