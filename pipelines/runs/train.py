@@ -238,13 +238,13 @@ def _open_cluster_and_check(
     cluster: contextlib.ExitStack,
     store: Future[None],
 ) -> Inputs:
-    """Connect to or start Ray, which `cluster` closes, and check the inputs beside it, or before it; MLflow's store is looked at before.
+    """Connect to or start Ray, which `cluster` closes, and check the inputs beside it, or before it.
 
     Args:
         check: Checks the inputs.
         continues: Whether the run goes on: over other pictures it is refused before Ray starts.
         config, console, folder, clock, cluster: Of the run.
-        store: Done when MLflow's store is prepared.
+        store: Done when MLflow's store is prepared, for which Ray waits.
     """
 
     def check_beside() -> Inputs:
