@@ -242,15 +242,19 @@ def test_without_validation_classes_the_last_epoch_is_the_best_and_has_no_score(
     assert not any(name.startswith("val/") for name in logged)
 
 
-def test_a_registration_that_fails_is_told_and_leaves_the_training_finished(tracked_folder: Path) -> None:
+def test_a_registration_that_fails_is_told_and_leaves_the_training_finished(
+    tracked_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     text = io.StringIO()
-    config = load_recipe("glyphs", [*SMALL, "workers=1", "name=unregistered", "model_name=no:such"])
+    config = load_recipe("glyphs", [*SMALL, "workers=1", "name=unregistered"])
     outcome = run_training(config, Console(file=text, width=1000), here=True)
     assert outcome.model is None
     assert mlflow.MlflowClient().get_run(outcome.run_id).info.status == "FINISHED"
     log = tracked_folder / "runs" / "unregistered" / "logs" / "driver.log"
     assert "the model is not registered: " in text.getvalue() and f"({log} has the traceback)" in text.getvalue()
-    assert "Traceback (most recent call last)" in log.read_text() and "no:such" in log.read_text()
+    assert "Traceback (most recent call last)" in log.read_text() and "127.0.0.1:9" in log.read_text()
     again = run_training(config, Console(file=io.StringIO()), here=True)  # what is missing is tried again
     assert again.model is None and again.metrics["test/map_at_r"] == outcome.metrics["test/map_at_r"]
 
