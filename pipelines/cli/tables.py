@@ -1,5 +1,6 @@
 """Results as lines and tables for a terminal; endings.print_result prints them."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ Part = str | Text | Table
 def describe_training(outcome: "TrainOutcome") -> list[Part]:
     """What a run has reached, and what can be done next."""
     return [
-        retrieval_table(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics),
+        *describe_retrieval(f"Retrieval on unseen classes: {outcome.experiment}", outcome.metrics),
         f"run {outcome.run_id} ({outcome.name}), best epoch {outcome.metrics['best_epoch']:.0f}, "
         f"{outcome.seconds:.0f} s, {outcome.images_per_second:,.0f} images/s",
         f"checkpoint {outcome.checkpoint}",
@@ -45,21 +46,44 @@ def describe_phases(outcome: "TrainOutcome") -> Table:
 
 def describe_evaluation(evaluation: "Evaluation") -> list[Part]:
     """Test metrics of a checkpoint."""
-    parts: list[Part] = [retrieval_table(evaluation["checkpoint"], evaluation["metrics"])]
-    if unmatched := evaluation["metrics"]["test/queries_without_match"]:
-        parts.append(f"{unmatched:.0f} queries have no other image of their class and are left out")
+    parts = describe_retrieval(evaluation["checkpoint"], evaluation["metrics"])
+    if "out" in evaluation:
+        parts.append(f"{evaluation['tested']['queries']:,} queries: {evaluation['out']} (pandas.read_parquet reads it)")
+    return parts
+
+
+def describe_retrieval(title: str, metrics: dict[str, float]) -> list[Part]:
+    """Retrieval metrics as a table, and what of it is left out."""
+    parts: list[Part] = [retrieval_table(title, metrics)]
+    if unmatched := metrics.get("test/queries_without_match"):
+        parts.append(
+            f"{unmatched:.0f} of {metrics['test/queries']:.0f} queries have no match, which is another image of their "
+            "class in the gallery, and are left out"
+        )
     return parts
 
 
 def retrieval_table(title: str, metrics: dict[str, float]) -> Table:
-    """Retrieval metrics in percent, a row for each ranking that was measured."""
+    """Retrieval metrics in percent, a row for each ranking that was measured.
+
+    Further metrics have a column of their own, and so have queries without a match, where there are any.
+    """
+    rankings = {prefix: ranking for prefix, ranking in RANKINGS.items() if f"{prefix}/map_at_r" in metrics}
+    names = [name.partition("/")[2] for name in metrics if name.partition("/")[0] in rankings]
+    counts = ("queries", "queries_without_match")
+    columns = METRIC_COLUMNS | {name: name for name in names if name not in (*METRIC_COLUMNS, *counts)}
+    unmatched = {prefix: metrics[f"{prefix}/queries_without_match"] for prefix in rankings}
     table = Table(title=title)
     table.add_column("")
-    for column in METRIC_COLUMNS.values():
+    for column in columns.values():
         table.add_column(column, justify="right")
-    for prefix, ranking in RANKINGS.items():
-        if f"{prefix}/map_at_r" in metrics:
-            table.add_row(ranking, *(f"{100 * metrics[f'{prefix}/{key}']:.1f}" for key in METRIC_COLUMNS))
+    if any(unmatched.values()):
+        table.add_column("without match", justify="right")
+    for prefix, ranking in rankings.items():
+        matched = unmatched[prefix] < metrics.get("test/queries", math.inf)
+        values = [metrics.get(f"{prefix}/{name}") if matched else None for name in columns]
+        row = ["" if value is None else f"{100 * value:.1f}" for value in values]
+        table.add_row(ranking, *row, *([f"{unmatched[prefix]:.0f}"] if any(unmatched.values()) else []))
     return table
 
 

@@ -212,7 +212,7 @@ def check_set(config: Data, pictures: bool, console: Console) -> SetReport:
     if (single := np.bincount(images.labels) == 1).any():
         first = images.class_names[int(single.argmax())]
         problems.append(f"{single.sum()} classes have one image alone, {first} first: it can be no query's match")
-    without_match = {name: int(_lacks_match(task).sum()) for name, task in splits.tests.items() if not task.draws}
+    without_match = {name: int(lacks_match(task).sum()) for name, task in splits.tests.items() if not task.draws}
     problems += [
         f"{name}: {count} of {len(splits.tests[name].query)} queries have no match in their gallery: it has no other "
         f"picture of their label{'' if images.cameras is None else ' by another camera'}"
@@ -269,7 +269,7 @@ def _places(images: LabelledImages) -> np.ndarray:
     return np.arange(len(images)) if images.places is None else images.places
 
 
-def _lacks_match(task: Retrieval) -> np.ndarray:
+def lacks_match(task: Retrieval) -> np.ndarray:
     """Return for each query whether its gallery has no other picture of its label, or none by another camera: (Q,)."""
     query, gallery = task.query, task.gallery or task.query
     matches = np.bincount(gallery.labels, minlength=len(query.class_names))[query.labels]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dml_core.data import benchmarks, datasets, glyphs, user_sets
-from dml_core.data.datasets import Collection, LabelledImages, SetIdentity, Splits, names_array
+from dml_core.data.datasets import Collection, LabelledImages, Retrieval, SetIdentity, Splits, names_array
 from pipelines.config.schema import Config
 from pipelines.config.sections import Data
 from pipelines.kept import once
@@ -116,15 +116,33 @@ def load_splits(config: Config, unreadable: Sequence[str] = ()) -> Splits:
     return splits
 
 
-def _split(data: Data, unreadable: Sequence[str]) -> Splits:
+def load_tests(config: Config, unreadable: Sequence[str] = (), every: bool = False) -> dict[str, Retrieval]:
+    """Load a set's tests, by the prefix of their metrics; nothing is asked of classes to train on.
+
+    Args:
+        config: Of the run.
+        unreadable: Names of pictures to leave out.
+        every: Whether all classes are tested on, but where the set itself says which.
+
+    Raises:
+        ValueError: The set is missing, or has no class to test on.
+    """
+    return _split(config.data, unreadable, trains=False, every=every).tests
+
+
+def _split(data: Data, unreadable: Sequence[str], trains: bool = True, every: bool = False) -> Splits:
     whole = load_collection(data, unreadable)
+    if every and whole.test is None:
+        whole = replace(whole, test=np.arange(len(whole.images.class_names)), validation=None)
+        with named_by(data):
+            return datasets.split(whole, limit_classes=data.limit_classes, seed=data.split_seed, trains=False)
     if whole.test is not None and data.test_fraction:
         raise ValueError("data.test_fraction cannot act: the set itself says which classes are tested on")
     if whole.validation is not None and (data.fold is not None or data.validation_fraction is not None):
         key = "validation_fraction" if data.fold is None else "fold"
         raise ValueError(f"data.{key} cannot act: the set itself says which classes are validated on")
     with named_by(data):
-        return datasets.split(whole, *data.fractions, data.split_seed, data.fold_of, data.limit_classes)
+        return datasets.split(whole, *data.fractions, data.split_seed, data.fold_of, data.limit_classes, trains)
 
 
 @contextmanager

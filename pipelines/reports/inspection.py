@@ -179,7 +179,7 @@ def inspect_loop(job: InspectJob) -> Inspection:
 
 def _measure(learner: Learner, untrained: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
     """Measure what a training measures at its end."""
-    return test_metrics(learner, splits, sources) | baseline_metrics(untrained, splits, sources)
+    return test_metrics(learner, splits.tests, sources) | baseline_metrics(untrained, splits, sources)
 
 
 def draw_classes(counts: np.ndarray, limit: int) -> np.ndarray:

@@ -9,14 +9,11 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import torch
-from pyarrow import parquet
 from rich.console import Console
 from torch import Tensor
 
@@ -25,13 +22,14 @@ from dml_core.gather import rank, world_size
 from dml_core.retrieval.neighbors import block_rows
 from pipelines.config.schema import Config, flatten
 from pipelines.console import print_notes, stage
+from pipelines.data.parts import join_parts, open_part, prepare_output, remove_parts
 from pipelines.data.sets import load_collection, load_splits
 from pipelines.models.checkpoint import model_fingerprint, read_config
 from pipelines.models.embedder import embed_views
 from pipelines.models.find import find_checkpoint
 from pipelines.runs.with_model import TrainedModel, open_model, run_with_model
 from pipelines.serving.job import EmbedJob, Part
-from pipelines.serving.vectors_file import METADATA_KEY, FileMetadata, columns_of, open_writer
+from pipelines.serving.vectors_file import METADATA_KEY, FileMetadata, columns_of
 from pipelines.training.evaluation import load_sources, stream_outputs
 
 
@@ -129,29 +127,6 @@ def pictures_of(config: Config, part: Part, unreadable: Sequence[str] = ()) -> L
     return whole.select(np.sort(np.concatenate([side.places for side in (task.query, task.gallery) if side])))
 
 
-class OutputFile(NamedTuple):
-    """A file to be written: its address, absolute or a URL, its file system, and its path there."""
-
-    address: str
-    files: pyarrow.fs.FileSystem
-    path: str
-
-
-def prepare_output(out: str) -> OutputFile:
-    """Find where a new file goes, and make the folder of its parts. ValueError where no new file can be."""
-    if not out.endswith(".parquet"):
-        raise ValueError(f"--out {out}: not a name that ends with .parquet")
-    address = out if "://" in out else str(Path(out).expanduser().resolve())
-    try:
-        files, path = pyarrow.fs.FileSystem.from_uri(address)
-        if files.get_file_info(path).type != pyarrow.fs.FileType.NotFound:
-            raise ValueError("it exists already; remove it or choose another name")
-        files.create_dir(f"{path}.parts", recursive=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--out {address}: cannot be written to ({str(error).splitlines()[0]})") from None
-    return OutputFile(address, files, path)
-
-
 def write_embeddings(plan: EmbeddingPlan, out: str, console: Console) -> EmbeddingResult:
     """Embed what was planned, on workers, into a new file.
 
@@ -165,9 +140,9 @@ def write_embeddings(plan: EmbeddingPlan, out: str, console: Console) -> Embeddi
     try:
         workers = int(run_with_model(plan.model, job, "embed", console)["workers"])
         columns = columns_of(config).with_metadata({METADATA_KEY: json.dumps(plan.metadata)})
-        _join_parts(output, columns, plan.rows, workers)
+        join_parts(output, columns, plan.rows, workers)
     finally:
-        output.files.delete_dir(f"{output.path}.parts")
+        remove_parts(output)
     seconds = time.monotonic() - started
     return EmbeddingResult(
         file=output.address,
@@ -185,17 +160,12 @@ def embed_loop(job: EmbedJob) -> dict[str, int]:
     """Write the blocks of one worker of several to a part of the file. Return how many workers there are."""
     sources = load_sources(job)
     images = pictures_of(sources.config, job.part, job.unreadable)
-    files, path = pyarrow.fs.FileSystem.from_uri(job.out)
     columns = columns_of(sources.config)
     batches = stream_outputs(images, sources, "embedding", partial(embed_views, sources.learner))
-    with files.open_output_stream(_part_path(path, rank())) as sink, open_writer(sink, columns) as part:
+    with open_part(job.out, rank(), columns) as part:
         for block in _blocks(batches, block_rows(len(images))):
             part.write_table(_table_of(images, block, columns))
     return {"workers": world_size()}
-
-
-def _part_path(path: str, number: int) -> str:
-    return f"{path}.parts/{number:05d}.parquet"
 
 
 def _blocks(batches: Iterable[dict[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
@@ -226,13 +196,3 @@ def _table_of(images: LabelledImages, block: dict[str, Tensor], columns: pa.Sche
     ]
     texts = [pa.array(values, pa.string()) for values in (names, labels)]
     return pa.Table.from_arrays([pa.array(ids), *texts, *lists], schema=columns)
-
-
-def _join_parts(output: OutputFile, columns: pa.Schema, rows: int, workers: int) -> None:
-    """Copy the parts into the file: block b is the row group b // workers of part b % workers."""
-    files, path = output.files, output.path
-    with files.open_output_stream(f"{path}.parts/whole") as sink, open_writer(sink, columns) as whole:
-        parts = [parquet.ParquetFile(files.open_input_file(_part_path(path, number))) for number in range(workers)]
-        for block in range(-(-rows // block_rows(rows))):
-            whole.write_table(parts[block % workers].read_row_group(block // workers))
-    files.move(f"{path}.parts/whole", path)

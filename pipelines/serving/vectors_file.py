@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -35,11 +35,6 @@ def columns_of(config: Config) -> pa.Schema:
     vector = pa.list_(pa.float32(), config.embedding_dim)
     fields = [("id", pa.int64()), ("path", pa.string()), ("label", pa.string()), ("vector", vector)]
     return pa.schema(fields + [("structure", vector)] * (config.namr is not None))
-
-
-def open_writer(sink: BinaryIO, columns: pa.Schema) -> parquet.ParquetWriter:
-    """Write Parquet with dictionaries for labels alone: paths and vectors do not repeat."""
-    return parquet.ParquetWriter(sink, columns, use_dictionary=["label"])
 
 
 class Embeddings:

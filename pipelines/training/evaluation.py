@@ -1,7 +1,8 @@
 """Retrieval metrics of a learner on a retrieval task, sharded over the workers."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,24 +14,26 @@ from dml_core.gather import rank, world_size
 from dml_core.learner import Learner
 from dml_core.retrieval.metrics import sharded_clustering_metrics
 from dml_core.retrieval.neighbors import block_rows
-from dml_core.retrieval.ranked import rank_queries
+from dml_core.retrieval.ranked import RankedQueries, rank_queries
 from dml_core.retrieval.scores import CLUSTERING, FULL_LIST, KS
 from dml_core.retrieval.task import Task, make_task
 from pipelines.cluster.progress import Reporter
 from pipelines.cluster.transfer import received_files
 from pipelines.cluster.worker import device_of_worker
 from pipelines.data.features import BATCH
-from pipelines.data.sets import identify, load_splits
+from pipelines.data.sets import identify, load_tests
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_embedder
-from pipelines.training.job import ModelJob
+from pipelines.training.job import Evaluated, EvaluationJob, ModelJob
 from pipelines.training.passes import prepare_passes
+from pipelines.training.query_rows import NEIGHBORS, write_queries
 
 Outputs = Callable[[Tensor], dict[str, Tensor]]
+See = Callable[[RankedQueries], object]
 
 
 def retrieval_of_learner(
-    learner: Learner, task: Retrieval, sources: Sources, stage: str, prefix: str
+    learner: Learner, task: Retrieval, sources: Sources, stage: str, prefix: str, see: See | None = None
 ) -> dict[str, float]:
     """Measure how well a learner retrieves on a task.
 
@@ -40,6 +43,7 @@ def retrieval_of_learner(
         sources: Where batches come from.
         stage: Of the work, for the progress.
         prefix: Of the metrics' names.
+        see: Called with the queries of this rank as cosine ranks the gallery for them.
 
     Returns:
         {"PREFIX/recall_at_1": ...}; with NAMR also PREFIX_rerank/* (the top of each ranking ordered anew by adaptive
@@ -47,7 +51,7 @@ def retrieval_of_learner(
     """
     extra = sources.config.extra_metrics
     if (namr := sources.config.namr) is None:
-        return retrieval_of(task, sources, stage, lambda x: {prefix: learner.embed(x)}, extra)
+        return retrieval_of(task, sources, stage, lambda x: {prefix: learner.embed(x)}, extra, see)
 
     def outputs(x: Tensor) -> dict[str, Tensor]:
         features = learner.features(x)
@@ -55,21 +59,30 @@ def retrieval_of_learner(
 
     query, gallery = _embed_task(task, sources, stage, outputs)
     z, s = query["embedding"], query["structure"]
-    metrics = _prefixed(prefix, _metrics(task, z, gallery.get("embedding"), extra))
+    metrics = _prefixed(prefix, _metrics(task, z, gallery.get("embedding"), extra, see=see))
     metrics |= _prefixed(f"{prefix}_rerank", _metrics(task, z, gallery.get("embedding"), extra, s, namr.rerank))
     return metrics | _prefixed(f"{prefix}_exact", _metrics(task, z, gallery.get("embedding"), extra, s))
 
 
-def test_metrics(learner: Learner, splits: Splits, sources: Sources) -> dict[str, float]:
-    """Return test*/* metrics of all of a set's tests."""
+def test_metrics(
+    learner: Learner, tests: Mapping[str, Retrieval], sources: Sources, see: See | None = None
+) -> dict[str, float]:
+    """Return test*/* metrics of all of a set's tests. see: as of retrieval_of_learner, for the first test alone."""
     metrics: dict[str, float] = {}
-    for prefix, task in splits.tests.items():
-        metrics |= retrieval_of_learner(learner, task, sources, "test", prefix)
+    for prefix, task in tests.items():
+        first = see if prefix == "test" else None
+        metrics |= retrieval_of_learner(learner, task, sources, "test", prefix, first)
+        metrics[f"{prefix}/queries"] = float(len(task.query))
     return metrics
 
 
 def retrieval_of(
-    task: Retrieval, sources: Sources, stage: str, outputs: Outputs, extra: Sequence[str] = ()
+    task: Retrieval,
+    sources: Sources,
+    stage: str,
+    outputs: Outputs,
+    extra: Sequence[str] = (),
+    see: See | None = None,
 ) -> dict[str, float]:
     """Measure how well several embeddings retrieve on a task.
 
@@ -79,6 +92,7 @@ def retrieval_of(
         stage: Of the work, for the progress.
         outputs: Images or features to embeddings (b, D), by the prefix of their metrics' names.
         extra: Further metrics, see dml_core/retrieval/scores.py.
+        see: As of retrieval_of_learner.
 
     Returns:
         {"PREFIX/recall_at_1": ...} for each prefix.
@@ -86,7 +100,7 @@ def retrieval_of(
     query, gallery = _embed_task(task, sources, stage, outputs)
     metrics: dict[str, float] = {}
     for prefix in query:
-        metrics |= _prefixed(prefix, _metrics(task, query[prefix], gallery.get(prefix), extra))
+        metrics |= _prefixed(prefix, _metrics(task, query[prefix], gallery.get(prefix), extra, see=see))
     return metrics
 
 
@@ -105,6 +119,7 @@ def _metrics(
     extra: Sequence[str] = (),
     structure: Tensor | None = None,
     rerank: int | None = None,
+    see: See | None = None,
 ) -> dict[str, float]:
     """Return retrieval metrics of this rank's rows; with drawn galleries their means over the draws.
 
@@ -115,7 +130,10 @@ def _metrics(
 
     def measure(in_gallery: Tensor | None = None) -> dict[str, float]:
         labels = labels_of(task, query.device, in_gallery)
-        return rank_queries(labels, query, gallery, KS, ranking, structure, rerank).means()
+        ranked = rank_queries(labels, query, gallery, KS, ranking, structure, rerank, NEIGHBORS if see else 1)
+        if see:
+            see(ranked)
+        return ranked.means()
 
     if task.draws:
         draws = [measure(torch.from_numpy(one_of_each_class(task.query.labels, seed))) for seed in range(task.draws)]
@@ -229,7 +247,9 @@ def load_sources(job: ModelJob) -> Sources:
     return sources
 
 
-def evaluate_loop(job: ModelJob) -> dict[str, float]:
-    """Return test metrics of a checkpoint, as one worker of several."""
+def evaluate_loop(job: EvaluationJob) -> Evaluated:
+    """Return test metrics of a checkpoint, as one worker of several, and write a row for each query if asked."""
     sources = load_sources(job)
-    return test_metrics(sources.learner, load_splits(sources.config, job.unreadable), sources)
+    tests = load_tests(sources.config, job.unreadable, job.every)
+    see = None if job.out is None else partial(write_queries, job.out, tests["test"])
+    return Evaluated(test_metrics(sources.learner, tests, sources, see), world_size())

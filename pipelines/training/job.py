@@ -45,5 +45,25 @@ class ModelJob(Job):
         model: The files of its checkpoint that embedding takes (models.checkpoint.MODEL_FILES).
     """
 
-    loop: ClassVar[str] = "pipelines.training.evaluation:evaluate_loop"
     model: SentFiles = field(default_factory=SentFiles)
+
+
+@dataclass(frozen=True)
+class EvaluationJob(ModelJob):
+    """A trained model to test.
+
+    Attributes:
+        every: See data.sets.load_tests.
+        out: Address of the file beside which each worker writes its queries; None: nowhere.
+    """
+
+    loop: ClassVar[str] = "pipelines.training.evaluation:evaluate_loop"
+    every: bool = False
+    out: str | None = None
+
+
+class Evaluated(NamedTuple):
+    """What the evaluation loop returns: test*/* metrics, and how many workers there were."""
+
+    metrics: dict[str, float]
+    workers: int

@@ -260,7 +260,7 @@ class Training:
             with local_copy(self.files, f"{self.folder}/{best}") as local:
                 load_weights(local, self.learner)
             self.learner.eval()
-            metrics |= test_metrics(self.learner, self.splits, self.sources)
+            metrics |= test_metrics(self.learner, self.splits.tests, self.sources)
             untrained = build_begun(self.config, self.splits.train.class_names, self.device).eval()
             metrics |= baseline_metrics(untrained, self.splits, self.sources)
             self.clock.lap("test")
