@@ -64,26 +64,33 @@ def describe_retrieval(title: str, metrics: dict[str, float]) -> list[Part]:
 
 
 def retrieval_table(title: str, metrics: dict[str, float]) -> Table:
-    """Retrieval metrics in percent, a row for each ranking that was measured.
+    """Retrieval metrics in percent, a row for each ranking that was measured, or a column where there are many metrics.
 
-    Further metrics have a column of their own, and so have queries without a match, where there are any.
+    Queries without a match are counted beside them, where there are any.
     """
     rankings = {prefix: ranking for prefix, ranking in RANKINGS.items() if f"{prefix}/map_at_r" in metrics}
     names = [name.partition("/")[2] for name in metrics if name.partition("/")[0] in rankings]
     counts = ("queries", "queries_without_match")
     columns = METRIC_COLUMNS | {name: name for name in names if name not in (*METRIC_COLUMNS, *counts)}
     unmatched = {prefix: metrics[f"{prefix}/queries_without_match"] for prefix in rankings}
-    table = Table(title=title)
-    table.add_column("")
-    for column in columns.values():
-        table.add_column(column, justify="right")
-    if any(unmatched.values()):
-        table.add_column("without match", justify="right")
+    heads, texts = [*columns.values()], dict[str, list[str]]()
     for prefix, ranking in rankings.items():
         matched = unmatched[prefix] < metrics.get("test/queries", math.inf)
         values = [metrics.get(f"{prefix}/{name}") if matched else None for name in columns]
-        row = ["" if value is None else f"{100 * value:.1f}" for value in values]
-        table.add_row(ranking, *row, *([f"{unmatched[prefix]:.0f}"] if any(unmatched.values()) else []))
+        texts[ranking] = ["" if value is None else f"{100 * value:.1f}" for value in values]
+    if any(unmatched.values()):
+        heads.append("without match")
+        for prefix, ranking in rankings.items():
+            texts[ranking].append(f"{unmatched[prefix]:.0f}")
+    rows = [[ranking, *row] for ranking, row in texts.items()]
+    if columns.keys() - METRIC_COLUMNS:
+        heads, rows = [*texts], [[head, *row] for head, *row in zip(heads, *texts.values(), strict=True)]
+    table = Table(title=title)
+    table.add_column("")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

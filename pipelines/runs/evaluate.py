@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pipelines.config.schema import Config, flatten
 from pipelines.console import messages, print_notes, stage
-from pipelines.models.checkpoint import read_class_names, read_config
+from pipelines.models.checkpoint import read_class_names, read_config, read_data
 from pipelines.models.find import find_checkpoint
 
 if TYPE_CHECKING:  # of torch
@@ -76,6 +76,9 @@ def evaluate_run(
         from pipelines.training.query_rows import COLUMNS
 
     model = open_model(folder, (_values_of_others(trained_by, values) if others else {}) | values, console)
+    before = read_data(folder)
+    if others and before and model.data.pictures == before.pictures:  # they have only moved
+        others, model = False, open_model(folder, values, console)
     every = others and not any(values.get(key) for key in TESTED_BY)
     with stage(console, "reading the data"):
         tests = load_tests(model.config, model.unreadable, every)
@@ -88,14 +91,14 @@ def evaluate_run(
             f"picture of its class in the gallery{'' if test.query.cameras is None else ' by another camera'}; "
             "a class needs two pictures at least"
         )
-    console.print(_say_what_is_tested(tested, test), highlight=False, markup=False, soft_wrap=True)
-    if every:
-        _warn_of_known_classes(read_class_names(folder), test, console)
     if out is not None and test.draws:
         raise ValueError(
             f"--out {out}: cannot act on {model.config.data.name}, whose galleries are drawn several times"
         )
     output = None if out is None else prepare_output(out)
+    console.print(_say_what_is_tested(tested, test), highlight=False, markup=False, soft_wrap=True)
+    if every:
+        _warn_of_known_classes(read_class_names(folder), test, console)
     job = EvaluationJob(model.config, model.unreadable, model.data, every=every, out=output and output.address)
     try:
         metrics, workers = run_with_model(model, job, "evaluate", console)
