@@ -21,11 +21,12 @@ class RunFailed(Exception):
 
     Attributes:
         goes_on: Whether the same command can go on: what failed were machines, and not the run itself.
+        is_bug: Whether nobody has foreseen it: its cause has a traceback that should be read.
     """
 
-    def __init__(self, message: str, goes_on: bool = False):
+    def __init__(self, message: str, goes_on: bool = False, is_bug: bool = False):
         super().__init__(message)
-        self.goes_on = goes_on
+        self.goes_on, self.is_bug = goes_on, is_bug
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ import sys
 import typer
 
 from pipelines.cli import compare, data, demo, embed, evaluate, export, index, recipes, report, submit, train, tune, ui
+from pipelines.cli.endings import describe_ending
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,3 +47,8 @@ def main() -> None:
     except SystemExit as exit_:
         code = exit_.code
         raise
+    except BrokenPipeError:  # who reads has read enough: `dml config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:  # beside what commands do, such as printing their results
+        code, line = describe_ending(error)
+        print(line, file=sys.stderr)

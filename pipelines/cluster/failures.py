@@ -106,7 +106,8 @@ def explain_failure(error: BaseException) -> RunFailed:
     if remedy := remedy_of(cause):
         return RunFailed(f"{cause}; {remedy.advice}" if remedy.advice else cause, remedy.goes_on)
     root = _root_cause(_first_of_workers(error))
-    return RunFailed(cause, goes_on=isinstance(root, OSError) or (_is_of_ray(root) and not _is_of_a_task(root)))
+    of_machines = isinstance(root, OSError) or (_is_of_ray(root) and not _is_of_a_task(root))
+    return RunFailed(cause, goes_on=of_machines, is_bug=not of_machines and not isinstance(root, ValueError))
 
 
 def remedy_of(cause: str) -> Remedy | None:

@@ -34,8 +34,6 @@ def prepare_output(out: str) -> OutputFile:
         files, path = pyarrow.fs.FileSystem.from_uri(address)
         if files.get_file_info(path).type != pyarrow.fs.FileType.NotFound:
             raise ValueError("it exists already; remove it or choose another name")
-        if "://" not in out and not Path(address).parent.is_dir():
-            raise ValueError(f"there is no folder {Path(address).parent}; make it, or choose another")
         files.create_dir(f"{path}.parts", recursive=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"--out {address}: cannot be written to ({str(error).splitlines()[0]})") from None

@@ -81,6 +81,21 @@ def local_copy(files: pyarrow.fs.FileSystem, path: str) -> Iterator[Path]:
         yield Path(scratch)
 
 
+def read_json(files: pyarrow.fs.FileSystem, path: str) -> Any:
+    """Read a JSON file of a run's or a sweep's folder.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged.
+    """
+    with files.open_input_stream(path) as file:
+        content = file.read()
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); restore it, or choose another name") from None
+
+
 class RunFolder:
     """The folder storage/NAME: run.json (id and config), checkpoints, result.json at the end, logs/ where it is local.
 
@@ -99,10 +114,9 @@ class RunFolder:
         self.logs = Path(self.path) / "logs" if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem) else None
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON file of the folder; None where there is none."""
+        """Read a JSON file of the folder; None where there is none. ValueError where it is damaged."""
         try:
-            with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
-                return json.loads(file.read())
+            return read_json(self.filesystem, f"{self.path}/{name}")
         except FileNotFoundError:
             return None
 

@@ -1,6 +1,5 @@
 """`dml report`: a run, a sweep or a comparison as one page. What it is of, what is on it, and where it goes."""
 
-import json
 import os
 import platform
 import time
@@ -23,7 +22,7 @@ from pipelines.files import write_atomically
 from pipelines.models import run_folder
 from pipelines.models.checkpoint import read_data, read_history, read_state
 from pipelines.models.find import find_checkpoint
-from pipelines.models.run_folder import local_copy, newest_checkpoint
+from pipelines.models.run_folder import local_copy, newest_checkpoint, read_json
 from pipelines.pages.render import made_by
 from pipelines.reports.job import InspectJob
 from pipelines.runs.with_model import TrainedModel, open_model, require_splits, run_with_model
@@ -163,8 +162,7 @@ def _read_sweep(place: str) -> SweepSubject | None:
 def _read_json(files: pyarrow.fs.FileSystem, folder: str, name: str) -> Any:
     """Read a JSON file of a run's or a sweep's folder; None where there is none, or the storage is not at hand."""
     try:
-        with files.open_input_stream(f"{folder}/{name}") as file:
-            return json.loads(file.read())
+        return read_json(files, f"{folder}/{name}")
     except OSError:
         return None
 

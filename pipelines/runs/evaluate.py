@@ -97,8 +97,7 @@ def evaluate_run(
         )
     output = None if out is None else prepare_output(out)
     console.print(_say_what_is_tested(tested, test), highlight=False, markup=False, soft_wrap=True)
-    if every:
-        _warn_of_known_classes(read_class_names(folder), test, console)
+    _warn_of_known_classes(read_class_names(folder), test, console)
     job = EvaluationJob(model.config, model.unreadable, model.data, every=every, out=output and output.address)
     try:
         metrics, workers = run_with_model(model, job, "evaluate", console)

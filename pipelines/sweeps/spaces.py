@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,13 @@ def _load_single_space(name: str, names: str, loss: str) -> Space:
     if spec is None or spec.loader is None or not Path(name).is_file():
         raise ValueError(f"--space {names}: {name}: no such file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        where = next(
+            (f":{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[::-1] if f.filename == name), ""
+        )
+        raise ValueError(f"--space {names}: {name}{where}: {type(error).__name__}: {error}") from None
     space = getattr(module, "SPACE", None)
     if not isinstance(space, dict) or not space or not all(isinstance(d, Domain) for d in space.values()):
         raise ValueError(f"--space {names}: {name} has no SPACE of dotted keys and Ray Tune's domains")

@@ -31,6 +31,7 @@ LAST_START = "dml.last_start"  # a tag of an experiment, by which each start wri
 def import_mlflow() -> ModuleType:
     """Import MLflow, without the lines that it would write on standard error: our commands print theirs."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
     from mlflow.utils.logging_utils import disable_logging
 

@@ -17,6 +17,7 @@ from pipelines.cluster import address
 from pipelines.cluster.address import cluster_address, require_cluster
 from pipelines.cluster.devices import has_cluster
 from pipelines.cluster.session import open_cluster
+from pipelines.config.recipe import to_yaml
 from pipelines.config.schema import Config
 
 
@@ -108,6 +109,7 @@ def test_commands_say_so_first(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "manifest.json").write_text("{}")
+    (tmp_path / "RUN" / "config.yaml").write_text(to_yaml(Config()))
     found = CliRunner().invoke(main.app, command.split())
     assert found.exit_code == 2 and found.stderr.count("\n") == 1, found.output
     assert found.stderr.startswith(f"bad input: RAY_ADDRESS={nobody}: no Ray cluster answers")

@@ -163,7 +163,7 @@ def recorded(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:
     """The experiment that MLflow is given."""
     config = record.with_experiment(config, None)
     patch.setattr(record, "start_run", lambda *given: given[1])
-    return record.record_training(SameProcess(), "uri", config, identify(config.data), (), None, "")
+    return record.record_training(SameProcess(), "uri", config, identify(config.data), (), None, None, "")
 
 
 def collection(config: Config, folder: Path, patch: pytest.MonkeyPatch) -> object:

@@ -12,6 +12,7 @@ from pipelines.compare import wording
 from pipelines.compare.statistics import Comparison
 from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, Line
 from pipelines.config.recipe import load_recipe
+from pipelines.data.sets import identify
 from pipelines.models.checkpoint import read_config
 from pipelines.reports import report
 from pipelines.reports.plots import draw_curves
@@ -53,7 +54,8 @@ def test_numbers_are_the_runs(exact, page: Path) -> None:
     config = read_config(Path(exact[1].checkpoint))
     assert cells(text, "Config") == [[key, str(value).replace("'", "&#39;")] for key, value in config.flat().items()]
     assert ["run", exact[1].run_id] in cells(text, "Where and by what")
-    history = report._read_longest_history(TrainedModel(Path(exact[1].checkpoint), config, config, ()))
+    model = TrainedModel(Path(exact[1].checkpoint), config, config, identify(config.data), ())
+    history = report._read_longest_history(model)
     assert len(history) == config.epochs  # of the last checkpoint, whichever was best
     drawn = draw_curves(history, int(metrics["best_epoch"]))
     assert {"train/loss", "train/base", "train/sgar_rank", "train/namr_rank", "train/lr"} < {*drawn}

@@ -20,7 +20,7 @@ from pipelines.cluster.worker import Worker
 from pipelines.config.recipe import load_recipe, with_values
 from pipelines.config.schema import Config
 from pipelines.data import sources
-from pipelines.data.sets import load_splits
+from pipelines.data.sets import identify, load_splits
 from pipelines.models.build import build_learner
 from pipelines.sweeps.records import Sweep, SweepOptions
 from pipelines.sweeps.stages import place_trials
@@ -159,7 +159,9 @@ def test_trials_are_dealt_to_shares(share: str, gpus: int, line: str, monkeypatc
     monkeypatch.setattr(ray, "nodes", list)
     config = load_recipe("glyphs", ["workers=1", f"gpus_per_worker={share}", "data.loader=torch"])
     console = Console(file=io.StringIO(), width=200)
-    placement = place_trials(Sweep("s", "folder", "uri", "id", config, SweepOptions("sgar")), True, console)
+    placement = place_trials(
+        Sweep("s", "folder", "uri", "id", config, identify(config.data), SweepOptions("sgar")), True, console
+    )
     assert console.file.getvalue().strip() == line
     assert placement.resources["GPU"] == float(share)
     assert placement.resources["CPU"] * placement.concurrent <= 4
@@ -172,6 +174,7 @@ import ray
 from ray import tune
 from pipelines.config.recipe import load_recipe
 from pipelines.console import messages
+from pipelines.data.sets import identify
 from pipelines.sweeps.records import Sweep, SweepOptions
 from pipelines.sweeps.stages import place_trials, run_stage
 from pipelines.sweeps.trial import prepare_process
@@ -197,7 +200,7 @@ if __name__ == "__main__":
     folder = sys.argv[1]
     ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     config = load_recipe("glyphs", ["workers=1", "gpus_per_worker=0.5", "use_gpu=true", "data.loader=torch"])
-    sweep = Sweep("s", folder, "uri", "id", config, SweepOptions("sgar"))
+    sweep = Sweep("s", folder, "uri", "id", config, identify(config.data), SweepOptions("sgar"))
     trials = run_stage(place_trials(sweep, True, messages), "look", look, tune.grid_search([0, 1, 2, 3]), 4)
     together = [trial.last_result["together"] for trial in trials]
     one = place_trials(sweep._replace(options=SweepOptions("sgar", concurrent=1)), True, messages)
