@@ -49,6 +49,6 @@ def main() -> None:
         raise
     except BrokenPipeError:  # who reads has read enough: `dml config | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:  # beside what commands do, such as printing their results
+    except (Exception, KeyboardInterrupt) as error:  # beside what commands do, such as printing their results
         code, line = describe_ending(error)
         print(line, file=sys.stderr)

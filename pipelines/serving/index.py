@@ -241,8 +241,9 @@ def open_index(folder: str | Path, verify: bool = True) -> Index:
         raise ValueError(f"{folder}: not an index: there is no index.json in it") from None
     except ValidationError as error:
         wrong = error.errors()[0]
-        key = "".join(f"{part}: " for part in wrong["loc"])
-        raise ValueError(f"{folder}/index.json: damaged, or of another version ({key}{wrong['msg']})") from None
+        key = ".".join(map(str, wrong["loc"]))
+        what = f"{key}={wrong['input']!r}: {wrong['msg']}" if key else f"damaged ({wrong['msg']})"
+        raise ValueError(f"{folder}/index.json: {what}") from None
     shards = []
     for shard in about.shards:
         path = root / shard.name
