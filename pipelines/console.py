@@ -30,7 +30,7 @@ class RunFailed(Exception):
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:
-    """Say how a set was understood and what was passed over, also in the log."""
+    """Say what a user should know of a set or a model, a line each, also in the log."""
     for note in notes:
         logging.getLogger(__name__).info("%s", note)
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)

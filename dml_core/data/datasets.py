@@ -79,8 +79,8 @@ class LabelledImages:
             return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
         return decode(self.read_file(index), size, self.entry(index), part)
 
-    def entry(self, index: int | slice) -> Any:
-        """Return the entry of `images` for a sample, or those for a slice: file names, or gray pictures."""
+    def entry(self, index: int | slice | np.ndarray) -> Any:
+        """Return the entry of `images` for a sample, or those of several: file names, or gray pictures."""
         return self.images[index if self.places is None else self.places[index]]
 
     @property

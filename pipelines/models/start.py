@@ -15,7 +15,7 @@ import pyarrow.fs
 from pipelines.config.schema import Config
 from pipelines.models.checkpoint import copy_model, model_fingerprint, read_class_names, read_config
 from pipelines.models.find import RUN_ID, find_checkpoint
-from pipelines.models.run_folder import RunFolder, local_copy, locate
+from pipelines.models.run_folder import RunFolder, local_copy, locate, read_json
 from pipelines.tracking.address import default_uri
 
 if TYPE_CHECKING:  # a start is found and refused without torch
@@ -142,8 +142,7 @@ def _identify(text: str, checkpoint: Path) -> Start:
             places = [path, str(Path(path).parent)] if "://" in text else [str(checkpoint.parent)]
             for place in places:
                 if files.get_file_info(f"{place}/run.json").is_file:
-                    with files.open_input_stream(f"{place}/run.json") as file:
-                        run_id = json.loads(file.read()).get("run_id")
+                    run_id = read_json(files, f"{place}/run.json").get("run_id")
     return Start(str(read_config(checkpoint).name), run_id, model_fingerprint(checkpoint))
 
 

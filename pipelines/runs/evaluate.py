@@ -71,18 +71,20 @@ def evaluate_run(
     with stage(console, "starting"):
         from pipelines.data.parts import join_parts, prepare_output, remove_parts
         from pipelines.data.sets import load_collection, load_tests
+        from pipelines.kept import keep_meanwhile
         from pipelines.runs.with_model import open_model, run_with_model
         from pipelines.training.job import EvaluationJob
         from pipelines.training.query_rows import COLUMNS
 
-    model = open_model(folder, (_values_of_others(trained_by, values) if others else {}) | values, console)
-    before = read_data(folder)
-    if others and before and model.data.pictures == before.pictures:  # they have only moved
-        others, model = False, open_model(folder, values, console)
-    every = others and not any(values.get(key) for key in TESTED_BY)
-    with stage(console, "reading the data"):
-        tests = load_tests(model.config, model.unreadable, every)
-        print_notes(console, load_collection(model.config.data).notes)
+    with keep_meanwhile():  # the set is listed once
+        model = open_model(folder, (_values_of_others(trained_by, values) if others else {}) | values, console)
+        before = read_data(folder)
+        if others and before and model.data.pictures == before.pictures:  # they have only moved
+            others, model = False, open_model(folder, values, console)
+        every = others and not any(values.get(key) for key in TESTED_BY)
+        with stage(console, "reading the data"):
+            tests = load_tests(model.config, model.unreadable, every)
+            print_notes(console, load_collection(model.config.data).notes)
     test = tests["test"]
     tested = describe_task(test)
     if tested["queries_without_match"] == tested["queries"]:
@@ -162,11 +164,8 @@ def _say_what_is_tested(tested: Tested, task: "Retrieval") -> str:
 def _warn_of_known_classes(trained: tuple[str, ...], task: "Retrieval", console: Console) -> None:
     known = [name for name in task.query.class_names if name in {*trained}]
     if known:
-        console.print(
+        line = (
             f"{len(known)} of the {len(task.query.class_names)} classes are called like classes of the training, "
-            f"{known[0]} first: on classes that it has not seen a model does worse",
-            style="yellow",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{known[0]} first: on classes that it has not seen a model does worse"
         )
+        print_notes(console, [line])

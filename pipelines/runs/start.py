@@ -6,6 +6,7 @@ from rich.console import Console
 
 from dml_core.data.datasets import Splits
 from pipelines.config.schema import Config
+from pipelines.console import print_notes
 from pipelines.models.checkpoint import read_class_names
 from pipelines.models.start import OpenStart, take_over
 
@@ -53,5 +54,5 @@ def _warn_of_known(start: OpenStart, kind: str, classes: set[str], console: Cons
     line += (
         "test metrics are not those of unseen classes" if kind == "test" else "the best epoch is chosen by them, too"
     )
-    console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    print_notes(console, [line])
     return share

@@ -63,11 +63,7 @@ def open_model(folder: Path, values: Mapping[str, Any], console: Console, labell
     earlier = read_data(folder)
     asks_for_others = not labelled or any(key.startswith("data.") and key not in FREE_KEYS for key in values)
     if earlier and earlier.digest != data.digest and not asks_for_others:
-        console.print(
-            f"the pictures are not those of the training, which were {earlier}; they are {data} now",
-            style="yellow",
-            highlight=False,
-        )
+        print_notes(console, [f"the pictures are not those of the training, which were {earlier}; they are {data} now"])
     return TrainedModel(folder, trained_by, config, data, unreadable)
 
 

@@ -67,7 +67,7 @@ def _load_single_space(name: str, names: str, loss: str) -> Space:
         where = next(
             (f":{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[::-1] if f.filename == name), ""
         )
-        raise ValueError(f"--space {names}: {name}{where}: {type(error).__name__}: {error}") from None
+        raise ValueError(f"--space {names}: {name}{where}: {type(error).__name__}: {error}") from error
     space = getattr(module, "SPACE", None)
     if not isinstance(space, dict) or not space or not all(isinstance(d, Domain) for d in space.values()):
         raise ValueError(f"--space {names}: {name} has no SPACE of dotted keys and Ray Tune's domains")

@@ -65,14 +65,16 @@ def _tables(task: Retrieval, ranked: RankedQueries) -> Iterator[pa.Table]:
 
 
 def _paths(images: LabelledImages, samples: np.ndarray) -> pa.Array:
-    """Return names of files, null where there are none. What is not UTF-8 in a name becomes a question mark."""
+    """Return names of files, null where there are none."""
     if images.files is None:
         return pa.nulls(len(samples), pa.string())
-    places = samples if images.places is None else images.places[samples]
-    names = images.images[places].tolist()
-    return pa.array([name.encode("utf-8", "replace").decode() for name in names], pa.string())
+    return _texts(images.entry(samples).tolist())
 
 
 def _labels(images: LabelledImages, samples: np.ndarray) -> pa.Array:
-    names = [images.class_names[label] for label in images.labels[samples].tolist()]
+    return _texts([images.class_names[label] for label in images.labels[samples].tolist()])
+
+
+def _texts(names: list[str]) -> pa.Array:
+    """Return names as texts of Arrow. What is not UTF-8 in them becomes a question mark."""
     return pa.array([name.encode("utf-8", "replace").decode() for name in names], pa.string())

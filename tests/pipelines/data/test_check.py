@@ -108,13 +108,16 @@ def test_skip_leaves_out_what_cannot_be_read_and_says_so(root: Path) -> None:
         run_training(load_recipe("glyphs", [*given, "name=failing", "steps_per_epoch=20"]), QUIET, here=True)
 
 
+def draw_noise(path: Path, rng: np.random.Generator) -> None:
+    Image.fromarray(rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(path)
+
+
 def test_one_picture_under_two_labels_and_copies_in_the_gallery(tmp_path: Path) -> None:
     """What copies do to R@1 is told, apart for those that help and those that hurt."""
     rng, rows = np.random.default_rng(0), ["path,label,split,role"]
     for label in "abcdef":
         for number in range(4):
-            noise = rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)
-            Image.fromarray(noise).save(tmp_path / f"{label}{number}.png")
+            draw_noise(tmp_path / f"{label}{number}.png", rng)
             role = ("query" if number < 2 else "gallery") if label > "c" else ""
             rows.append(f"{label}{number}.png,{label},{'test' if label > 'c' else 'train'},{role}")
     (tmp_path / "t.csv").write_text("\n".join(rows))
@@ -138,8 +141,7 @@ def test_copies_without_roles_and_by_the_same_camera(tmp_path: Path) -> None:
     rng, rows = np.random.default_rng(0), ["path,label,split,camera"]
     for label in "abcd":
         for number in range(3):
-            noise = rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)
-            Image.fromarray(noise).save(tmp_path / f"{label}{number}.png")
+            draw_noise(tmp_path / f"{label}{number}.png", rng)
             rows.append(
                 f"{label}{number}.png,{label},{'test' if label > 'b' else 'train'},{0 if label == 'd' else number}"
             )
