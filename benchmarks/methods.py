@@ -1,209 +1,287 @@
-"""What each method adds to each base loss, on unseen classes, over paired seeds.
+"""What each method adds to each base loss on unseen classes: `dml tune` searches, `dml compare` compares.
 
-    python benchmarks/methods.py grocery data.root=GroceryStoreDataset
-    python benchmarks/methods.py glyphs data.limit_classes=100 epochs=8
+    python benchmarks/methods.py glyphs --budget 480
+    python benchmarks/methods.py grocery-whole data.root=GroceryStoreDataset --budget 480
 
-Settings are chosen by MAP@R on validation classes, the mean over two draws of them (`data.split_seed`): first those of
-the base loss alone, out of `--samples` (the recipe's and random ones of tune_spaces.base); then, on top of these, as
-many again of each method's own space, and for the loss alone as many again of the base space. All methods together take
-the settings that each had alone. Then `--seeds` runs of each, other seeds than in the search, are tested once.
+A cell of the table is a base loss with some methods. All cells have the same budget: the loss is searched alone
+(tune_spaces.base, `--samples` points over `--folds` folds of the training classes), and from the winner each cell
+searches as many points again: the methods their own spaces, the loss alone the base space once more, and all methods
+together their spaces from what each has found alone. So no cell is told more than the loss alone. The winner of a cell
+is trained over `--seeds` seeds that no search has used, and each run is tested once.
 
-Every outcome is kept in `--out`, so that an interrupted benchmark goes on; the tables go to docs/benchmarks.md.
+Everything is kept in ./runs and in MLflow's experiment `methods-RECIPE`. The same command goes on where it was
+interrupted, by its `--budget` of minutes or otherwise; with more `--seeds` it adds them. Cells are taken in order of
+interest: all losses alone, then the methods, loss by loss. The table, with what it still lacks, is printed, and written
+to docs/benchmarks.md.
 """
 
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
-import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-from scipy.stats import t as student
-
-from pipelines.console import RunFailed
+from pipelines.cluster.session import open_cluster
+from pipelines.cluster.threads import torch_threads
+from pipelines.compare.statistics import Comparison, compare_runs
+from pipelines.compare.wording import Line
+from pipelines.config import load
+from pipelines.config.recipe import parse_assignments, read_stored_config
+from pipelines.config.schema import flatten
+from pipelines.console import RunFailed, messages
+from pipelines.kept import keep_between_runs
+from pipelines.runs.train import run_training
+from pipelines.sweeps.records import SweepOptions, SweepOutcome
+from pipelines.sweeps.sweep import resume_sweep, start_sweep
+from pipelines.sweeps.trial import QUIET
+from pipelines.tracking.address import default_uri
+from pipelines.tracking.runs import LoggedRun, read_runs
 
 ROOT = Path(__file__).parents[1]
-LOSSES = ("triplet", "contrastive", "multi_similarity", "proxy_anchor")
-METHODS: tuple[tuple[str, ...], ...] = ((), ("iaa",), ("sgar",), ("namr",), ("iaa", "sgar", "namr"))
-SPLITS, SEARCH_SEED = (0, 1), 1000
-SHOWN = {"test/recall_at_1": "R@1", "test/map_at_r": "MAP@R"}
-KEPT = (*SHOWN, "test_exact/recall_at_1", "test_exact/map_at_r", "val/best_map_at_r", "best_epoch", "train/sgar_open")
-Settings = dict[str, Any]
+LOSSES = ("multi_similarity", "triplet", "proxy_anchor", "contrastive")
+METHODS = ("alone", "iaa", "namr", "sgar", "all")
+OF_ALL = ("iaa", "sgar", "namr")
+SEARCH_SEED, SEARCH_AGAIN_SEED = 1000, 1001  # no tested run has them
+METRICS = ("test/recall_at_1", "test/map_at_r")
+HEADS = ("base loss", "method", "seeds", "R@1", "gain", "95 % of it", "p", "MAP@R", "gain", "95 % of it", "p")
 
 
-def begin() -> None:
-    """One thread a process."""
-    import torch
+class Study(NamedTuple):
+    """What is studied, and with which budget.
 
-    torch.set_num_threads(1)
+    Attributes:
+        recipe: What every cell starts from.
+        values: Config values on top of it.
+        options: Of a sweep of one cell; its space is the cell's.
+        seeds: Tested runs of a cell.
+        processes: Tested runs at a time.
+        deadline: When nothing new may begin, in seconds since 1970.
+    """
+
+    recipe: str
+    values: Mapping[str, Any]
+    options: SweepOptions
+    seeds: int
+    processes: int
+    deadline: float
+
+    @property
+    def experiment(self) -> str:
+        return f"methods-{self.recipe}"
+
+    def name(self, loss: str, what: str) -> str:
+        """Name a sweep or the runs of a cell."""
+        return f"{self.recipe}-{loss.replace('_', '')}-{what}"
 
 
-def run(assignments: list[str], test: bool) -> dict[str, float]:
-    """One training in this process; what a diverged one scores is nothing."""
-    from pipelines.cluster.devices import resolve_devices
-    from pipelines.cluster.in_process import run_in_process
-    from pipelines.config.recipe import load_recipe
-    from pipelines.training.job import TrainingJob
+def search(study: Study, name: str, space: str, recipe: str, values: Mapping[str, Any]) -> SweepOutcome:
+    """Run a sweep, or what an interrupted one lacks, or return what a finished one found."""
+    folder = Path("runs", name)
+    if (folder / "outcome.json").exists():
+        return SweepOutcome.from_json(json.loads((folder / "outcome.json").read_text()))
+    if (folder / "sweep.json").exists():
+        return resume_sweep(name)
+    values = {"seed": SEARCH_AGAIN_SEED, **study.values, **values, "name": name, "experiment": study.experiment}
+    return start_sweep(recipe, values, study.options._replace(space=space))
 
-    with tempfile.TemporaryDirectory() as storage:
-        config = load_recipe(assignments[0], [*assignments[1:], "workers=1", "name=run", f"storage={storage}"])
+
+def search_cell(study: Study, loss: str, method: str) -> SweepOutcome:
+    """Search the settings of a cell, from the base loss's and, for all methods, from what each has found alone."""
+    methods = [] if method == "alone" else [*OF_ALL] if method == "all" else [method]
+    start = {"loss.name": loss, "method": [], "seed": SEARCH_SEED}
+    base = search(study, study.name(loss, "base"), "base", study.recipe, start)
+    found: dict[str, Any] = {}
+    if method == "all":
+        for each in OF_ALL:
+            found |= {k: v for k, v in search_cell(study, loss, each).winner.items() if v is not None}
+    space = "+".join(methods) or "base"
+    return search(study, study.name(loss, method), space, base.recipe, {"method": methods} | found)
+
+
+def train(recipe: str, values: Mapping[str, Any], threads: int) -> str | None:
+    """Train and test one run in this process; or return at once if it is done. Returns why it failed, if it did."""
+    keep_between_runs()
+    with torch_threads(threads):
         try:
-            metrics = run_in_process(TrainingJob(resolve_devices(config, here=True), test=test)).metrics
+            run_training(load(recipe, values), QUIET, here=True)
         except RunFailed as error:
-            if "not finite" not in str(error):
-                raise
-            return {"val/best_map_at_r": 0.0}
-    return {key: metrics[key] for key in KEPT if key in metrics}
+            return str(error)
+    return None
 
 
-class Bench:
-    """Runs trainings over the processes of a pool, and remembers them in a file."""
-
-    def __init__(self, common: list[str], out: Path, processes: int):
-        self.common, self.out = common, out
-        self.known: dict[str, dict[str, float]] = {}
-        if out.exists():
-            self.known = {line["key"]: line["metrics"] for line in map(json.loads, out.read_text().splitlines())}
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=begin)
-
-    def all(self, wanted: list[tuple[Settings, bool]]) -> list[dict[str, float]]:
-        """The metrics of each (settings, tested)."""
-        arguments = [[*self.common, *(f"{k}={json.dumps(v)}" for k, v in s.items())] for s, _ in wanted]
-        keys = [json.dumps([a, test]) for a, (_, test) in zip(arguments, wanted, strict=True)]
-        waiting = {
-            self.pool.submit(run, a, test): key
-            for a, (_, test), key in zip(arguments, wanted, keys, strict=True)
-            if key not in self.known
-        }
-        for number, done in enumerate(as_completed(waiting)):
-            key = waiting[done]
-            self.known[key] = done.result()
-            with open(self.out, "a") as file:
-                file.write(json.dumps({"key": key, "metrics": self.known[key]}) + "\n")
-            print(f"{number + 1}/{len(waiting)}", key, self.known[key], flush=True)
-        return [self.known[key] for key in keys]
-
-    def best(self, candidates: dict[Any, list[Settings]]) -> dict[Any, Settings]:
-        """Of each case the settings with the highest mean validation score."""
-        searched = {"seed": SEARCH_SEED}
-        flat = [(case, s) for case, several in candidates.items() for s in several]
-        wanted = [({**s, **searched, "data.split_seed": split}, False) for _, s in flat for split in SPLITS]
-        scores = [m["val/best_map_at_r"] for m in self.all(wanted)]
-        means = [statistics.mean(scores[i * len(SPLITS) : (i + 1) * len(SPLITS)]) for i in range(len(flat))]
-        found: dict[Any, tuple[float, Settings]] = {}
-        for (case, settings), score in zip(flat, means, strict=True):
-            if case not in found or score > found[case][0]:
-                found[case] = score, settings
-        return {case: settings for case, (_, settings) in found.items()}
+def test_cell(study: Study, pool: ProcessPoolExecutor, loss: str, method: str) -> list[str]:
+    """Train and test the winner of a cell over the seeds. Returns why runs failed."""
+    name, recipe = study.name(loss, method), search_cell(study, loss, method).recipe
+    place: dict[str, Any] = {"workers": 1, "experiment": study.experiment, "storage": f"runs/{name}"}
+    threads = max(1, (os.cpu_count() or 1) // study.processes)
+    values = [place | {"seed": seed, "name": f"{name}-s{seed}"} for seed in range(study.seeds)]
+    runs = [pool.submit(train, recipe, of_seed, threads) for of_seed in values]
+    return [f"{name}-s{seed}: {reason}" for seed, run in enumerate(runs) if (reason := run.result())]
 
 
-def draw(space: Settings, count: int, seed: int) -> list[Settings]:
-    """`count` random points of a space."""
-    random = np.random.RandomState(seed)
-    drawn = [{key: domain.sample(random_state=random) for key, domain in space.items()} for _ in range(count)]
-    return [{k: v.item() if isinstance(v, np.generic) else v for k, v in one.items()} for one in drawn]
+class Clock:
+    """Says whether there is time for one more sweep or test, by how long those so far have taken."""
+
+    def __init__(self, deadline: float):
+        self.deadline, self.took = deadline, dict[str, list[float]]()
+
+    def has_time_for(self, kind: str) -> bool:
+        return time.time() + (statistics.median(self.took[kind]) if self.took.get(kind) else 0) <= self.deadline
+
+    def note(self, kind: str, seconds: float) -> None:
+        if seconds > 10:  # not what was done before
+            self.took.setdefault(kind, []).append(seconds)
 
 
-def search(bench: Bench, samples: int) -> dict[tuple[str, tuple[str, ...]], Settings]:
-    """(loss, methods) -> the settings chosen on validation classes."""
-    from tune_spaces import base, iaa, namr, sgar
-
-    spaces = {"iaa": iaa.SPACE, "sgar": sgar.SPACE, "namr": namr.SPACE}
-    alone = {loss: {"loss.name": loss, "method": []} for loss in LOSSES}
-    first = {
-        loss: [alone[loss], *({**alone[loss], **s} for s in draw(base.SPACE | base.LOSSES[loss], samples - 1, 0))]
-        for loss in LOSSES
-    }
-    chosen = bench.best(first)
-    second: dict[Any, list[Settings]] = {}
-    for loss in LOSSES:
-        again = draw(base.SPACE | base.LOSSES[loss], samples, 1)
-        second[loss, ()] = [chosen[loss], *({**alone[loss], **s} for s in again)]
-        for method, space in spaces.items():
-            with_method = {**chosen[loss], "method": [method]}
-            drawn = [{k: v for k, v in s.items() if v is not None} for s in draw(space, samples - 1, 2)]
-            second[loss, (method,)] = [with_method, *({**with_method, **s} for s in drawn)]
-    found = bench.best(second)
-    for loss in LOSSES:
-        together: Settings = {}
-        for method in spaces:
-            together |= found[loss, (method,)]
-        found[loss, METHODS[-1]] = {**together, "method": [*METHODS[-1]]}
-    return found
+def run(study: Study, cells: Sequence[tuple[str, str]]) -> list[str]:
+    """Search and test cells as long as there is time. Returns why tested runs failed."""
+    clock, failures = Clock(study.deadline), list[str]()
+    spawn = multiprocessing.get_context("spawn")
+    config = load(study.recipe, study.values)
+    with ProcessPoolExecutor(study.processes, mp_context=spawn) as pool, open_cluster(config, None):
+        for loss, method in cells:
+            for kind in ("search", "test"):
+                if not clock.has_time_for(kind):
+                    return failures
+                messages.print(f"{loss}, {method}: {kind}", style="bold")
+                begun = time.time()
+                if kind == "search":
+                    search_cell(study, loss, method)
+                else:
+                    failures += test_cell(study, pool, loss, method)
+                clock.note(kind, time.time() - begun)
+    return failures
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half of its 95 % interval (Student's t), in percent."""
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{100 * statistics.mean(values):.1f} ± {100 * half:.1f}"
+def compare(study: Study, cells: Sequence[tuple[str, str]]) -> dict[tuple[str, str, str], Line]:
+    """(loss, method, metric) -> its line, compared with the loss alone; p-values adjusted over a loss's methods."""
+    uri, by_cell = default_uri(Path.cwd()), dict[tuple[str, str], list[LoggedRun]]()
+    try:
+        runs = [run for run in read_runs(uri, [study.experiment]) if run.status == "FINISHED"]
+    except ValueError:  # nothing has begun
+        return {}
+    for loss, method in cells:
+        names = {f"{study.name(loss, method)}-s{seed}" for seed in range(study.seeds)}
+        by_cell[loss, method] = [run for run in runs if run.name in names and METRICS[0] in run.metrics]
+    lines: dict[tuple[str, str, str], Line] = {}
+    for loss in dict.fromkeys(loss for loss, _ in cells):
+        of_loss = {method: by_cell[loss, method] for of, method in cells if of == loss and by_cell[loss, method]}
+        if "alone" not in of_loss:
+            continue
+        labels = {run.group: method for method, several in of_loss.items() for run in several}
+        flat = [run for several in of_loss.values() for run in several]
+        exact = [metric.replace("test/", "test_exact/") for metric in METRICS]
+        comparison: Comparison = compare_runs(flat, loss, "alone", [*METRICS, *exact], labels)
+        lines |= {(loss, line.group, line.metric): line for line in comparison.lines}
+    return lines
 
 
-def tables(bench: Bench, chosen: dict[tuple[str, tuple[str, ...]], Settings], seeds: int) -> str:
-    cases = [*itertools.product(LOSSES, METHODS)]
-    wanted = [({**chosen[case], "seed": seed}, True) for case in cases for seed in range(seeds)]
-    metrics = bench.all(wanted)
-    by_case = {case: metrics[i * seeds : (i + 1) * seeds] for i, case in enumerate(cases)}
-    lines = ["| base loss | method | R@1 | MAP@R | R@1 gained | MAP@R gained | R@1, exact | MAP@R, exact |"]
-    lines += ["|---" * 8 + "|"]
-    for loss, methods in cases:
-        runs = by_case[loss, methods]
-        cells = [loss, "+".join(methods) or "alone"]
-        cells += [interval([m[key] for m in runs]) for key in SHOWN]
-        for key in SHOWN:
-            pairs = zip(runs, by_case[loss, ()], strict=True)
-            cells.append(interval([m[key] - plain[key] for m, plain in pairs]) if methods else "")
-        for key in ("test_exact/recall_at_1", "test_exact/map_at_r"):
-            cells.append(interval([m[key] for m in runs]) if "namr" in methods else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
+def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str]) -> str:
+    """Return the study's tables in Markdown, and what they still lack."""
+    lines = compare(study, cells)
+    rows, missing, settings = [], [], []
+    for loss, method in cells:
+        done = lines.get((loss, method, METRICS[0]))
+        if (count := len(done.values) if done else 0) < study.seeds:
+            missing.append(f"{loss} {method}" + (f" ({count} of {study.seeds} seeds)" if count else ""))
+        if done:
+            row = [loss, method, str(count)]
+            for metric in METRICS:
+                row += numbers(lines[loss, method, metric])
+            rows.append(row)
+        outcome = Path("runs", study.name(loss, method), "outcome.json")
+        if outcome.exists():
+            found = read_stored_config(Path(SweepOutcome.from_json(json.loads(outcome.read_text())).recipe).read_text())
+            settings.append(f"- {loss}, {method}: `{searched(found.flat(), load(study.recipe, study.values).flat())}`")
+    exact = [
+        f"| {loss} | {method} | {percent(plain.mean)} | {percent(line.mean)} |"
+        for loss, method in cells
+        if (line := lines.get((loss, method, "test_exact/map_at_r"))) and (plain := lines[loss, method, METRICS[1]])
+    ]
+    done_cells = len(cells) - len(missing)
+    least = 2 / 2**study.seeds * (len(METHODS) - 1)
+    parts = [
+        f"{study.recipe}: {done_cells} of {len(cells)} cells are done. {study.options.samples} points a search, "
+        f"{study.options.folds} folds, {study.seeds} paired seeds; in percent. Gains are over the base loss alone, *p* "
+        f"is of no gain (signs flipped, adjusted by Holm over the methods of a loss; with {study.seeds} seeds the "
+        f"least possible is {least:.2g}).",
         "",
-        "Settings chosen on validation classes (what is not named is the recipe's or the method's default):",
+        *markdown(HEADS, rows),
         "",
     ]
-    for loss, methods in cases[: len(cases)]:
-        if methods != METHODS[-1]:
-            settings = {k: v for k, v in chosen[loss, methods].items() if k not in ("loss.name", "method")}
-            shown = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
-            lines.append(f"- {loss}, {'+'.join(methods) or 'alone'}: `{shown or 'defaults'}`")
-    return "\n".join(lines)
+    if missing:
+        parts += [f"**Missing:** {', '.join(missing)}.", ""]
+    if failures:
+        parts += [f"**Failed:** {'; '.join(failures)}.", ""]
+    if exact:
+        parts += ["The whole gallery by the adaptive distance of NAMR:", ""]
+        parts += ["| base loss | method | MAP@R by cosine | MAP@R exact |", "|---|---|---|---|", *exact, ""]
+    return "\n".join([*parts, "Settings that the searches chose, where they differ from the recipe:", "", *settings])
+
+
+def numbers(line: Line) -> list[str]:
+    """Write a line's mean with its deviation, gain, the gain's interval and p."""
+    gain = "" if line.gain is None else f"{100 * line.gain:+.1f}"
+    interval = line.gain_interval
+    between = "" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+    spread = "" if line.sd is None else f" ± {100 * line.sd:.1f}"
+    return [percent(line.mean) + spread, gain, between, "" if line.p is None else f"{line.p:.3f}"]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def searched(found: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    """Write the settings in which a winner differs from the recipe, numbers in three digits."""
+    other = {"name", "storage", "experiment", "seed", "method", "workers", "loss.name", "batch.slices", "data.root"}
+    texts = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in flatten(found).items()}
+    changed = [f"{k}={v}" for k, v in texts.items() if k not in other and found[k] != start.get(k)]
+    return " ".join(changed) or "as in the recipe"
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
 
 
 def write(name: str, text: str) -> None:
-    """Replace the part of docs/benchmarks.md between this benchmark's two marks."""
+    """Replace the part of docs/benchmarks.md between this study's two marks."""
     page, begin, end = ROOT / "docs" / "benchmarks.md", f"<!-- methods {name} -->", f"<!-- end of methods {name} -->"
-    before, _, rest = page.read_text().partition(begin)
-    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+    before, mark, rest = page.read_text().partition(begin)
+    if mark:
+        page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("assignments", nargs="*")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=6)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--no-search", action="store_true", help="the defaults, for every loss and method")
+    parser.add_argument("assignments", nargs="*", metavar="key=value")
+    parser.add_argument("--samples", type=int, default=6, help="points of a search")
+    parser.add_argument("--folds", type=int, default=3, help="choices of validation classes that each point has")
+    parser.add_argument("--seeds", type=int, default=8, help="tested runs of a cell")
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which nothing new begins")
+    parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="tested runs at a time")
     options = parser.parse_args()
-    out = options.out or Path(f"methods_{options.recipe}.jsonl")
-    bench = Bench([options.recipe, *options.assignments], out, options.processes)
-    if options.no_search:
-        chosen = {(loss, m): {"loss.name": loss, "method": [*m]} for loss, m in itertools.product(LOSSES, METHODS)}
-    else:
-        chosen = search(bench, options.samples)
-    shown = " ".join(a for a in options.assignments if not a.startswith("data.root"))
-    how = "no search" if options.no_search else f"{options.samples} samples a search"
-    head = f"{options.seeds} seeds, {how}, `{options.recipe} {shown}`. Mean ± half of the 95 % interval, in percent;\n"
-    head += "gains are paired by seed. *exact*: the whole gallery searched by adaptive distance.\n\n"
-    text = head + tables(bench, chosen, options.seeds)
+    sweep = SweepOptions("", options.samples, folds=options.folds, final_seeds=0)
+    values = flatten(parse_assignments(options.assignments))
+    deadline = time.time() + 60 * options.budget
+    study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline)
+    methods = [m for m in METHODS if m in options.methods or m == "alone"]
+    alone = [(loss, "alone") for loss in options.losses]
+    cells = [*alone, *itertools.product(options.losses, methods[1:])]
+    failures = run(study, cells)
+    text = table(study, sorted(cells, key=lambda cell: LOSSES.index(cell[0])), failures)
     print(text)
-    write(options.recipe, text)
+    write(study.recipe, text)
 
 
 if __name__ == "__main__":

@@ -108,10 +108,12 @@ def describe_sweep(outcome: "SweepOutcome") -> list[Part]:
     """The trials of a sweep, its winner beside the defaults, and what can be done next."""
     return [
         *describe_trials(outcome.sweep, outcome.trials),
-        *describe_comparison("default settings", outcome.tested, outcome.warnings),
+        *(describe_comparison("default settings", outcome.tested, outcome.warnings) if outcome.tested else ()),
         f"sweep {outcome.run_id}, {outcome.seconds:.0f} s",
         f"winner {outcome.recipe}",
-        f"model {outcome.model + ', alias champion' if outcome.model else 'not registered'}\n",
+        f"model {outcome.model + ', alias champion' if outcome.model else 'not registered'}\n"
+        if outcome.tested
+        else "nothing was tested (--final-seeds 0)\n",
         "next:  dml ui                       trials and plots in MLflow",
         f"       dml train {outcome.recipe} seed=1",
     ]

@@ -23,7 +23,9 @@ def tune(
         str, typer.Option(help="asha: what falls behind is ended early; none; pbt: settings change on the way")
     ] = "asha",
     folds: Annotated[int, typer.Option(min=1, help="Train each point with so many choices of validation classes.")] = 1,
-    final_seeds: Annotated[int, typer.Option(min=1, help="Tested runs of the winner, and of the defaults.")] = 5,
+    final_seeds: Annotated[
+        int, typer.Option(min=0, help="Tested runs of the winner, and of the defaults; 0: search only.")
+    ] = 5,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with a sweep that was interrupted.")] = None,
     as_json: Json = False,
 ) -> None:

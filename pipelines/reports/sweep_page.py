@@ -35,7 +35,7 @@ def render_sweep(
         title: Its heading.
         trials: All trials of the search.
         space: What was searched.
-        comparison: The winner's tests against those of the defaults.
+        comparison: The winner's tests against those of the defaults; without lines where nothing was tested.
         facts: What the sweep was, by name.
         footer: Its last line; see pages.render.made_by.
     """
@@ -55,7 +55,7 @@ def render_sweep(
         title=title,
         lead=f"{len(trials)} trials; the best, {best.name}, has val/map_at_r {best.score:.4f} on validation classes",
         sections=SECTIONS,
-        comparison=comparison_content(comparison),
+        comparison=comparison_content(comparison) if comparison.lines else None,
         figures=[(restyle_figure(figures[key], text), text) for key, text in CAPTIONS.items() if key in figures],
         slices=[] if "changes" in figures else draw_slices(space, trials),
         has_importance="importance" in figures or "changes" in figures,

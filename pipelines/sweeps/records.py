@@ -112,7 +112,7 @@ class SweepOptions(NamedTuple):
         search: "optuna" (TPE), "random" or "grid"; None: random with schedule "pbt", else optuna.
         schedule: "asha" ends early what falls behind, "none" trains all to the end, "pbt" changes settings on the way.
         folds: Trainings of each point, on other validation classes each.
-        final_seeds: Tested runs of the winner, and as many of the defaults.
+        final_seeds: Tested runs of the winner, and as many of the defaults; 0: the search alone.
     """
 
     space: str

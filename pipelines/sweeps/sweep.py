@@ -254,8 +254,8 @@ def _search_and_test(
             _warn(console, "plots of the sweep are missing in MLflow", error, log)
         log_text(sweep.uri, sweep.run_id, recipe, "best.yaml")
         log_metrics(sweep.uri, sweep.run_id, {"val/best_map_at_r": best.score or 0.0})
-        finals = _run_finals(placement, best.point, config_point(config, space))
-    comparison, model = _compare_finals(sweep, finals)
+        finals = _run_finals(placement, best.point, config_point(config, space)) if sweep.options.final_seeds else []
+    comparison, model = _compare_finals(sweep, finals) if finals else (Comparison("default", [], []), None)
     outcome = SweepOutcome(
         sweep=sweep.name,
         run_id=sweep.run_id,
