@@ -11,8 +11,8 @@ is trained over `--seeds` seeds that no search has used, and each run is tested 
 
 Everything is kept in ./runs and in MLflow's experiment `methods-RECIPE`. The same command goes on where it was
 interrupted, by its `--budget` of minutes or otherwise; with more `--seeds` it adds them. Cells are taken in order of
-interest: all losses alone, then the methods, loss by loss. The table, with what it still lacks, is printed, and written
-to docs/benchmarks.md.
+interest: all losses alone, then the methods, loss by loss. The table is printed with what it still lacks, and with
+--write it replaces the one of docs/benchmarks.md.
 """
 
 import argparse
@@ -39,10 +39,12 @@ from pipelines.console import RunFailed, messages
 from pipelines.kept import keep_between_runs
 from pipelines.runs.train import run_training
 from pipelines.sweeps.records import SweepOptions, SweepOutcome
+from pipelines.sweeps.spaces import SPACES
 from pipelines.sweeps.sweep import resume_sweep, start_sweep
 from pipelines.sweeps.trial import QUIET
 from pipelines.tracking.address import default_uri
 from pipelines.tracking.runs import LoggedRun, read_runs
+from tune_spaces import base
 
 ROOT = Path(__file__).parents[1]
 LOSSES = ("multi_similarity", "triplet", "proxy_anchor", "contrastive")
@@ -96,13 +98,13 @@ def search_cell(study: Study, loss: str, method: str) -> SweepOutcome:
     """Search the settings of a cell, from the base loss's and, for all methods, from what each has found alone."""
     methods = [] if method == "alone" else [*OF_ALL] if method == "all" else [method]
     start = {"loss.name": loss, "method": [], "seed": SEARCH_SEED}
-    base = search(study, study.name(loss, "base"), "base", study.recipe, start)
+    of_loss = search(study, study.name(loss, "base"), "base", study.recipe, start)
     found: dict[str, Any] = {}
     if method == "all":
         for each in OF_ALL:
             found |= {k: v for k, v in search_cell(study, loss, each).winner.items() if v is not None}
     space = "+".join(methods) or "base"
-    return search(study, study.name(loss, method), space, base.recipe, {"method": methods} | found)
+    return search(study, study.name(loss, method), space, of_loss.recipe, {"method": methods} | found)
 
 
 def train(recipe: str, values: Mapping[str, Any], threads: int) -> str | None:
@@ -199,7 +201,8 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
         outcome = Path("runs", study.name(loss, method), "outcome.json")
         if outcome.exists():
             found = read_stored_config(Path(SweepOutcome.from_json(json.loads(outcome.read_text())).recipe).read_text())
-            settings.append(f"- {loss}, {method}: `{searched(found.flat(), load(study.recipe, study.values).flat())}`")
+            start = load(study.recipe, study.values).flat()
+            settings.append(f"- {loss}, {method}: `{searched(loss, found.flat(), start)}`")
     exact = [
         f"| {loss} | {method} | {percent(plain.mean)} | {percent(line.mean)} |"
         for loss, method in cells
@@ -239,12 +242,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def searched(found: Mapping[str, Any], start: Mapping[str, Any]) -> str:
-    """Write the settings in which a winner differs from the recipe, numbers in three digits."""
-    other = {"name", "storage", "experiment", "seed", "method", "workers", "loss.name", "batch.slices", "data.root"}
-    texts = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in flatten(found).items()}
-    changed = [f"{k}={v}" for k, v in texts.items() if k not in other and found[k] != start.get(k)]
-    return " ".join(changed) or "as in the recipe"
+def searched(loss: str, found: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    """Write the settings of all spaces in which a winner differs from the recipe, numbers in three digits."""
+    keys = {key for space in (*SPACES.values(), base.LOSSES[loss]) for key in space}
+    changed = {key: value for key, value in found.items() if key in keys and value != start.get(key)}
+    texts = (f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in changed.items())
+    return " ".join(texts) or "as in the recipe"
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -270,6 +273,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="tested runs at a time")
+    parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
     options = parser.parse_args()
     sweep = SweepOptions("", options.samples, folds=options.folds, final_seeds=0)
     values = flatten(parse_assignments(options.assignments))
@@ -281,7 +285,8 @@ def main() -> None:
     failures = run(study, cells)
     text = table(study, sorted(cells, key=lambda cell: LOSSES.index(cell[0])), failures)
     print(text)
-    write(study.recipe, text)
+    if options.write:
+        write(study.recipe, text)
 
 
 if __name__ == "__main__":

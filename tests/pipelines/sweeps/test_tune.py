@@ -225,6 +225,19 @@ def test_a_sweep_from_python_goes_on_where_its_plots_and_mlflow_fail(
         resume_sweep("plain")
 
 
+def test_without_final_seeds_a_sweep_only_searches(tracked_folder: Path) -> None:
+    asked = ["tune", "glyphs", "--space", write_space(tracked_folder, "{'optimizer.lr': tune.choice([1e-3])}")]
+    found = CliRunner().invoke(main.app, [*asked, "--samples", "1", "--final-seeds", "0", *SMALL, "name=only"])
+    assert found.exit_code == 0, found.output
+    assert "nothing was tested (--final-seeds 0)" in found.stdout and "baseline" not in found.stdout
+    folder = Path("runs/only")
+    assert json.loads((folder / "outcome.json").read_text())["tested"] == [] and (folder / "best.yaml").exists()
+    assert not [*folder.glob("default-*")] and not [*folder.glob("*/epoch_*")]
+    assert not mlflow.MlflowClient().search_registered_models()
+    page = CliRunner().invoke(main.app, ["report", str(folder), "--out", "sweep.html"])
+    assert page.exit_code == 0 and "Nothing was tested" in Path("sweep.html").read_text()
+
+
 SPACE = {
     "sgar.intensity": "tune.loguniform(0.02, 0.5)",
     "sgar.count": "tune.randint(3, 8)",
