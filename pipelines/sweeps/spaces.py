@@ -85,6 +85,11 @@ def _spread_values(domain: Domain, count: int) -> list[Any]:
     return sorted({round(v) for v in spread(domain.lower, domain.upper - 1, count).tolist()})
 
 
+def most_epochs(space: Space, config: Config) -> int:
+    """Return the epochs of the longest training in a space."""
+    return int(max(_spread_values(space["epochs"], 2))) if "epochs" in space else config.epochs
+
+
 def _extreme_points(space: Space) -> Iterator[Point]:
     """Yield points at each range's ends and each choice, one key after the other, the rest at its first value."""
     ends = {key: _spread_values(domain, 2) for key, domain in space.items()}

@@ -158,8 +158,8 @@ class StageMonitor(tune.Callback):
         StageMonitor.trials = list(trials)
 
 
-def read_trial(trial: RayTrial, total: int) -> Trial:
-    """Return what a trial of the search came to. total: epochs of a trial that ends by itself, of all folds."""
+def read_trial(trial: RayTrial, sweep: Sweep) -> Trial:
+    """Return what a trial of a sweep's search came to."""
     result: dict[str, Any] = trial.last_result or {}  # a TrialReport and Ray Tune's own; empty before the first report
     point, score, epochs = result.get(SETTINGS, trial.config["point"]), result.get(SCORE), result.get(EPOCHS, 0)
     name = trial_name(trial.trial_id, cast(TrialConfig, trial.config), point)
@@ -167,6 +167,7 @@ def read_trial(trial: RayTrial, total: int) -> Trial:
         return Trial(name, point, None, epochs, "failed", failure_reason(trial))
     if FAILED in result:
         return Trial(name, point, None, epochs, "failed", result[FAILED])
+    total = sweep.options.folds * point.get("epochs", sweep.config.epochs)
     return Trial(name, point, score, epochs, "finished" if epochs >= total else "stopped", "")
 
 

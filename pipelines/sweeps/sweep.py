@@ -57,7 +57,7 @@ from pipelines.sweeps.records import (
     fold_values,
 )
 from pipelines.sweeps.search import NumberedOptuna
-from pipelines.sweeps.spaces import Point, Space, config_point, draw_points, load_space
+from pipelines.sweeps.spaces import Point, Space, config_point, draw_points, load_space, most_epochs
 from pipelines.sweeps.stages import Placement, failure_reason, place_trials, read_trial, run_stage
 from pipelines.sweeps.trial import run_final, run_trial
 from pipelines.tracking.address import database_file, default_uri, without_password
@@ -273,7 +273,6 @@ def _search_and_test(
 
 def _search(placement: Placement, space: Space) -> list[Trial]:
     sweep, options = placement.sweep, placement.sweep.options
-    total = options.folds * sweep.config.epochs
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     points: Mapping[str, object]
     if options.search == "optuna":
@@ -288,13 +287,14 @@ def _search(placement: Placement, space: Space) -> list[Trial]:
     if options.schedule == "pbt":
         scheduler = make_pbt_scheduler(space, sweep.config)
     if options.schedule == "asha":
-        # The last report comes at `total`; what reaches it is to end by itself.
+        # The last report comes at `total` at the latest; what reaches it is to end by itself.
+        total = options.folds * most_epochs(space, sweep.config)
         grace = max(sweep.config.evaluate_every, total // 9, 1)
         scheduler = AsyncHyperBandScheduler(
             EPOCHS, SCORE, "max", max_t=total + 1, grace_period=grace, reduction_factor=3
         )
     trials = run_stage(placement, "search", run_trial, points, count, search, scheduler)
-    return [read_trial(trial, total) for trial in trials]
+    return [read_trial(trial, sweep) for trial in trials]
 
 
 def _run_finals(placement: Placement, winner: Point, own: Point | None) -> list[FinalRun]:

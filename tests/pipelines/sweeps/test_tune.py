@@ -226,12 +226,17 @@ def test_a_sweep_from_python_goes_on_where_its_plots_and_mlflow_fail(
 
 
 def test_without_final_seeds_a_sweep_only_searches(tracked_folder: Path) -> None:
-    asked = ["tune", "glyphs", "--space", write_space(tracked_folder, "{'optimizer.lr': tune.choice([1e-3])}")]
-    found = CliRunner().invoke(main.app, [*asked, "--samples", "1", "--final-seeds", "0", *SMALL, "name=only"])
+    """Trainings of one epoch and of three compete, where the config has two."""
+    asked = ["tune", "glyphs", "--space", write_space(tracked_folder, "{'epochs': tune.choice([1, 3])}")]
+    asked += ["--search", "grid", "--samples", "2", "--final-seeds", "0"]
+    found = CliRunner().invoke(main.app, [*asked, *SMALL, "name=only"])
     assert found.exit_code == 0, found.output
     assert "nothing was tested (--final-seeds 0)" in found.stdout and "baseline" not in found.stdout
     folder = Path("runs/only")
-    assert json.loads((folder / "outcome.json").read_text())["tested"] == [] and (folder / "best.yaml").exists()
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["tested"] == [] and (folder / "best.yaml").exists()
+    ended = {trial["point"]["epochs"]: (trial["epochs"], trial["ended"]) for trial in outcome["trials"]}
+    assert ended[1] == (1, "finished") and ended[3] in ((3, "finished"), (1, "stopped"), (2, "stopped"))
     assert not [*folder.glob("default-*")] and not [*folder.glob("*/epoch_*")]
     assert not mlflow.MlflowClient().search_registered_models()
     page = CliRunner().invoke(main.app, ["report", str(folder), "--out", "sweep.html"])
