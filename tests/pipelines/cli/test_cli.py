@@ -33,7 +33,7 @@ def test_help_has_an_example(command: str) -> None:
 
 def test_lists() -> None:
     papers = {f"{data}-{m}" for data in ("cub", "cars", "sop", "inshop", "vehicleid") for m in ("iaa", "sgar", "namr")}
-    assert set(json.loads(dml("recipes", "--json").stdout)) == {"glyphs", "grocery", *papers}
+    assert set(json.loads(dml("recipes", "--json").stdout)) == {"glyphs", "grocery", "grocery-whole", *papers}
     assert {"glyphs", "folder", "table", "cub", "grocery"} < set(json.loads(dml("data", "list", "--json").stdout))
     assert "glyphs" in dml("recipes").stdout and "grocery" in dml("data", "list").stdout
     assert json.loads(dml("config", "glyphs", "seed=3", "--json").stdout)["seed"] == 3

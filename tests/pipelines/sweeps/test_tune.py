@@ -43,10 +43,10 @@ def test_spaces_are_joined_and_switch_their_methods_on() -> None:
     assert "loss.alpha" not in everything  # multi_similarity's
 
 
-@pytest.mark.parametrize("recipe", ["glyphs", "grocery"])
+@pytest.mark.parametrize("recipe", ["glyphs", "grocery", "grocery-whole"])
 @pytest.mark.parametrize("space", [*SPACES, "all"])
 def test_every_space_fits_the_recipes(recipe: str, space: str) -> None:
-    config, found = load_space(space, load_recipe(recipe, ["data.root=somewhere"] if recipe == "grocery" else []))
+    config, found = load_space(space, load_recipe(recipe, [] if recipe == "glyphs" else ["data.root=somewhere"]))
     assert found and config_point(config, found)
 
 
