@@ -3,11 +3,11 @@
     python benchmarks/methods.py glyphs --budget 480
     python benchmarks/methods.py grocery-whole data.root=GroceryStoreDataset --budget 480
 
-A cell of the table is a base loss with some methods. All cells have the same budget: the loss is searched alone
-(tune_spaces.base, `--samples` points over `--folds` folds of the training classes), and from the winner each cell
-searches as many points again: the methods their own spaces, the loss alone the base space once more, and all methods
-together their spaces from what each has found alone. So no cell is told more than the loss alone. The winner of a cell
-is trained over `--seeds` seeds that no search has used, and each run is tested once.
+A cell of the table is a base loss with some methods. All cells have the same budget: the loss is searched alone first
+(tune_spaces.base, twice `--samples` points over `--folds` folds of the training classes), and from the winner each cell
+searches `--samples` points: the methods their own spaces, the loss alone the base space once more, and all methods
+together their spaces, from what each has found alone. The winner of a cell is trained over `--seeds` seeds that no
+search has used, and each run is tested once.
 
 Everything is kept in ./runs and in MLflow's experiment `methods-RECIPE`. The same command goes on where it was
 interrupted, by its `--budget` of minutes or otherwise; with more `--seeds` it adds them. Cells are taken in order of
@@ -83,7 +83,7 @@ class Study(NamedTuple):
         return f"{self.recipe}-{loss.replace('_', '')}-{what}"
 
 
-def search(study: Study, name: str, space: str, recipe: str, values: Mapping[str, Any]) -> SweepOutcome:
+def search(study: Study, name: str, space: str, recipe: str, values: Mapping[str, Any], samples: int) -> SweepOutcome:
     """Run a sweep, or what an interrupted one lacks, or return what a finished one found."""
     folder = Path("runs", name)
     if (folder / "outcome.json").exists():
@@ -91,20 +91,21 @@ def search(study: Study, name: str, space: str, recipe: str, values: Mapping[str
     if (folder / "sweep.json").exists():
         return resume_sweep(name)
     values = {"seed": SEARCH_AGAIN_SEED, **study.values, **values, "name": name, "experiment": study.experiment}
-    return start_sweep(recipe, values, study.options._replace(space=space))
+    return start_sweep(recipe, values, study.options._replace(space=space, samples=samples))
 
 
 def search_cell(study: Study, loss: str, method: str) -> SweepOutcome:
     """Search the settings of a cell, from the base loss's and, for all methods, from what each has found alone."""
     methods = [] if method == "alone" else [*OF_ALL] if method == "all" else [method]
     start = {"loss.name": loss, "method": [], "seed": SEARCH_SEED}
-    of_loss = search(study, study.name(loss, "base"), "base", study.recipe, start)
+    samples = study.options.samples
+    of_loss = search(study, study.name(loss, "base"), "base", study.recipe, start, 2 * samples)
     found: dict[str, Any] = {}
     if method == "all":
         for each in OF_ALL:
             found |= {k: v for k, v in search_cell(study, loss, each).winner.items() if v is not None}
     space = "+".join(methods) or "base"
-    return search(study, study.name(loss, method), space, of_loss.recipe, {"method": methods} | found)
+    return search(study, study.name(loss, method), space, of_loss.recipe, {"method": methods} | found, samples)
 
 
 def train(recipe: str, values: Mapping[str, Any], threads: int) -> str | None:
@@ -211,7 +212,7 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
     done_cells = len(cells) - len(missing)
     least = 2 / 2**study.seeds * (len(METHODS) - 1)
     parts = [
-        f"{study.recipe}: {done_cells} of {len(cells)} cells are done. {study.options.samples} points a search, "
+        f"{study.recipe}: {done_cells} of {len(cells)} cells are done. {3 * study.options.samples} points searched for each, "
         f"{study.options.folds} folds, {study.seeds} paired seeds; in percent. Gains are over the base loss alone, *p* "
         f"is of no gain (signs flipped, adjusted by Holm over the methods of a loss; with {study.seeds} seeds the "
         f"least possible is {least:.2g}).",
