@@ -153,12 +153,19 @@ class RecordedLoss:
 
     Args:
         generators: All that the loss draws from.
+        buffers: All that the loss writes to, such as the statistics of NAMR's structure head.
         tell: Called with one line where the loss cannot be recorded.
         record: How it is recorded; in memory that is not used between the forward and the backward passes.
     """
 
-    def __init__(self, generators: Sequence[torch.Generator], tell: Callable[[str], None], record: Record):
-        self.generators, self.tell, self.record = generators, tell, record
+    def __init__(
+        self,
+        generators: Sequence[torch.Generator],
+        buffers: Sequence[Tensor],
+        tell: Callable[[str], None],
+        record: Record,
+    ):
+        self.generators, self.buffers, self.tell, self.record = generators, buffers, tell, record
         self.can_record = True
         self.key: Hashable = None
         self.recorded: RecordedCall | None = None
@@ -167,10 +174,14 @@ class RecordedLoss:
         """Return function(*inputs), which is recorded for each new key and shape. key: what it depends on beside."""
         key = key, *((x.shape, x.dtype) for x in inputs)
         if self.can_record and key != self.key:
+            # A run that goes on records anew: what recording draws and writes must leave no trace.
             states = [generator.get_state() for generator in self.generators]
+            values = [buffer.clone() for buffer in self.buffers]
             recorded = attempt("loss", lambda: RecordedCall(function, inputs, self.record), self.tell)
             for generator, state in zip(self.generators, states, strict=True):
                 generator.set_state(state)
+            for buffer, value in zip(self.buffers, values, strict=True):
+                buffer.copy_(value)
             self.key, self.recorded, self.can_record = key, recorded, recorded is not None
         return function(*inputs) if self.recorded is None else self.recorded(*inputs)
 

@@ -25,6 +25,6 @@ def prepare_passes(learner: Learner, sources: Sources, generators: Sequence[torc
         say, record = sources.progress.say, GraphRecorder()
         learner.passes = RecordedPasses(backbone, fast, batch, sources.autocast, parameters, say, record)
         on_gpu = [generator for generator in generators if generator.device.type == "cuda"]
-        learner.run_loss = RecordedLoss(generators, say, GraphRecorder(on_gpu))
+        learner.run_loss = RecordedLoss(generators, [*learner.buffers()], say, GraphRecorder(on_gpu))
     else:
         learner.passes = Passes(backbone, fast, batch)

@@ -14,6 +14,7 @@ from dml_core import backbones, base_losses, heads
 from dml_core.gather import own_rows, rank, world_size
 from dml_core.learner import Learner, Weights
 from dml_core.passes import GraphRecorder, RecordedLoss, RecordedPasses
+from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from tests import ranks
 
@@ -30,8 +31,9 @@ def learner_on_gpu() -> Learner:
     torch.manual_seed(0)
     loss = base_losses.build("multi_similarity", CLASSES, DIM)
     sgar = IntensityRanking(DIM, 0.3, 4, 0.11, 0.2, 32.0, 0.05, 32.0, 0.1, False)
+    namr = ClusterRanking(heads.Structure(512, DIM), 3, 3.0, 10.0, "even")
     backbone = backbones.build("resnet18", "none")
-    return Learner(backbone, heads.linear(512, DIM), loss, Weights(0.2, 0.2), sgar=sgar).cuda()
+    return Learner(backbone, heads.linear(512, DIM), loss, Weights(0.2, 0.2, 0.5), sgar=sgar, namr=namr).cuda()
 
 
 def train(learner: Learner, slices: int, bf16: bool, noise: torch.Generator) -> list[Tensor]:
@@ -60,7 +62,7 @@ def record(learner: Learner, bf16: bool, said: list[str], noise: torch.Generator
     learner.passes = RecordedPasses(
         learner.backbone, None, INFERENCE, in_precision, parameters, said.append, GraphRecorder()
     )
-    learner.run_loss = RecordedLoss([noise], said.append, GraphRecorder([noise]))
+    learner.run_loss = RecordedLoss([noise], [*learner.buffers()], said.append, GraphRecorder([noise]))
 
 
 @pytest.mark.parametrize(("slices", "precision"), [*itertools.product((1, 2, 4, 8), PRECISIONS)])

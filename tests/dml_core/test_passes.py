@@ -9,6 +9,7 @@ from torch import Tensor
 from dml_core import backbones, base_losses, heads
 from dml_core.learner import Learner, Weights
 from dml_core.passes import Passes, RecordedLoss, RecordedPasses, Recording, rerun
+from dml_core.ranking.clusters import ClusterRanking
 from dml_core.ranking.intensity import IntensityRanking
 from dml_core.synthesis.gaussian import ClassAugmentation
 
@@ -123,7 +124,9 @@ def learner_with_methods() -> Learner:
     iaa = ClassAugmentation(CLASSES, DIM, 10, 0.3, 2, 1, 1, 0.2, "diag", 2, 0.1, 0.1, 40)
     iaa.estimate([(torch.randn(20, DIM), torch.arange(20) % CLASSES)])
     sgar = IntensityRanking(DIM, 0.3, 4, 0.11, 0.2, 32.0, 0.05, 32.0, 0.1, False)
-    return Learner(backbones.build("small", "none"), heads.linear(128, DIM), loss, Weights(0.2, 0.2), iaa, sgar)
+    namr = ClusterRanking(heads.Structure(128, DIM), 3, 3.0, 10.0, "even")
+    weights = Weights(0.2, 0.2, 0.5)
+    return Learner(backbones.build("small", "none"), heads.linear(128, DIM), loss, weights, iaa, sgar, namr)
 
 
 def steps_over_epochs(learner: Learner, generator: torch.Generator) -> list[Tensor]:
@@ -151,7 +154,7 @@ def test_a_recorded_loss_is_that_of_kernels_whatever_the_epoch(frozen: bool) -> 
         recordings.append(rerun(function))
         return recordings[-1]
 
-    learner.run_loss = RecordedLoss([generator], print, record)
+    learner.run_loss = RecordedLoss([generator], [*learner.buffers()], print, record)
     assert_same_bits(steps_over_epochs(learner, generator), steps_over_epochs(other, torch.Generator()))
     assert len(recordings) == 4  # before synthetics, at each intensity, and once more without
 
@@ -159,7 +162,7 @@ def test_a_recorded_loss_is_that_of_kernels_whatever_the_epoch(frozen: bool) -> 
 def test_what_is_added_up_is_not_overwritten_by_the_next_replay() -> None:
     learner, other = learner_with_methods(), learner_with_methods()
     generator = torch.Generator()
-    learner.run_loss = RecordedLoss([generator], print, rerun)
+    learner.run_loss = RecordedLoss([generator], [*learner.buffers()], print, rerun)
     for step in range(2):
         for one in (learner, other):
             one.backward(images(step), torch.arange(8) // 2, 0, generator.manual_seed(step), SLICES)
@@ -173,7 +176,7 @@ def test_a_loss_that_cannot_be_recorded_says_so_once_and_runs_on() -> None:
         raise RuntimeError("called a synchronizing CUDA operation")
 
     generator, learner = torch.Generator(), learner_with_methods()
-    learner.run_loss = RecordedLoss([generator], lines.append, record)
+    learner.run_loss = RecordedLoss([generator], [*learner.buffers()], lines.append, record)
     expected = steps_over_epochs(learner_with_methods(), torch.Generator())
     assert_same_bits(steps_over_epochs(learner, generator), expected)
     line = "the loss runs kernel by kernel: it cannot be a CUDA graph (called a synchronizing CUDA operation)"
