@@ -11,7 +11,7 @@ search has used, and each run is tested once.
 
 Everything is kept in ./runs and in MLflow's experiment `methods-RECIPE`. The same command goes on where it was
 interrupted, by its `--budget` of minutes or otherwise; with more `--seeds` it adds them. Cells are taken in order of
-interest: all losses alone, then the methods, loss by loss. The table is printed with what it still lacks, and with
+interest: loss by loss, each alone and then with its methods. The table is printed with what it still lacks, and with
 --write it replaces the one of docs/benchmarks.md.
 """
 
@@ -212,10 +212,10 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
     done_cells = len(cells) - len(missing)
     least = 2 / 2**study.seeds * (len(METHODS) - 1)
     parts = [
-        f"{study.recipe}: {done_cells} of {len(cells)} cells are done. {3 * study.options.samples} points searched for each, "
-        f"{study.options.folds} folds, {study.seeds} paired seeds; in percent. Gains are over the base loss alone, *p* "
-        f"is of no gain (signs flipped, adjusted by Holm over the methods of a loss; with {study.seeds} seeds the "
-        f"least possible is {least:.2g}).",
+        f"{study.recipe}: {done_cells} of {len(cells)} cells are done. {3 * study.options.samples} points searched "
+        f"for each, {study.options.folds} folds, {study.seeds} paired seeds; in percent. Gains are over the base loss "
+        f"alone, *p* is of no gain (signs flipped, adjusted by Holm over the methods of a loss; with {study.seeds} "
+        f"seeds the least possible is {least:.2g}).",
         "",
         *markdown(HEADS, rows),
         "",
@@ -281,10 +281,9 @@ def main() -> None:
     deadline = time.time() + 60 * options.budget
     study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline)
     methods = [m for m in METHODS if m in options.methods or m == "alone"]
-    alone = [(loss, "alone") for loss in options.losses]
-    cells = [*alone, *itertools.product(options.losses, methods[1:])]
+    cells = [*itertools.product(options.losses, methods)]
     failures = run(study, cells)
-    text = table(study, sorted(cells, key=lambda cell: LOSSES.index(cell[0])), failures)
+    text = table(study, cells, failures)
     print(text)
     if options.write:
         write(study.recipe, text)
