@@ -3,7 +3,7 @@
 from ray import tune
 
 SPACE = {
-    "optimizer.lr": tune.loguniform(5e-5, 5e-3),  # from heads on frozen features to small networks from scratch
+    "optimizer.lr": tune.loguniform(5e-5, 2e-2),  # from heads on frozen features to small networks from scratch
     "optimizer.weight_decay": tune.loguniform(1e-5, 1e-2),
 }
 LOSSES = {
