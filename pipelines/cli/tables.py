@@ -8,15 +8,29 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.compare.wording import METRIC_COLUMNS, RANKINGS, TABLE_HEADS, Line, format_line, short_number
+from pipelines.compare.wording import (
+    CLASS_HEADS,
+    METRIC_COLUMNS,
+    QUERY_HEADS,
+    RANKINGS,
+    TABLE_HEADS,
+    Line,
+    format_class,
+    format_line,
+    format_query_line,
+    short_number,
+)
 
 if TYPE_CHECKING:
+    from pipelines.compare.queries import QueryComparison
     from pipelines.runs.evaluate import Evaluation
     from pipelines.runs.outcome import TrainOutcome
     from pipelines.serving.index import SearchResult
     from pipelines.sweeps.records import SweepOutcome, Trial
 
 Part = str | Text | Table
+
+CLASSES = 4  # shown of those that lose most, and of those that gain most
 
 
 def describe_training(outcome: "TrainOutcome") -> list[Part]:
@@ -102,6 +116,28 @@ def describe_comparison(baseline: str, lines: Sequence[Line], warnings: Sequence
     for line in lines:
         table.add_row(*format_line(line))
     return [table, *(Text(warning, "yellow") for warning in warnings)]
+
+
+def describe_queries(queries: "QueryComparison") -> list[Part]:
+    """Configs beside their baseline query by query, and for each the classes that move the metric most."""
+    from pipelines.compare.queries import most_moved
+
+    parts: list[Part] = []
+    for group in dict.fromkeys(line.group for line in queries.lines):
+        table = Table(title=f"query by query: {group}")
+        for head in QUERY_HEADS[1:]:
+            table.add_column(head, overflow="fold")
+        for line in queries.lines:
+            if line.group == group:
+                table.add_row(*format_query_line(line)[1:])
+        lost, won = most_moved(queries.classes, group, CLASSES)
+        classes = Table(title="classes that lose and gain most in MAP@R")
+        for head in CLASS_HEADS:
+            classes.add_column(head, overflow="fold")
+        for moved in [*lost, *reversed(won)]:
+            classes.add_row(*format_class(moved))
+        parts += [table, classes if lost or won else "no query has another score than with the baseline"]
+    return [*parts, *(Text(warning, "yellow") for warning in queries.warnings)]
 
 
 def describe_sweep(outcome: "SweepOutcome") -> list[Part]:

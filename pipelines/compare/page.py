@@ -1,18 +1,23 @@
 """The page of a comparison: its table, and every run as a point."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from pipelines.compare.queries import SMALLEST
 from pipelines.compare.statistics import Comparison
-from pipelines.compare.wording import TABLE_HEADS, Line, format_line
+from pipelines.compare.wording import QUERY_METRICS, TABLE_HEADS, ClassGain, Line, QueryLine, format_line
+from pipelines.pages.gallery import Query
 from pipelines.pages.render import render
 from pipelines.pages.svg import SERIES, to_svg
 
-SECTIONS = {"comparison": "Whether a gain is real"}
+SECTIONS = {"comparison": "Whether a gain is real", "queries": "Query by query"}
+
+MOST_BARS = 200  # classes drawn, of more every so many
 
 
 class ComparisonContent(NamedTuple):
@@ -25,21 +30,49 @@ class ComparisonContent(NamedTuple):
     figure: Markup
 
 
-def render_comparison(title: str, comparison: Comparison, footer: str) -> str:
+class QueriesOfConfig(NamedTuple):
+    """What is shown of a config's queries.
+
+    Attributes:
+        label: The config's.
+        figure: Its gains by class.
+        classes: For each class that is shown a picture, as a data URL, and the cells of its row.
+        queries: Queries, by the words for what they have in common.
+    """
+
+    label: str
+    figure: Markup
+    classes: Sequence[tuple[str, Sequence[str]]]
+    queries: Mapping[str, Sequence[Query]]
+
+
+class QueriesContent(NamedTuple):
+    """A comparison query by query, as the macro `queries` of pages/parts.html shows it."""
+
+    warnings: Sequence[str]
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    class_heads: Sequence[str]
+    configs: Sequence[QueriesOfConfig]
+
+
+def render_comparison(title: str, comparison: Comparison, footer: str, queries: QueriesContent | None = None) -> str:
     """Render a comparison as one HTML page, which needs nothing from elsewhere.
 
     Args:
         title: The page's heading.
         comparison: What is on it.
         footer: Its last line; see pages.render.made_by.
+        queries: The same query by query, if the page has that section.
     """
     configs = len({line.group for line in comparison.lines})
     return render(
         "comparison.html",
         title=title,
         lead=f"{configs} configs",
-        sections=SECTIONS,
+        sections={name: head for name, head in SECTIONS.items() if queries or name != "queries"},
         comparison=comparison_content(comparison),
+        queries=queries,
         footer=footer,
     )
 
@@ -71,3 +104,28 @@ def draw_comparison(lines: Sequence[Line]) -> Markup:
         axis.grid(axis="x", alpha=0.3)
     means = (f"{line.group}, {line.metric}: {100 * line.mean:.1f} % of {len(line.values)} seeds" for line in lines)
     return to_svg(figure, "Means: " + "; ".join(means))
+
+
+def draw_class_gains(lines: Sequence[QueryLine], classes: Sequence[ClassGain]) -> Markup:
+    """Draw the gain of each class as a bar, sorted, beside the mean over all queries; a panel for each metric.
+
+    Args:
+        lines: Of one config, one for each of QUERY_METRICS.
+        classes: Of the same config.
+    """
+    figure = Figure(figsize=(5 * len(QUERY_METRICS), 2.4), layout="constrained")
+    texts = []
+    for axis, line in zip(figure.subplots(1, len(QUERY_METRICS), squeeze=False)[0], lines, strict=True):
+        gains = np.sort([c.gain for c in classes if c.metric == line.metric])
+        better, worse = int((gains > SMALLEST).sum()), int((gains < -SMALLEST).sum())
+        shown = np.unique(np.linspace(0, len(gains) - 1, min(len(gains), MOST_BARS)).round().astype(int))
+        axis.bar(shown, 100 * gains[shown], width=0.8 * len(gains) / len(shown), color=SERIES[0])
+        axis.axhline(0, color="black", lw=0.8)
+        axis.axhline(100 * line.gain, color=SERIES[1], ls="--", lw=1.2)
+        axis.set(title=line.metric, xlabel=f"{len(gains)} classes: {worse} lose, {better} gain", ylabel="gain, %")
+        axis.set_xticks([])
+        axis.grid(axis="y", alpha=0.3)
+        texts.append(
+            f"{line.metric}: {worse} of {len(gains)} classes lose, {better} gain, mean {100 * line.gain:+.1f} %"
+        )
+    return to_svg(figure, f"Gains of classes of {lines[0].group}: " + "; ".join(texts))

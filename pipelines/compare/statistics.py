@@ -211,12 +211,17 @@ def p_value(gains: np.ndarray) -> float | None:
 
 
 def adjust_p_values(lines: Sequence[Line]) -> list[Line]:
-    """Adjust the lines' p-values by Holm's step-down method (Scand. J. Statist. 6, 1979)."""
-    tested = sorted((i for i, line in enumerate(lines) if line.p is not None), key=lambda i: lines[i].p or 0.0)
-    adjusted, highest = list(lines), 0.0
-    for place, i in enumerate(tested):
-        highest = max(highest, min(1.0, (lines[i].p or 0.0) * (len(tested) - place)))
-        adjusted[i] = lines[i]._replace(p=highest)
+    """Adjust the lines' p-values for their number."""
+    return [line._replace(p=p) for line, p in zip(lines, holm([line.p for line in lines]), strict=True)]
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjust p-values by Holm's step-down method (Scand. J. Statist. 6, 1979). None stays, and does not count."""
+    tested = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted, highest = [*p_values], 0.0
+    for number, (p, place) in enumerate(tested):
+        highest = max(highest, min(1.0, p * (len(tested) - number)))
+        adjusted[place] = highest
     return adjusted
 
 

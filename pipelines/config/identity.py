@@ -1,5 +1,7 @@
 """What makes two runs the same: the keys and pictures that results depend on, and the check of a continued run."""
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +23,13 @@ FREE_KEYS = (
 # trained model; which run it is, and what was measured of it, is that of the run.
 REPORT_KEYS = {*FREE_KEYS, "precision", *("data.on_bad_image", "data.decode")}
 REPORT_KEYS -= {"name", "storage", "experiment", "metrics"}
+
+
+def group_of(params: Mapping[str, Any], digest: str) -> str:
+    """Return the same 12 hex digits for runs that differ by their seed alone. digest: of their set."""
+    group = {key: value for key, value in params.items() if key not in (*FREE_KEYS, "seed")}
+    group["data_digest"] = digest
+    return hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def with_absolute_paths(config: Config) -> Config:

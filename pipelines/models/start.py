@@ -111,7 +111,7 @@ def open_start(config: Config, folder: RunFolder, earlier: Mapping[str, Any] | N
             reason = str(error).removeprefix(f"{text}: ")
             known = "not imagenet, none or a file, and as a run: " if key == "backbone.weights" else ""
             raise ValueError(f"{key}={text}: {known}{reason}") from None
-        opened = OpenStart(_identify(text, checkpoint), key, text, checkpoint, False)
+        opened = OpenStart(identify_checkpoint(text, checkpoint), key, text, checkpoint, False)
         if kept:
             if Start(**kept).fingerprint != opened.start.fingerprint:
                 raise ValueError(
@@ -124,7 +124,7 @@ def open_start(config: Config, folder: RunFolder, earlier: Mapping[str, Any] | N
     return as_begun, opened._replace(is_new_network=as_begun.backbone.weights != config.backbone.weights)
 
 
-def _identify(text: str, checkpoint: Path) -> Start:
+def identify_checkpoint(text: str, checkpoint: Path) -> Start:
     """Return what a checkpoint is, and whose. text: the user's name for it."""
     if (record := checkpoint / RECORD).is_file():  # itself the start of a run, or of a sweep
         return Start(**json.loads(record.read_text()))

@@ -25,6 +25,7 @@ from dml_core.retrieval.task import Task
 from pipelines.data.sets import load_splits
 from pipelines.data.sources import Sources
 from pipelines.models.build import build_learner
+from pipelines.pages.gallery import Hit, Query
 from pipelines.reports import geometry
 from pipelines.reports.geometry import Cloud, Point, Variation
 from pipelines.reports.job import InspectJob
@@ -43,22 +44,6 @@ TABLE_ROWS = 10  # hardest classes, and confused pairs
 QUERY_BLOCK = 1024  # queries ranked at a time
 
 PICTURE_SIDE, POINT_SIDE = 96, 48  # pixels of the larger side, of a picture shown and of one on the map
-
-
-class Hit(NamedTuple):
-    """A neighbour of a query. picture: a data URL.  right: it is of the query's class."""
-
-    picture: str
-    label: str
-    right: bool
-
-
-class Query(NamedTuple):
-    """A query. picture: a data URL.  hits: its nearest neighbours, the best first, by each way of ranking."""
-
-    picture: str
-    label: str
-    hits: dict[str, list[Hit]]
 
 
 class HardClass(NamedTuple):

@@ -1,8 +1,6 @@
 """A run's record in MLflow: params, tags, data set, model."""
 
-import hashlib
 import io
-import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dml_core.data.datasets import SetIdentity, Splits
 from dml_core.data.pictures import to_image
-from pipelines.config.identity import FREE_KEYS
+from pipelines.config.identity import group_of
 from pipelines.config.recipe import parse_config, to_yaml
 from pipelines.config.schema import Config
 from pipelines.models.run_folder import RunFolder, local_copy
@@ -137,9 +135,7 @@ def record_training(
     if member:
         tags |= member.tags | {"mlflow.parentRunId": member.parent}
     if member is None or member.test:  # a trial has nothing that `dml compare` could compare
-        group = {key: value for key, value in params.items() if key not in (*FREE_KEYS, "seed")}
-        group["data_digest"] = data.digest
-        tags["group"] = hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        tags["group"] = group_of(params, data.digest)
     texts = {"left_out.txt": "\n".join(unreadable)} if unreadable else {}
     return record_run(tracker, uri, config, params, tags, data, texts, key)
 

@@ -21,6 +21,7 @@ COLUMNS = pa.schema(
         ("neighbor_paths", pa.list_(pa.string())),
         ("neighbor_labels", pa.list_(pa.string())),
         ("neighbor_similarities", pa.list_(pa.float64())),
+        ("neighbor_positions", pa.list_(pa.int64())),  # in the gallery, which is the queries where there is no other
     ]
 )
 
@@ -50,7 +51,7 @@ def _tables(task: Retrieval, ranked: RankedQueries) -> Iterator[pa.Table]:
         position = best.position[:, :NEIGHBORS].cpu().numpy()[found]
         similarity = best.similarity[:, :NEIGHBORS].cpu().to(torch.float64).numpy()[found]
         offsets = pa.array(np.concatenate([[0], found.sum(1).cumsum()]), pa.int32())
-        lists = _paths(gallery, position), _labels(gallery, position), pa.array(similarity)
+        lists = _paths(gallery, position), _labels(gallery, position), pa.array(similarity), pa.array(position)
         unmatched = matches[block] == 0
         yield pa.Table.from_arrays(
             [
