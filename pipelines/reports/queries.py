@@ -99,7 +99,7 @@ def compare_by_queries(
         groups, notes = group_runs([run.logged for run in named.values()])
     if len(groups) < 2:
         raise ValueError(
-            f"--queries: two configs are needed, and {title} has {len(groups)} with finished runs"
+            f"--queries: two configs are needed, and the finished runs among these are of {len(groups)}"
             f"{''.join(f'; {note}' for note in notes)}; name runs of another config, too"
         )
     chosen = choose_baseline(groups, baseline)

@@ -136,7 +136,7 @@ def test_what_cannot_be_compared_is_one_line(trained: Trained, tmp_path: Path) -
     told = refused("compare", one, other, "--queries")
     assert "other and none0 are not tested on the same pictures: 16 queries of 4 classes of the set" in told
     alone = refused("compare", one, trained.runs["none1"].run_id, "--queries")
-    assert "--queries: two configs are needed" in alone and "has 1 with finished runs" in alone
+    assert "--queries: two configs are needed, and the finished runs among these are of 1;" in alone
     tags = {"group": "unfinished", "seed": "0"}
     running = start_run(trained.uri, "queried", "running", {"method": "['iaa']"}, tags, "folder", "d", "s")
     assert "1 runs did not finish and are left out: running" in refused("compare", one, running, "--queries")
