@@ -14,10 +14,11 @@ from pipelines.compare.page import QueriesContent, QueriesOfConfig, draw_class_g
 from pipelines.compare.queries import SMALLEST, PairedQueries, QueryComparison, compare_queries, most_moved
 from pipelines.compare.statistics import DIGEST_KEY, METRICS, Group, choose_baseline, compare_runs, group_runs
 from pipelines.compare.wording import CLASS_HEADS, QUERY_HEADS, QUERY_METRICS, format_class, format_query_line
-from pipelines.config.identity import REPORT_KEYS, group_of
+from pipelines.config.identity import REPORT_KEYS, group_of, with_absolute_places
+from pipelines.config.recipe import with_values
 from pipelines.config.schema import flatten
 from pipelines.console import messages, stage
-from pipelines.data.sets import load_tests
+from pipelines.data.sets import identify, load_tests
 from pipelines.kept import keep_meanwhile
 from pipelines.models.checkpoint import read_config, read_data
 from pipelines.models.find import find_checkpoint
@@ -209,13 +210,9 @@ def _open_run(run: NamedRun, values: Mapping[str, Any], console: Console) -> Tes
     """Find a run's model and list its test. ValueError: they are not there, or queries have no scores of their own."""
     name = run.logged.name
     try:
-        model = open_model(find_checkpoint(run.place), values, console)
-        before = read_data(model.checkpoint)
-        if names_other_pictures(model.trained_by, values) and (not before or before.pictures != model.data.pictures):
-            raise ValueError(
-                f"the pictures there are not those of the training, which were {before}; they are {model.data}; a copy "
-                "of a folder needs the times of its files, too (cp -a, rsync -a)"
-            )
+        folder = find_checkpoint(run.place)
+        _require_own_pictures(folder, values)
+        model = open_model(folder, values, console)
         test = load_tests(model.config, model.unreadable)["test"]
     except ValueError as error:
         raise ValueError(f"--queries, run {name}: {error}") from None
@@ -224,6 +221,19 @@ def _open_run(run: NamedRun, values: Mapping[str, Any], console: Console) -> Tes
             f"--queries cannot act on {model.config.data.name} (run {name}), whose galleries are drawn several times"
         )
     return TestedRun(name, model, test, queries_file(model))
+
+
+def _require_own_pictures(folder: Path, values: Mapping[str, Any]) -> None:
+    """Raise ValueError where values name other pictures than those of a checkpoint's training, which may have moved."""
+    trained_by, before = read_config(folder), read_data(folder)
+    if not names_other_pictures(trained_by, values):
+        return
+    there = identify(with_absolute_places(with_values(trained_by, values).data), lambda _: None)
+    if not before or before.pictures != there.pictures:
+        raise ValueError(
+            f"the pictures there are not those of the training, which were {before}; they are {there}; a copy of a "
+            "folder needs the times of its files, too (cp -a, rsync -a)"
+        )
 
 
 def _require_same_test(runs: Sequence[TestedRun]) -> None:
