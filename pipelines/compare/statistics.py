@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines.compare.wording import Interval, Line, short_number
 from pipelines.config.identity import FREE_KEYS
+from pipelines.config.methods import METHODS
 from pipelines.tracking.runs import LoggedRun
 
 METRICS = ("test/recall_at_1", "test/map_at_r")
@@ -118,7 +119,13 @@ def group_runs(runs: Sequence[LoggedRun], labels: Mapping[str, str] | None = Non
 def _label_configs(params: dict[str, dict[str, str]]) -> dict[str, str]:
     """Label each config by the settings that not all of them share, in few digits where these tell them apart."""
     keys = sorted({key for flat in params.values() for key in flat} - {*FREE_KEYS, "seed"})
-    different = [key for key in keys if len({flat.get(key) for flat in params.values()}) > 1]
+    # Settings of a method tell nothing beside `method` where all that use it have the same.
+    different = [
+        key
+        for key in keys
+        if len({flat[key] for flat in params.values() if key in flat}) > 1
+        or (key.partition(".")[0] not in METHODS and any(key not in flat for flat in params.values()))
+    ]
     texts: dict[str, dict[str, str]] = {}
     for key in different:
         values = {flat[key] for flat in params.values() if key in flat}

@@ -108,6 +108,17 @@ def test_baseline_by_label_name_or_default() -> None:
         choose_baseline(groups, "method")
 
 
+def test_a_label_has_the_settings_of_a_method_that_differ_where_it_is_used() -> None:
+    sgar = {"method": "['sgar']", "sgar.count": "5"}
+    weak, strong = sgar | {"sgar.weight": "0.23"}, sgar | {"sgar.weight": "2.0"}
+    one, _ = statistics.group_runs([run("x", 0, 0.1), run("y", 0, 0.1, params=weak)])
+    assert [group.label for group in one] == ["method=[]", "method=['sgar']"]
+    both, _ = statistics.group_runs(
+        [run("x", 0, 0.1), *(run(p["sgar.weight"], 0, 0.1, params=p) for p in (weak, strong))]
+    )
+    assert [group.label for group in both][1:] == [f"method=['sgar'] sgar.weight={w}" for w in ("0.23", "2")]
+
+
 def test_command_over_http(mlflow_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
