@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dml_core.data.datasets import LabelledImages
+from dml_core.geometry import distances_to_means, effective_rank, spectrum
 from dml_core.learner import Learner
 from dml_core.synthesis import gaussian, radial
 from pipelines.data.sources import Sources
 from pipelines.training.evaluation import stream_outputs
 
 CLOUD_PICTURES = 200  # at most, of the class that synthesis is shown for
-
-CENTER_BLOCK = 1024  # class centres that are compared with all others at a time
 
 
 class Point(NamedTuple):
@@ -42,7 +41,7 @@ class Variation(NamedTuple):
         to_own_center: (C,) mean distance of a class's embeddings to their centre.
         to_next_center: (C,) distance of a class's centre to the nearest other centre.
         spectrum: (D,) singular values of the centred embeddings, as shares of their sum, the largest first.
-        effective_rank: exp of the entropy of these shares (Roy and Vetterli, EUSIPCO 2007).
+        effective_rank: exp of the entropy of these shares, see dml_core.geometry.
     """
 
     to_own_center: np.ndarray
@@ -92,17 +91,11 @@ def place_by_tsne(z: np.ndarray) -> np.ndarray:
 
 def measure_variation(z: Tensor, labels: Tensor) -> Variation:
     """Measure how unit embeddings (N, D) of classes (N,) vary."""
-    classes, place, counts = labels.unique(return_inverse=True, return_counts=True)
-    centers = z.new_zeros(len(classes), z.shape[1]).index_add_(0, place, z) / counts[:, None]
-    distance = (z - centers[place]).norm(dim=1)
-    to_own = z.new_zeros(len(classes)).index_add_(0, place, distance) / counts
-    to_next = torch.cat([torch.cdist(block, centers).topk(min(2, len(classes)), largest=False).values[:, -1]
-                         for block in centers.split(CENTER_BLOCK)])  # fmt: skip
-    shares = torch.linalg.svdvals((z - z.mean(0)).double())
-    shares = shares / shares.sum()
-    several = counts > 1
-    rank = torch.special.entr(shares).sum().exp().item()
-    return Variation(to_own[several].numpy(), to_next[several].numpy(), shares.numpy(), rank)
+    distances = distances_to_means(z, labels)
+    to_own, shares, several = distances.mean_by_class(distances.to_own), spectrum(z), distances.sizes > 1
+    return Variation(
+        to_own[several].numpy(), distances.to_next[several].numpy(), shares.numpy(), effective_rank(shares)
+    )
 
 
 def draw_synthetics(learner: Learner, train: LabelledImages, sources: Sources, epoch: int) -> list[Cloud]:
