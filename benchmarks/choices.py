@@ -8,11 +8,11 @@ classes and tests nothing. It is kept in ./runs, and the same command goes on wh
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.cli.endings import run_script
 from pipelines.cluster.session import open_cluster
 from pipelines.config import Config, load
 from pipelines.config.recipe import parse_assignments
@@ -35,14 +35,11 @@ def grids(config: Config) -> dict[str, Grid]:
 
 def search(recipe: str, values: Mapping[str, Any], name: str, grid: Grid, folds: int) -> SweepOutcome:
     """Train all points of a grid, or return what was found before."""
-    folder = Path("runs", name)
-    if (folder / "outcome.json").exists():
-        return SweepOutcome.from_json(json.loads((folder / "outcome.json").read_text()))
-    if (folder / "sweep.json").exists():
+    if Path("runs", name, "sweep.json").exists():
         return resume_sweep(name)
     space = Path("runs", f"{name}.py")
     space.parent.mkdir(exist_ok=True)
-    choices = ", ".join(f"{key!r}: tune.choice({values})" for key, values in grid.items())
+    choices = ", ".join(f"{key!r}: tune.choice({several})" for key, several in grid.items())
     space.write_text(f"from ray import tune\n\nSPACE = {{{choices}}}\n")
     options = SweepOptions(str(space), search="grid", schedule="none", folds=folds, final_seeds=0)
     return start_sweep(recipe, {**values, "name": name}, options)
@@ -66,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command goes on")

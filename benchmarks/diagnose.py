@@ -14,11 +14,10 @@ import argparse
 import hashlib
 import itertools
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from dml_core.learner import Learner, at_least_float32
 from dml_core.ranking.clusters import DistanceToCenters, adaptive_distance, cluster_centers, plain_distance
 from dml_core.retrieval.ranked import RankedQueries
 from dml_core.synthesis import radial
-from pipelines.cli.endings import describe_ending
+from pipelines.cli.endings import fail, run_script
 from pipelines.cluster.devices import resolve_devices
 from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.progress import Reporter
@@ -40,7 +39,6 @@ from pipelines.cluster.worker import device_of_worker
 from pipelines.config.methods import METHODS, Sizes
 from pipelines.config.recipe import load_recipe, to_yaml
 from pipelines.config.schema import Config
-from pipelines.console import messages
 from pipelines.data.sets import identify, load_splits
 from pipelines.data.sources import Sources
 from pipelines.kept import keep_between_runs
@@ -131,7 +129,7 @@ def train(recipe: str, assignments: Sequence[str], method: str) -> Run:
     config = config.model_copy(update={"name": f"diagnose-{method}-{digest}"})
     splits, run = load_splits(config), RunFolder(config)
     if splits.validation is None:
-        end(2, "bad input: data.validation_fraction=0: nothing is held out; this looks at validation classes")
+        fail(2, "bad input: data.validation_fraction=0: nothing is held out; this looks at validation classes")
     folder = Path(run.path) / "each"
 
     def keep(_: object = None) -> None:  # the run itself keeps the best and the last two
@@ -379,7 +377,7 @@ def diagnose(recipe: str, assignments: Sequence[str], methods: Sequence[str]) ->
     """
     for assignment in assignments:
         if (method := method_of(assignment)) and method not in methods:
-            end(2, f"bad input: {assignment} cannot act: {method} is not among --methods {' '.join(methods)}")
+            fail(2, f"bad input: {assignment} cannot act: {method} is not among --methods {' '.join(methods)}")
     runs = {method: train(recipe, assignments, method) for method in (ALONE, *methods)}
     alone = runs[ALONE]
     config, train_set, validation = alone.config, alone.splits.train, alone.validation.query
@@ -398,11 +396,6 @@ def diagnose(recipe: str, assignments: Sequence[str], methods: Sequence[str]) ->
         yield from DESCRIBE[method](runs[method], best[method], alone)
 
 
-def end(code: int, line: str) -> NoReturn:
-    messages.print(line, style="red", highlight=False, markup=False, emoji=False, soft_wrap=True)
-    sys.exit(code)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -410,12 +403,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args()
     keep_between_runs()
-    try:
-        for line in diagnose(options.recipe, options.assignments, options.methods):
-            print(line, flush=True)
-    except (Exception, KeyboardInterrupt) as error:
-        end(*describe_ending(error))
+    for line in diagnose(options.recipe, options.assignments, options.methods):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command goes on")

@@ -17,41 +17,40 @@ interest: loss by loss, each alone and then with its methods. The table is print
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dml_core.cpus import usable_cpus
+from pipelines.cli.endings import run_script
 from pipelines.cluster.session import open_cluster
 from pipelines.cluster.threads import torch_threads
-from pipelines.compare.statistics import Comparison, compare_runs
-from pipelines.compare.wording import Line
+from pipelines.compare.statistics import METRICS, compare_runs
+from pipelines.compare.wording import Line, format_line
 from pipelines.config import load
+from pipelines.config.methods import METHODS
 from pipelines.config.recipe import parse_assignments, read_stored_config
 from pipelines.config.schema import flatten
-from pipelines.console import RunFailed, messages
+from pipelines.console import QUIET, RunFailed, messages
 from pipelines.kept import keep_between_runs
 from pipelines.runs.train import run_training
 from pipelines.sweeps.records import SweepOptions, SweepOutcome
 from pipelines.sweeps.spaces import SPACES
 from pipelines.sweeps.sweep import resume_sweep, start_sweep
-from pipelines.sweeps.trial import QUIET
 from pipelines.tracking.address import default_uri
 from pipelines.tracking.runs import LoggedRun, read_runs
 from tune_spaces import base
 
 ROOT = Path(__file__).parents[1]
 LOSSES = ("multi_similarity", "triplet", "proxy_anchor", "contrastive")
-METHODS = ("alone", "iaa", "namr", "sgar", "all")
-OF_ALL = ("iaa", "sgar", "namr")
+CASES = ("alone", "iaa", "namr", "sgar", "all")
 SEARCH_SEED, SEARCH_AGAIN_SEED = 1000, 1001  # no tested run has them
-METRICS = ("test/recall_at_1", "test/map_at_r")
 HEADS = ("base loss", "method", "seeds", "R@1", "gain", "95 % of it", "p", "MAP@R", "gain", "95 % of it", "p")
 
 
@@ -85,10 +84,7 @@ class Study(NamedTuple):
 
 def search(study: Study, name: str, space: str, recipe: str, values: Mapping[str, Any], samples: int) -> SweepOutcome:
     """Run a sweep, or what an interrupted one lacks, or return what a finished one found."""
-    folder = Path("runs", name)
-    if (folder / "outcome.json").exists():
-        return SweepOutcome.from_json(json.loads((folder / "outcome.json").read_text()))
-    if (folder / "sweep.json").exists():
+    if Path("runs", name, "sweep.json").exists():
         return resume_sweep(name)
     values = {"seed": SEARCH_AGAIN_SEED, **study.values, **values, "name": name, "experiment": study.experiment}
     return start_sweep(recipe, values, study.options._replace(space=space, samples=samples))
@@ -96,13 +92,13 @@ def search(study: Study, name: str, space: str, recipe: str, values: Mapping[str
 
 def search_cell(study: Study, loss: str, method: str) -> SweepOutcome:
     """Search the settings of a cell, from the base loss's and, for all methods, from what each has found alone."""
-    methods = [] if method == "alone" else [*OF_ALL] if method == "all" else [method]
+    methods = [] if method == "alone" else [*METHODS] if method == "all" else [method]
     start = {"loss.name": loss, "method": [], "seed": SEARCH_SEED}
     samples = study.options.samples
     of_loss = search(study, study.name(loss, "base"), "base", study.recipe, start, 2 * samples)
     found: dict[str, Any] = {}
     if method == "all":
-        for each in OF_ALL:
+        for each in METHODS:
             found |= {k: v for k, v in search_cell(study, loss, each).winner.items() if v is not None}
     space = "+".join(methods) or "base"
     return search(study, study.name(loss, method), space, of_loss.recipe, {"method": methods} | found, samples)
@@ -119,11 +115,10 @@ def train(recipe: str, values: Mapping[str, Any], threads: int) -> str | None:
     return None
 
 
-def test_cell(study: Study, pool: ProcessPoolExecutor, loss: str, method: str) -> list[str]:
-    """Train and test the winner of a cell over the seeds. Returns why runs failed."""
-    name, recipe = study.name(loss, method), search_cell(study, loss, method).recipe
+def test_cell(study: Study, pool: ProcessPoolExecutor, name: str, recipe: str) -> list[str]:
+    """Train and test the winner of a cell, a recipe, over the seeds. Returns why runs failed."""
     place: dict[str, Any] = {"workers": 1, "experiment": study.experiment, "storage": f"runs/{name}"}
-    threads = max(1, (os.cpu_count() or 1) // study.processes)
+    threads = max(1, usable_cpus() // study.processes)
     values = [place | {"seed": seed, "name": f"{name}-s{seed}"} for seed in range(study.seeds)]
     runs = [pool.submit(train, recipe, of_seed, threads) for of_seed in values]
     return [f"{name}-s{seed}: {reason}" for seed, run in enumerate(runs) if (reason := run.result())]
@@ -138,8 +133,11 @@ class Clock:
     def has_time_for(self, kind: str) -> bool:
         return time.time() + (statistics.median(self.took[kind]) if self.took.get(kind) else 0) <= self.deadline
 
-    def note(self, kind: str, seconds: float) -> None:
-        if seconds > 10:  # not what was done before
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        begun = time.time()
+        yield
+        if (seconds := time.time() - begun) > 10:  # not what was done before
             self.took.setdefault(kind, []).append(seconds)
 
 
@@ -150,16 +148,16 @@ def run(study: Study, cells: Sequence[tuple[str, str]]) -> list[str]:
     config = load(study.recipe, study.values)
     with ProcessPoolExecutor(study.processes, mp_context=spawn) as pool, open_cluster(config, None):
         for loss, method in cells:
-            for kind in ("search", "test"):
-                if not clock.has_time_for(kind):
-                    return failures
-                messages.print(f"{loss}, {method}: {kind}", style="bold")
-                begun = time.time()
-                if kind == "search":
-                    search_cell(study, loss, method)
-                else:
-                    failures += test_cell(study, pool, loss, method)
-                clock.note(kind, time.time() - begun)
+            if not clock.has_time_for("search"):
+                break
+            messages.print(f"{loss}, {method}: search", style="bold")
+            with clock.timed("search"):
+                recipe = search_cell(study, loss, method).recipe
+            if not clock.has_time_for("test"):
+                break
+            messages.print(f"{loss}, {method}: test", style="bold")
+            with clock.timed("test"):
+                failures += test_cell(study, pool, study.name(loss, method), recipe)
     return failures
 
 
@@ -181,14 +179,14 @@ def compare(study: Study, cells: Sequence[tuple[str, str]]) -> dict[tuple[str, s
         labels = {run.group: method for method, several in of_loss.items() for run in several}
         flat = [run for several in of_loss.values() for run in several]
         exact = [metric.replace("test/", "test_exact/") for metric in METRICS]
-        comparison: Comparison = compare_runs(flat, loss, "alone", [*METRICS, *exact], labels)
+        comparison = compare_runs(flat, loss, "alone", [*METRICS, *exact], labels)
         lines |= {(loss, line.group, line.metric): line for line in comparison.lines}
     return lines
 
 
 def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str]) -> str:
     """Return the study's tables in Markdown, and what they still lack."""
-    lines = compare(study, cells)
+    lines, start = compare(study, cells), load(study.recipe, study.values).flat()
     rows, missing, settings = [], [], []
     for loss, method in cells:
         done = lines.get((loss, method, METRICS[0]))
@@ -197,20 +195,20 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
         if done:
             row = [loss, method, str(count)]
             for metric in METRICS:
-                row += numbers(lines[loss, method, metric])
+                _, _, _, mean, deviation, _, gain, interval, p = format_line(lines[loss, method, metric])
+                row += [f"{mean} ± {deviation}", gain, interval, p]
             rows.append(row)
-        outcome = Path("runs", study.name(loss, method), "outcome.json")
-        if outcome.exists():
-            found = read_stored_config(Path(SweepOutcome.from_json(json.loads(outcome.read_text())).recipe).read_text())
-            start = load(study.recipe, study.values).flat()
+        winner = Path("runs", study.name(loss, method), "best.yaml")
+        if winner.exists():
+            found = read_stored_config(winner.read_text())
             settings.append(f"- {loss}, {method}: `{searched(loss, found.flat(), start)}`")
     exact = [
-        f"| {loss} | {method} | {percent(plain.mean)} | {percent(line.mean)} |"
+        f"| {loss} | {method} | {format_line(plain)[3]} | {format_line(line)[3]} |"
         for loss, method in cells
         if (line := lines.get((loss, method, "test_exact/map_at_r"))) and (plain := lines[loss, method, METRICS[1]])
     ]
     done_cells = len(cells) - len(missing)
-    least = 2 / 2**study.seeds * (len(METHODS) - 1)
+    least = 2 / 2**study.seeds * (len(CASES) - 1)
     parts = [
         f"{study.recipe}: {done_cells} of {len(cells)} cells are done. {3 * study.options.samples} points searched "
         f"for each, {study.options.folds} folds, {study.seeds} paired seeds; in percent. Gains are over the base loss "
@@ -228,19 +226,6 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
         parts += ["The whole gallery by the adaptive distance of NAMR:", ""]
         parts += ["| base loss | method | MAP@R by cosine | MAP@R exact |", "|---|---|---|---|", *exact, ""]
     return "\n".join([*parts, "Settings that the searches chose, where they differ from the recipe:", "", *settings])
-
-
-def numbers(line: Line) -> list[str]:
-    """Write a line's mean with its deviation, gain, the gain's interval and p."""
-    gain = "" if line.gain is None else f"{100 * line.gain:+.1f}"
-    interval = line.gain_interval
-    between = "" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
-    spread = "" if line.sd is None else f" ± {100 * line.sd:.1f}"
-    return [percent(line.mean) + spread, gain, between, "" if line.p is None else f"{line.p:.3f}"]
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 def searched(loss: str, found: Mapping[str, Any], start: Mapping[str, Any]) -> str:
@@ -272,15 +257,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="tested runs of a cell")
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which nothing new begins")
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="tested runs at a time")
+    parser.add_argument("--methods", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("--processes", type=int, default=usable_cpus(), help="tested runs at a time")
     parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
     options = parser.parse_args()
     sweep = SweepOptions("", options.samples, folds=options.folds, final_seeds=0)
     values = flatten(parse_assignments(options.assignments))
     deadline = time.time() + 60 * options.budget
     study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline)
-    methods = [m for m in METHODS if m in options.methods or m == "alone"]
+    methods = [m for m in CASES if m in options.methods or m == "alone"]
     cells = [*itertools.product(options.losses, methods)]
     failures = run(study, cells)
     text = table(study, cells, failures)
@@ -290,4 +275,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command goes on")

@@ -9,7 +9,6 @@ table of what is there is paired at any time.
 """
 
 import argparse
-import io
 import itertools
 import json
 import statistics
@@ -18,16 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-
+from pipelines.cli.endings import run_script
 from pipelines.cluster.devices import resolve_devices
 from pipelines.cluster.in_process import run_in_process
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.kept import keep_between_runs
 from pipelines.training.job import TrainingJob
 
 KEPT = Path("runs", "settings.jsonl")
-QUIET = Console(file=io.StringIO())
 
 
 class Run(NamedTuple):
@@ -111,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command goes on")

@@ -1,5 +1,6 @@
 """Where messages go, what is said while one waits, the progress bar, and the exception of a run that failed."""
 
+import io
 import logging
 import sys
 import threading
@@ -14,6 +15,8 @@ QUIET_SECONDS = 0.5  # what takes less needs no words in a log file
 # A notebook's stream says that it is a terminal, and cannot take a line back: it gets plain lines, as a file does.
 _in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
 messages = Console(stderr=True, force_jupyter=False, force_terminal=False if _in_notebook else None)
+
+QUIET = Console(file=io.StringIO())  # for runs whose messages nobody is to see
 
 
 class RunFailed(Exception):

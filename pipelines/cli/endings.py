@@ -6,7 +6,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -65,6 +65,16 @@ def exit_on_error(hint: str = "") -> Iterator[None]:
         raise
     except (Exception, KeyboardInterrupt) as error:
         fail(*describe_ending(error, hint))
+
+
+def run_script(main: Callable[[], None], hint: str = "") -> NoReturn:
+    """Run the main function of a script, which ends as commands do. hint: as of exit_on_error."""
+    try:
+        with exit_on_error(hint):
+            main()
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    sys.exit(0)
 
 
 def describe_ending(error: BaseException, hint: str = "") -> tuple[int, str]:

@@ -4,7 +4,6 @@ A trial is a run of `dml train` by a name of its own in the sweep's folder, with
 on by its name, and what is finished is not trained again, whatever Ray Tune remembers of it.
 """
 
-import io
 import os
 import statistics
 from typing import Any, NamedTuple
@@ -12,11 +11,10 @@ from typing import Any, NamedTuple
 import ray.train
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from rich.console import Console
 
 from pipelines.config.recipe import with_values
 from pipelines.config.schema import Config
-from pipelines.console import RunFailed
+from pipelines.console import QUIET, RunFailed
 from pipelines.kept import keep_between_runs
 from pipelines.runs.outcome import SweepMember
 from pipelines.runs.train import run_training
@@ -33,8 +31,6 @@ from pipelines.sweeps.records import (
     trial_name,
 )
 from pipelines.sweeps.spaces import Point
-
-QUIET = Console(file=io.StringIO())
 
 
 def run_trial(config: TrialConfig, sweep: Sweep, in_process: bool) -> None:
