@@ -12,7 +12,6 @@ lowest and the highest of ten parts of that time, one after the other.
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -28,9 +27,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import psutil
 
+from dml_core.cpus import usable_cpus
 from pipelines.cluster.worker import Worker
 from pipelines.config.recipe import load_recipe, parse_config
 from pipelines.config.schema import Config
+from pipelines.console import QUIET
 from pipelines.models.checkpoint import read_history
 from pipelines.models.run_folder import checkpoint_name
 from pipelines.training.job import TrainingJob
@@ -117,7 +118,6 @@ def marked_loop(job: MarkedJob) -> dict[str, float]:
 def under_ray(config: Config) -> None:
     """The driver, as `dml train` is."""
     from launchers import MarkedJob  # workers import it by this name
-    from rich.console import Console
 
     from pipelines.cluster.launch import run_on_workers
     from pipelines.cluster.session import open_cluster
@@ -126,7 +126,7 @@ def under_ray(config: Config) -> None:
     Path(config.storage, config.name).mkdir()
     Path(config.storage, config.name, "run.json").touch()  # looked for by the workers
     with open_cluster(config, None):
-        run_on_workers(MarkedJob(config, test=False), config.storage, config.name, Console(file=io.StringIO()))
+        run_on_workers(MarkedJob(config, test=False), config.storage, config.name, QUIET)
 
 
 def under_torchrun(config: Config) -> None:
@@ -134,7 +134,7 @@ def under_torchrun(config: Config) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    cpus = max(1, (os.cpu_count() or 1) // dist.get_world_size())  # as launch.run_on_workers deals them on one machine
+    cpus = max(1, usable_cpus() // dist.get_world_size())  # as launch.run_on_workers deals them on one machine
     marked_loop(MarkedJob(config, test=False, worker=Worker(cpus=cpus, report=dict)))
     dist.destroy_process_group()
 

@@ -11,7 +11,6 @@ formulas of docs/scaling.md, which uses what is printed.
 
 import argparse
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dml_core.cpus import usable_cpus
 from dml_core.gather import all_sum, broadcast, gather, is_power_of_two, rank, slices_of, tree, tree_sum
 from dml_core.retrieval.neighbors import block_rows
 
@@ -415,7 +415,7 @@ def main() -> None:
     overlapped(options.per_gpu, (8, 64, 512))
     if options.formulas:
         return
-    print(f"\n{os.cpu_count()} cores, gloo over loopback; MB that a process receives, at most\n")
+    print(f"\n{usable_cpus()} cores, gloo over loopback; MB that a process receives, at most\n")
     print("| exchange | processes | MB | ms | GB/s |\n|---|---|---|---|---|")
     for world in (2, 3, 4):
         group(world, options.repeats)

@@ -1,6 +1,5 @@
 """Run a loop on workers of Ray Train."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ from ray.actor import ActorHandle
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from rich.console import Console
 
+from dml_core.cpus import usable_cpus
 from pipelines.cluster.failures import call_interruptibly, explain_failure
 from pipelines.cluster.network import GroupConfig
 from pipelines.cluster.progress import Follower, LocalBoard, Message, News
@@ -68,7 +68,7 @@ def run_on_workers(
     config = job.config
     fewest, most = config.worker_range
     nodes = len(ray.nodes())
-    cores = os.cpu_count() or 1 if nodes == 1 else ray.cluster_resources()["CPU"]
+    cores = usable_cpus() if nodes == 1 else ray.cluster_resources()["CPU"]
     max_failures = (3 if nodes > 1 else 0) if config.max_failures is None else config.max_failures
     # On the node of this process, which is lost last.
     this_node = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from dml_core.cpus import usable_cpus
 from pipelines.cluster.address import cluster_address, no_cluster, require_cluster
 from pipelines.config.schema import Config
 from pipelines.console import RunFailed, messages
@@ -57,9 +58,9 @@ def open_cluster(config: Config, logs: Path | None, cpus: int = 0, dashboard: bo
         else:
             # At least one CPU a worker in Ray's books, so that any number of workers fits on any machine; and as many
             # as there are for decoding, which would wait for those of the workers for ever.
-            cpus = max(os.cpu_count() or 1, config.worker_range[1], cpus)
+            cpus = max(usable_cpus(), config.worker_range[1], cpus)
             if config.data.loader == "ray":
-                cpus += os.cpu_count() or 1
+                cpus += usable_cpus()
             session = start_local(cpus, dashboard)
     except (ConnectionError, RuntimeError) as error:  # RuntimeError: it runs another version of Ray or of Python
         raise no_cluster(str(address), " ".join(str(error).split())) from None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from rich.console import Console
 
+from dml_core.cpus import usable_cpus
 from dml_core.data import datasets
 from dml_core.data.benchmarks import BENCHMARKS, count_parts
 from dml_core.data.datasets import LabelledImages, Retrieval, SetIdentity
@@ -97,7 +98,7 @@ def read_pictures(images: LabelledImages, console: Console) -> Reading:
             return b""
         return hashlib.sha256(content).digest()
 
-    with console.status("") as status, ThreadPoolExecutor(os.cpu_count()) as threads:
+    with console.status("") as status, ThreadPoolExecutor(usable_cpus()) as threads:
         for start in range(0, len(images), PICTURES_BETWEEN_MESSAGES):
             hashes.extend(threads.map(hash_of, range(start, min(start + PICTURES_BETWEEN_MESSAGES, len(images)))))
             status.update(f"reading {len(hashes):,} of {len(images):,} pictures")

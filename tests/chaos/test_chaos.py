@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.models.checkpoint import is_whole
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
 from tests.chaos.losses import assert_as_undisturbed, lose, newest
 from tests.chaos.machines import Training, machines, nothing_left
-from tests.pipelines.conftest import QUIET
 from tests.sharing import make_once
 
 # Long enough for twenty losses.

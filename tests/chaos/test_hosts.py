@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.runs.train import run_training
 from tests.chaos.hosts import NET, Host, hosts
 from tests.chaos.losses import assert_as_undisturbed, newest
 from tests.chaos.machines import Training, quietly
 from tests.chaos.test_chaos import SHORT
-from tests.pipelines.conftest import QUIET
 from tests.server import Server
 
 

@@ -1,6 +1,5 @@
 """The same training by one worker and by two, pictures embedded by it, and the command line, for several tests."""
 
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from typing import Any
 
 import mlflow
 import pytest
-from rich.console import Console
 from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
@@ -18,13 +16,13 @@ from pipelines import console
 from pipelines.cli import main
 from pipelines.config.recipe import load_recipe
 from pipelines.config.sections import Data
+from pipelines.console import QUIET
 from pipelines.data.sets import load_collection
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
 from pipelines.tracking.process import SameProcess
 from tests.sharing import make_once
 
-QUIET = Console(file=io.StringIO())
 console.QUIET_SECONDS = 60.0  # refusals are told in one line, however slow the machine is
 # Validation, with a checkpoint, after each of six epochs; the variation is estimated before the first and the fourth.
 EXACT = ["glyphs", "data.limit_classes=12", "batch.classes=4", "batch.images=4", "epochs=6", "steps_per_epoch=8"]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.runs.train import run_training
 from tests.chaos.losses import assert_as_undisturbed, lose, newest
 from tests.chaos.machines import Training, machines, nothing_left
-from tests.pipelines.conftest import EXACT, QUIET
+from tests.pipelines.conftest import EXACT
 
 # Of many workers, one may be lost and another found: the bits of float32 stay.
 CALM = [*(argument for argument in EXACT if "precision" not in argument), "precision=float32"]

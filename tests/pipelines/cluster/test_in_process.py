@@ -1,6 +1,5 @@
 """A loop in this process: when, and how it ends."""
 
-import io
 import os
 import signal
 import sys
@@ -11,15 +10,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from rich.console import Console
 
 from pipelines.cluster.devices import needs_ray
 from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.worker import Job, PreemptionWatch
 from pipelines.config.recipe import load_recipe
-from pipelines.console import RunFailed
-
-QUIET = Console(file=io.StringIO())
+from pipelines.console import QUIET, RunFailed
 
 
 @dataclass(frozen=True)

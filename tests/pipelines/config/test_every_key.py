@@ -5,7 +5,6 @@ are observed in a training of some steps in this process, without Ray; the other
 """
 
 import contextlib
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ import ray
 import torch
 from PIL import Image
 from pydantic import BaseModel
-from rich.console import Console
 from safetensors.torch import save_file
 
 from dml_core.backbones import small_network
@@ -28,6 +26,7 @@ from pipelines.cluster.worker import Worker
 from pipelines.config.methods import METHODS
 from pipelines.config.recipe import load_recipe, parse_config, to_yaml
 from pipelines.config.schema import Config
+from pipelines.console import QUIET
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import identify, load_collection, load_splits
 from pipelines.data.sources import Sources
@@ -40,7 +39,6 @@ from pipelines.training.loop import train_loop
 from pipelines.training.setup import build_begun
 
 CLASSES, EACH = 12, 5
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from pipelines.cli import main
 from pipelines.config.recipe import data_section, load_recipe
+from pipelines.console import QUIET
 from pipelines.data.check import unreadable_pictures
 from pipelines.data.sets import identify, load_collection
 from pipelines.runs.train import run_training
 
 pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
-QUIET = Console(file=io.StringIO())
 SMALL = ["data.name=folder", "data.image_size=32", "data.augment=crop", "epochs=1", "steps_per_epoch=2", "workers=1"]
 SMALL += ["batch.classes=3", "batch.images=4", "backbone.name=small", "backbone.weights=none"]
 

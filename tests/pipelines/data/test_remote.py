@@ -1,6 +1,5 @@
 """Trainings whose pictures are on the web or whose runs are in a bucket, and a server that goes away on the way."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,18 +12,16 @@ import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image
 from pyarrow.fs import FileSelector, FileSystem
-from rich.console import Console
 
 from dml_core.data import files
 from dml_core.data.loading import Views
 from dml_core.data.user_sets import load_folder
 from pipelines.config.recipe import load_recipe
-from pipelines.console import RunFailed
+from pipelines.console import QUIET, RunFailed
 from pipelines.data import features as feature_cache
 from pipelines.runs.evaluate import evaluate_run
 from pipelines.runs.train import run_training
 
-QUIET = Console(file=io.StringIO())
 PLANTED = "planted-secret-8f3a"
 
 

@@ -1,19 +1,17 @@
 """Ray's tasks give the same pictures in the same order as a DataLoader, and the same training."""
 
-import io
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.runs.train import run_training
 
 pytestmark = pytest.mark.usefixtures("tracked_folder", "local_ray")
-QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")

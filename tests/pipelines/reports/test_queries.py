@@ -15,13 +15,14 @@ from PIL import Image
 
 from pipelines.compare.statistics import Group
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.reports.queries import pair_runs, telling_queries
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
 from pipelines.tracking.process import SameProcess
 from pipelines.tracking.runs import LoggedRun, start_run
 from tests.pipelines import browser
-from tests.pipelines.conftest import QUIET, answer, dml, refused, working_in
+from tests.pipelines.conftest import answer, dml, refused, working_in
 
 pytestmark = pytest.mark.usefixtures("cache", "without_ray")
 SMALL = ["data.name=folder", "data.image_size=32", "data.validation_fraction=0", "data.loader_processes=0", "workers=1"]

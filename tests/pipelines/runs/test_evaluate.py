@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
-from tests.pipelines.conftest import QUIET, answer, dml, refused
+from tests.pipelines.conftest import answer, dml, refused
 
 
 def draw(path: Path, seed: int, noise: int) -> None:

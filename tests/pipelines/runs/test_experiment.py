@@ -10,10 +10,10 @@ import pytest
 
 from pipelines.config.recipe import load_recipe
 from pipelines.config.schema import Config
+from pipelines.console import QUIET
 from pipelines.runs.record import with_experiment
 from pipelines.runs.train import run_training
 from pipelines.tracking.server import connect, experiment_id
-from tests.pipelines.conftest import QUIET
 
 TINY = ["data.limit_classes=12", "batch.classes=4", "batch.images=2", "epochs=1", "steps_per_epoch=1", "method=[]"]
 

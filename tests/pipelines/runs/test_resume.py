@@ -15,9 +15,10 @@ import pytest
 from mlflow.entities import Run
 
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
-from tests.pipelines.conftest import EXACT, QUIET
+from tests.pipelines.conftest import EXACT
 
 TOUCHED = ["workers=2", "name=touched"]
 

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from pipelines.compare.comparison import compare_experiments
 from pipelines.config.recipe import load_recipe
+from pipelines.console import QUIET
 from pipelines.models.checkpoint import read_data
 from pipelines.runs.evaluate import evaluate_run
 from pipelines.runs.outcome import TrainOutcome
 from pipelines.runs.train import run_training
-from tests.pipelines.conftest import QUIET, answer, refused
+from tests.pipelines.conftest import answer, refused
 
 pytestmark = pytest.mark.usefixtures("tracked_folder", "tracked_here", "without_ray")
 SMALL = ["data.name=folder", "data.image_size=32", "epochs=2", "steps_per_epoch=2", "workers=1"]

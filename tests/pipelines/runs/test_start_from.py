@@ -17,6 +17,7 @@ from dml_core.gather import rank
 from pipelines.cluster.worker import Worker
 from pipelines.compare.comparison import compare_experiments
 from pipelines.config.recipe import load_recipe, with_values
+from pipelines.console import QUIET
 from pipelines.models.checkpoint import model_fingerprint, read_class_names, read_config
 from pipelines.models.run_folder import checkpoint_name
 from pipelines.runs.outcome import TrainOutcome
@@ -34,9 +35,9 @@ TUNED = ["epochs=2", "steps_per_epoch=5", "seed=3", "optimizer.lr=1e-3"]
 TIMED = {"train/images_per_second", "train/data_wait", "train/startup_seconds"}
 
 
-def train(*assignments: str, console: Console | None = None) -> TrainOutcome:
+def train(*assignments: str, console: Console = QUIET) -> TrainOutcome:
     config = load_recipe("glyphs", [*BASE, *assignments])
-    return run_training(config, console or Console(file=io.StringIO()), here=True)
+    return run_training(config, console, here=True)
 
 
 def told(*assignments: str) -> tuple[TrainOutcome, str]:

@@ -23,7 +23,7 @@ from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.threads import torch_threads
 from pipelines.cluster.worker import Job, Worker
 from pipelines.config.recipe import load_recipe, with_values
-from pipelines.console import RunFailed
+from pipelines.console import QUIET, RunFailed
 from pipelines.models.checkpoint import read_config, read_data, read_history
 from pipelines.models.run_folder import checkpoint_name
 from pipelines.runs.outcome import TrainOutcome
@@ -32,7 +32,7 @@ from pipelines.tracking.models import fetch_checkpoint
 from pipelines.training.job import TrainingJob
 from pipelines.training.loop import train_loop
 from tests import ranks
-from tests.pipelines.conftest import EXACT, QUIET
+from tests.pipelines.conftest import EXACT
 
 pytestmark = pytest.mark.usefixtures("tracked_folder", "local_ray")
 SMALL = ["data.limit_classes=20", "batch.classes=4", "batch.images=4", "epochs=2", "steps_per_epoch=6"]
@@ -255,7 +255,7 @@ def test_a_registration_that_fails_is_told_and_leaves_the_training_finished(
     log = tracked_folder / "runs" / "unregistered" / "logs" / "driver.log"
     assert "the model is not registered: " in text.getvalue() and f"({log} has the traceback)" in text.getvalue()
     assert "Traceback (most recent call last)" in log.read_text() and "127.0.0.1:9" in log.read_text()
-    again = run_training(config, Console(file=io.StringIO()), here=True)  # what is missing is tried again
+    again = run_training(config, QUIET, here=True)  # what is missing is tried again
     assert again.model is None and again.metrics["test/map_at_r"] == outcome.metrics["test/map_at_r"]
 
 

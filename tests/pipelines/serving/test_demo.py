@@ -19,11 +19,12 @@ import pytest
 from PIL import Image
 
 from pipelines.config.recipe import parse_assignments
+from pipelines.console import QUIET
 from pipelines.models.checkpoint import read_config
 from pipelines.serving import embed
 from pipelines.serving.demo import open_demo
 from tests.pipelines import browser
-from tests.pipelines.conftest import QUIET, ROWS, answer, refused
+from tests.pipelines.conftest import ROWS, answer, refused
 
 pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray")
 TOLD = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from pipelines.cli import main
 from pipelines.config.recipe import load_recipe, with_values
+from pipelines.console import QUIET
 from pipelines.runs.train import run_training
-from tests.pipelines.conftest import QUIET
 from tests.pipelines.sweeps.killed import change_times, kill_sweep
 from tests.pipelines.sweeps.test_tune import POPULATION, SMALL, SPACE, write_space
 

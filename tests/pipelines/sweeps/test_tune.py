@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import main
 from pipelines.config.recipe import load_recipe, with_values
+from pipelines.console import QUIET
 from pipelines.runs.train import run_training
 from pipelines.sweeps import spaces
 from pipelines.sweeps import sweep as sweep_module
@@ -22,7 +23,6 @@ from pipelines.sweeps.records import SweepOptions, Trial
 from pipelines.sweeps.spaces import SPACES, config_point, load_space
 from pipelines.sweeps.sweep import resume_sweep, start_sweep
 from tests.pipelines import browser
-from tests.pipelines.conftest import QUIET
 from tests.pipelines.sweeps.killed import change_times, kill_sweep
 
 SMALL = ["data.limit_classes=8", "batch.classes=3", "batch.images=4", "epochs=2", "steps_per_epoch=2", "workers=1"]
