@@ -91,7 +91,12 @@ def prepare_run(uri: str, experiment: str, run_id: str | None = None, otherwise:
         else:
             within = experiment_id(client, uri, experiment)
             files = client.get_experiment(within).artifact_location
-        client.set_experiment_tag(within, LAST_START, time.strftime("%Y-%m-%d %H:%M:%S %z"))
+        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        try:
+            client.set_experiment_tag(within, LAST_START, now)
+        except import_mlflow().MlflowException:
+            # Another start may have inserted the tag since MLflow looked for it. If not, this is refused as well.
+            client.set_experiment_tag(within, LAST_START, now)
     if files and (folder := local_folder(files)):
         _require_writable(folder)
 

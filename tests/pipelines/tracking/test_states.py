@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from pipelines.tracking.models import fetch_checkpoint
 from pipelines.tracking.runs import end_run, read_runs, read_text, start_run
 from pipelines.tracking.server import connect, prepare_run, prepare_store
+from tests.server import Server
 
 NOBODY = 65534
 
@@ -63,6 +65,15 @@ def test_a_start_writes_to_the_store(project: Path) -> None:
     execute(project / "mlflow.db", "UPDATE experiment_tags SET value = 'long ago' WHERE key = 'dml.last_start'")
     prepare_run(uri, "set")
     assert before <= connect(uri).get_experiment("1").tags["dml.last_start"] != "long ago"
+
+
+def test_first_starts_in_an_experiment_may_come_together(mlflow_server: Server) -> None:
+    """MLflow inserts a tag twice, and refuses one, where two requests find it missing."""
+    starts = 8
+    with ThreadPoolExecutor(starts) as pool:
+        for number in range(10):
+            names = [f"together-{number}"] * starts
+            assert [*pool.map(prepare_run, [mlflow_server.uri] * starts, names)] == [None] * starts
 
 
 def test_files_that_are_no_database(project: Path) -> None:
