@@ -11,6 +11,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import hypothesis
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -19,6 +20,8 @@ from tests import ranks, sharing
 from tests.server import Server
 
 ROOT = Path(__file__).parents[1]
+hypothesis.settings.register_profile("no deadline", deadline=None)  # other tests run beside each example
+hypothesis.settings.load_profile("no deadline")
 # A shell's `&` and nohup have their children ignore Ctrl-C, and theirs in turn: commands under test would, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -31,7 +31,7 @@ def count_by_sorting(similarity: Tensor, same: Tensor) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("as_a_gpu", [False, True])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 12), st.integers(1, 80), st.integers(1, 4), st.integers(0, 999))
 def test_outranked_counts_irrelevant_items_above_each_relevant_one(
     as_a_gpu: bool, q: int, size: int, dim: int, seed: int

@@ -175,7 +175,7 @@ def test_several_gallery_blocks() -> None:
     assert metrics == pytest.approx(naive(query, labels, gallery, targets), abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 60), st.integers(1, 8), st.integers(1, 5), st.integers(0, 999))
 def test_ties_follow_the_gallery(size: int, classes: int, copies: int, seed: int) -> None:
     points, labels = corners(size, classes, 4, seed)
@@ -186,7 +186,7 @@ def test_ties_follow_the_gallery(size: int, classes: int, copies: int, seed: int
         assert retrieval_metrics(points, labels, extra=("map", "cmc")) == metrics
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(4, 400), st.integers(1, 30), st.integers(0, 999))
 def test_order_does_not_matter_without_ties(size: int, classes: int, seed: int) -> None:
     query, labels = clustered(size, classes, seed=seed)
@@ -200,7 +200,7 @@ def test_order_does_not_matter_without_ties(size: int, classes: int, seed: int) 
     assert retrieval_metrics(query[p].double(), labels[p], extra=extra) == pytest.approx(alone, abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 300), st.integers(1, 40), st.integers(0, 999))
 def test_bounds(size: int, classes: int, seed: int) -> None:
     query, labels = clustered(size, classes, seed=seed)
@@ -211,7 +211,7 @@ def test_bounds(size: int, classes: int, seed: int) -> None:
     assert metrics["map_at_r"] <= metrics["mean_average_precision"] <= 1
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(2, 30), st.integers(2, 8))
 def test_perfect_embeddings(classes: int, images: int) -> None:
     labels = torch.arange(classes).repeat(images)
@@ -389,7 +389,7 @@ def test_a_shard_of_another_set_is_refused_for_clustering() -> None:
         sharded_clustering_metrics(torch.ones(2, 2), torch.zeros(3))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(2, 400), st.integers(1, 30), st.sampled_from([None, 1, 9]), st.booleans(), st.integers(0, 999))
 def test_a_gpu_measures_what_a_processor_does(
     size: int, classes: int, rerank: int | None, ties: bool, seed: int

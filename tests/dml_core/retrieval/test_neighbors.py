@@ -76,7 +76,7 @@ def test_nearest_needs_no_gradient() -> None:
     assert not nearest(query, [(0, query)], 2).similarity.requires_grad
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 60), st.integers(1, 400), st.integers(1, 70), st.integers(1, 6), st.integers(0, 999))
 def test_any_sizes_any_ties(queries: int, size: int, k: int, dim: int, seed: int) -> None:
     query, gallery = signs(queries, dim, seed=seed), signs(size, dim, seed=seed + 1)
@@ -85,7 +85,7 @@ def test_any_sizes_any_ties(queries: int, size: int, k: int, dim: int, seed: int
     assert torch.equal(best.similarity, values) and torch.equal(best.position, order)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 200_000), st.integers(1, 9))
 def test_every_row_has_one_owner(total: int, world: int) -> None:
     rows = [owned_rows(total, rank, world) for rank in range(world)]

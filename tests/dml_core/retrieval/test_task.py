@@ -94,7 +94,7 @@ def test_re_identification_is_that_of_market_1501(as_a_gpu: bool) -> None:
     assert metrics["mean_average_precision"] < retrieval_metrics(*sets, extra=("map",))["mean_average_precision"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(2, 60), st.integers(1, 9), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans(),
     st.integers(0, 999),
@@ -196,7 +196,7 @@ def test_a_gallery_among_the_queries_has_cameras_too() -> None:
     assert retrieval_metrics(z, labels, in_gallery=mask, query_cameras=cams) == pytest.approx(apart, rel=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 80), st.integers(1, 12), st.integers(1, 4), st.integers(0, 999))
 def test_values_by_class_are_means_of_their_queries(size: int, classes: int, count: int, seed: int) -> None:
     z, labels = clustered(size, classes, seed=seed)

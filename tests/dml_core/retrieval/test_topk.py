@@ -13,7 +13,7 @@ from tests.dml_core.retrieval.gpu_way import SMALL_TILES, search_as_a_gpu
 from tests.dml_core.retrieval.test_neighbors import full_sort, normal, signs
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 600), st.booleans(), st.integers(0, 999))
 def test_the_best_columns_have_the_greatest_values(rows: int, blocks: int, k: int, ties: bool, seed: int) -> None:
     make, columns = signs if ties else normal, blocks * BLOCK
@@ -24,7 +24,7 @@ def test_the_best_columns_have_the_greatest_values(rows: int, blocks: int, k: in
     assert torch.equal(values.sort(1, descending=True).values, similarity.sort(1, descending=True).values[:, :k])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 60),
     st.integers(1, 900),
