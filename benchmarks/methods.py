@@ -255,7 +255,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=6, help="points of a search")
     parser.add_argument("--folds", type=int, default=3, help="choices of validation classes that each point has")
     parser.add_argument("--seeds", type=int, default=8, help="tested runs of a cell")
-    parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which nothing new begins")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="minutes after which nothing new begins; 0: the table alone"
+    )
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     parser.add_argument("--methods", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--processes", type=int, default=usable_cpus(), help="tested runs at a time")
@@ -267,7 +269,7 @@ def main() -> None:
     study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline)
     methods = [m for m in CASES if m in options.methods or m == "alone"]
     cells = [*itertools.product(options.losses, methods)]
-    failures = run(study, cells)
+    failures = run(study, cells) if options.budget > 0 else []
     text = table(study, cells, failures)
     print(text)
     if options.write:

@@ -1,6 +1,6 @@
 """Settings of a recipe beside each other on validation classes, paired over seeds and folds; no test class is touched.
 
-    python benchmarks/settings.py glyphs --try "method=[]" --try "method=[iaa]" --try "method=[iaa] iaa.start_epoch=3"
+    python benchmarks/settings.py glyphs --try "method=[]" --try "method=[iaa]" --try "method=[iaa] iaa.start=0.4"
     python benchmarks/settings.py grocery data.root=GroceryStoreDataset --try "method=[]" --try "method=[namr]"
 
 Each `--try` holds assignments; gains are over the first. Every score is kept in ./runs/settings.jsonl, and the same

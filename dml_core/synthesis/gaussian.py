@@ -70,7 +70,7 @@ class ClassAugmentation(nn.Module):
         epochs: Length of the training, over which the intensity is lowered.
         intensity: As in `synthesize`.
         draws: As in `synthesize`.
-        start_epoch: The variation is estimated before this epoch (the first is 0), and nothing is drawn earlier.
+        start: Share of the epochs, rounded down to whole ones, before the first estimate; nothing is drawn in them.
         update_every: It is estimated anew after so many epochs.
         momentum: As in ClassVariation.
         covariance: As in ClassVariation.
@@ -89,7 +89,7 @@ class ClassAugmentation(nn.Module):
         epochs: int,
         intensity: float,
         draws: int,
-        start_epoch: int,
+        start: float,
         update_every: int,
         momentum: float,
         covariance: str,
@@ -101,7 +101,8 @@ class ClassAugmentation(nn.Module):
         super().__init__()
         self.variation = ClassVariation(num_classes, dim, momentum, covariance)
         self.register_buffer("corrected", torch.zeros_like(self.variation.variance))
-        self.epochs, self.start_epoch, self.update_every = epochs, start_epoch, update_every
+        self.epochs, self.update_every = epochs, update_every
+        self.start_epoch = int(start * epochs + 1e-9)  # k of n epochs, as the share k / n, are k
         self.intensity, self.draws = intensity, draws
         self.neighbors, self.beta, self.gamma, self.tau = neighbors, beta, gamma, tau
 

@@ -51,8 +51,8 @@ class Iaa(MethodSection):
     the end."""
     draws: Positive = 3
     """M, the synthetics of a sample."""
-    start_epoch: Annotated[int, Field(ge=0)] = 1
-    """Epochs without synthetics, before the first estimate of the variation."""
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the epochs without synthetics, before the first estimate of the variation."""
     update_every: Positive = 2
     """Epochs from one estimate to the next. Each estimate embeds the training set once."""
     momentum: Fraction = 0.2

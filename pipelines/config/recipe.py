@@ -122,6 +122,7 @@ def parse_stored_config(tree: Tree) -> Config:
     """Return the config of a tree that a run or a checkpoint has stored, perhaps one of an earlier version.
 
     Those stored every default, also of keys that did not act beside others, which are refused today: such are left out.
+    They counted the epochs before IAA's first estimate, whose share is set today.
 
     Raises:
         ValueError: As of parse_config.
@@ -136,7 +137,11 @@ def parse_stored_config(tree: Tree) -> Config:
         "loader": data.get("name") == "glyphs",
         "loader_processes": data.get("loader") == "ray",
     }
-    return parse_config({**tree, "data": {key: value for key, value in data.items() if not without_effect.get(key)}})
+    tree = {**tree, "data": {key: value for key, value in data.items() if not without_effect.get(key)}}
+    if "start_epoch" in (tree.get("iaa") or {}):
+        iaa = dict(tree["iaa"])
+        tree["iaa"] = {"start": iaa.pop("start_epoch") / tree["epochs"], **iaa}
+    return parse_config(tree)
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:

@@ -121,8 +121,6 @@ class Config(Methods):
             raise ValueError(
                 f"data.augment={self.data.augment} cannot act with backbone.frozen=true: features are computed once"
             )
-        if self.iaa and self.iaa.start_epoch >= self.epochs:
-            raise ValueError(f"iaa.start_epoch={self.iaa.start_epoch} cannot act: there are only epochs={self.epochs}")
         low, high = self.worker_range
         size = self.batch.size
         if low > high:

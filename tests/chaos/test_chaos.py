@@ -22,7 +22,7 @@ from tests.sharing import make_once
 
 # Long enough for twenty losses.
 LONG = ["glyphs", "data.limit_classes=12", "batch.classes=6", "batch.images=4", "epochs=24", "steps_per_epoch=30"]
-LONG += ["precision=float32", "method=[iaa,sgar,namr]", "iaa.start_epoch=0", "iaa.update_every=3", "checkpoint_every=4"]
+LONG += ["precision=float32", "method=[iaa,sgar,namr]", "iaa.start=0", "iaa.update_every=3", "checkpoint_every=4"]
 SHORT = [*(a for a in LONG if "epoch" not in a), "epochs=5", "steps_per_epoch=60", "optimizer.lr=1e-4"]
 
 

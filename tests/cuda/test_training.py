@@ -14,7 +14,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 RUN = ["glyphs", "data.limit_classes=12", "batch.classes=4", "batch.images=4", "epochs=6", "steps_per_epoch=8"]
-RUN += ["method=[iaa,sgar,namr]", "iaa.start_epoch=1", "iaa.update_every=2"]
+RUN += ["method=[iaa,sgar,namr]", "iaa.start=0.2", "iaa.update_every=2"]
 OF_TIME = {"train/images_per_second", "train/data_wait", "train/startup_seconds"}
 
 
@@ -53,6 +53,6 @@ def test_a_run_has_the_same_digits_twice_and_when_it_was_interrupted(cache: Path
 
 @pytest.mark.parametrize("loss", ["contrastive", "triplet", "margin", "proxy_anchor"])
 def test_own_losses_are_recorded(cache: Path, tmp_path: Path, loss: str) -> None:
-    short = ["epochs=2", "iaa.start_epoch=0", "steps_per_epoch=3", f"loss.name={loss}", f"name={loss}"]
+    short = ["epochs=2", "iaa.start=0", "steps_per_epoch=3", f"loss.name={loss}", f"name={loss}"]
     _, said = metrics_of(start(tmp_path, *short))
     assert "kernel by kernel" not in said

@@ -26,7 +26,7 @@ from tests.sharing import make_once
 console.QUIET_SECONDS = 60.0  # refusals are told in one line, however slow the machine is
 # Validation, with a checkpoint, after each of six epochs; the variation is estimated before the first and the fourth.
 EXACT = ["glyphs", "data.limit_classes=12", "batch.classes=4", "batch.images=4", "epochs=6", "steps_per_epoch=8"]
-EXACT += ["precision=float64", "method=[iaa,sgar,namr]", "iaa.start_epoch=0", "iaa.update_every=3"]
+EXACT += ["optimizer.lr=3e-3", "precision=float64", "method=[iaa,sgar,namr]", "iaa.start=0", "iaa.update_every=3"]
 
 ROWS = 300  # more than a block
 

@@ -1,5 +1,7 @@
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
 from dml_core.synthesis.gaussian import ClassAugmentation, intensity_at, synthesize
 from dml_core.variation import ClassVariation, neighbor_correction
@@ -93,7 +95,7 @@ def augmentation(**changes) -> ClassAugmentation:
         "epochs": 10,
         "intensity": 0.7,
         "draws": 2,
-        "start_epoch": 2,
+        "start": 0.2,
         "update_every": 3,
         "momentum": 0.2,
         "covariance": "diag",
@@ -107,7 +109,14 @@ def augmentation(**changes) -> ClassAugmentation:
 
 def test_estimates_come_from_the_start_on_at_their_interval():
     assert [epoch for epoch in range(10) if augmentation().due(epoch)] == [2, 5, 8]
-    assert [epoch for epoch in range(4) if augmentation(start_epoch=0, update_every=1).due(epoch)] == [0, 1, 2, 3]
+    assert [epoch for epoch in range(4) if augmentation(start=0.0, update_every=1).due(epoch)] == [0, 1, 2, 3]
+
+
+@given(st.integers(1, 300).flatmap(lambda epochs: st.tuples(st.integers(0, epochs - 1), st.just(epochs))))
+def test_start_is_a_share_of_the_epochs_rounded_down(first_of):
+    first, epochs = first_of
+    assert augmentation(epochs=epochs, start=first / epochs).start_epoch == first
+    assert augmentation(epochs=epochs, start=(first + 0.99) / epochs).start_epoch == first
 
 
 def test_draws_from_the_corrected_variation_of_the_whole_set():

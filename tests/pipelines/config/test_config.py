@@ -42,9 +42,9 @@ def test_recipes_of_ones_own_extend_ours(tmp_path) -> None:
         load_recipe(str(tmp_path / "bad.yaml"), [])
 
 
-def test_default_recipe_is_glyphs_with_sgar() -> None:
+def test_default_recipe_is_glyphs_with_iaa() -> None:
     config = load_recipe("glyphs", [])
-    assert config.data.name == "glyphs" and config.method == ["sgar"] and config.sgar is not None
+    assert config.data.name == "glyphs" and config.method == ["iaa"] and config.iaa is not None
 
 
 @pytest.mark.parametrize(
@@ -84,17 +84,17 @@ def test_default_recipe_is_glyphs_with_sgar() -> None:
         (["epochs"], r"'epochs' is not key=value"),
         (["batch=3", "batch.images=2"], r"batch has a value of its own"),
         (["batch.slices=3"], r"batch\.slices=3 does not divide the global batch of 128"),
-        (["method=[iaa]", "iaa.start_epoch=6"], r"iaa\.start_epoch=6 cannot act: there are only epochs=6"),
+        (["iaa.start=1"], r"iaa\.start=1: .*less than 1"),
         (["method=[iaa]", "iaa.covariance=half"], r"iaa\.covariance=half: .*'diag' or 'full'"),
         (["method=[namr]", "namr.centers=9"], r"namr\.centers=9: .*less than or equal to 8"),
         (["method=[namr]", "namr.centres=3"], r"unknown key namr\.centres; did you mean namr\.centers\?"),
         (["method=[sgar,sgar]"], r"method: \[sgar, sgar\] names a method twice"),
-        (["changes.6.sgar.intensity=0.2"], r"changes\.6 cannot act: .* epochs=6"),
-        (["changes.2.sgar.intensty=0.2"], r"changes\.2: sgar\.intensty=0\.2"),
-        (["changes.2.sgar.count=1"], r"changes\.2: sgar\.count=1: .*greater than or equal to 2"),
-        (["changes.2.iaa.intensity=1"], r"changes\.2: iaa\.intensity cannot become 1"),
+        (["changes.6.iaa.intensity=0.2"], r"changes\.6 cannot act: .* epochs=6"),
+        (["changes.2.iaa.intensty=0.2"], r"changes\.2: iaa\.intensty=0\.2"),
+        (["method=[sgar]", "changes.2.sgar.count=1"], r"changes\.2: sgar\.count=1: .*greater than or equal to 2"),
+        (["changes.2.sgar.intensity=1"], r"changes\.2: sgar\.intensity cannot become 1"),
         (["changes.2.optimizer.lr=1"], r"changes\.2: optimizer\.lr cannot become 1"),
-        (["changes.2.sgar.max_gap=null"], r"changes\.2: sgar\.max_gap cannot become None"),
+        (["method=[sgar]", "changes.2.sgar.max_gap=null"], r"changes\.2: sgar\.max_gap cannot become None"),
         (["changes.2=3"], r"changes: .* is not \{EPOCH: \{KEY: VALUE\}\}"),
         (["method=[namr]", "changes.2.namr.rerank=9"], r"changes\.2: namr\.rerank cannot become 9"),
         (["backbone.frozen=true", "data.augment=crop"], r"data\.augment=crop cannot act with backbone\.frozen=true"),
@@ -111,10 +111,13 @@ def test_bad_input_is_one_line_that_names_the_key(assignments: list[str], messag
 
 def test_changes_hold_from_the_end_of_their_epoch(tmp_path) -> None:
     config = load_recipe(
-        "glyphs", ["changes.4.loss.alpha=3", "changes.2.sgar.intensity=0.2", "changes.4.sgar.intensity=0.3"]
+        "glyphs",
+        ["method=[sgar]", "changes.4.loss.alpha=3", "changes.2.sgar.intensity=0.2", "changes.4.sgar.intensity=0.3"],
     )
     assert [config.at(epoch).sgar.intensity for epoch in range(6)] == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
-    assert config.at(3) == load_recipe("glyphs", ["sgar.intensity=0.2"]) and config.at(4).loss.arguments == {"alpha": 3}
+    assert config.at(3) == load_recipe("glyphs", ["method=[sgar]", "sgar.intensity=0.2"]) and config.at(
+        4
+    ).loss.arguments == {"alpha": 3}
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_recipe(str(tmp_path / "again.yaml"), []) == config
     assert config.flat()["changes.4.sgar.intensity"] == 0.3
@@ -128,7 +131,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
 
 
 def test_a_choice_takes_the_recipes_settings_of_the_other_with_it() -> None:
-    assert load_recipe("glyphs", ["method=[]"]).sgar is None
+    assert load_recipe("glyphs", ["method=[]"]).iaa is None
     config = load_recipe("grocery", ["data.root=x", "loss.name=proxy_anchor"])
     assert config.loss.arguments == {}
     assert load_recipe("grocery", ["data.name=glyphs"]).data.root is None
@@ -156,7 +159,9 @@ def test_metrics_are_by_default_those_of_the_sets_papers() -> None:
 
 
 def test_values_are_yaml_1_2() -> None:
-    config = load_recipe("glyphs", ["optimizer.lr=1e-4", "workers=1:2", "sgar.max_gap=null", "batch.images=2"])
+    config = load_recipe(
+        "glyphs", ["optimizer.lr=1e-4", "workers=1:2", "method=[sgar]", "sgar.max_gap=null", "batch.images=2"]
+    )
     assert config.optimizer.lr == 1e-4 and config.worker_range == (1, 2) and config.sgar.max_gap is None
 
 
@@ -218,3 +223,6 @@ def test_configs_that_earlier_versions_stored_are_read() -> None:
     require_same(config, glyphs, "runs/x")
     with pytest.raises(ValueError, match="seed=0 \\(was 1\\)"):
         require_same(config, glyphs | {"seed": 1}, "runs/x")
+    counted = {"epochs": 6, "method": ["iaa"], "iaa": {"start_epoch": 1, "draws": 2}}
+    iaa = parse_stored_config(counted).iaa
+    assert iaa is not None and (iaa.start, iaa.draws) == (1 / 6, 2)

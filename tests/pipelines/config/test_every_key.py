@@ -215,7 +215,7 @@ def trains(value: str, *settings: str, also: tuple[str, ...] = ()) -> Case:
     return Case(training, value, settings, also)
 
 
-IAA = ("method=[iaa]", "iaa.start_epoch=0", "iaa.update_every=1")
+IAA = ("method=[iaa]", "iaa.start=0", "iaa.update_every=1")
 SGAR = ("method=[sgar]", "sgar.intensity=0.3")
 NAMR = ("method=[namr]",)
 STEP = ("optimizer.schedule=step", "optimizer.milestones=[1]", "optimizer.gamma=0.5")
@@ -275,7 +275,7 @@ CASES = {
     "loss.ARGUMENT": trains("9"),
     "iaa.intensity": trains("0.2", *IAA),
     "iaa.draws": trains("1", *IAA),
-    "iaa.start_epoch": trains("1", *IAA),
+    "iaa.start": trains("0.5", *IAA),
     "iaa.update_every": trains("2", *IAA),
     "iaa.momentum": trains("0.9", *IAA),
     "iaa.covariance": trains("full", *IAA),
@@ -327,7 +327,6 @@ REFUSALS = {
     "iaa": [("{{draws: 2}}",)],
     "sgar": [("{{count: 3}}",)],
     "namr": [("{{t: 2}}",)],
-    "iaa.start_epoch": [("3", *IAA)],
     "data.root": [("{place}/set", "data.name=glyphs")],
     "data.table": [("{place}/set/all.csv",)],
     "data.download": [("true",), ("true", "data.name=vehicleid")],

@@ -21,7 +21,7 @@ from tests import ranks
 
 GLYPHS = ["data.limit_classes=12", "batch.classes=4", "batch.images=4", "batch.slices=8", "steps_per_epoch=4"]
 GLYPHS += ["use_gpu=false", "precision=float32"]
-METHODS = {"alone": [], "all": ["method=[iaa,sgar,namr]", "iaa.start_epoch=0", "iaa.update_every=1"]}
+METHODS = {"alone": [], "all": ["method=[iaa,sgar,namr]", "iaa.start=0", "iaa.update_every=1"]}
 EPOCHS = 3
 
 

@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_other_gradients_only_if_asked(tracked_folder: Path) 
 
 def test_a_run_goes_on_from_the_middle_of_an_epoch(tracked_folder: Path) -> None:
     """From step 5 of the second epoch, for which IAA has estimated already; none of its steps is drawn anew."""
-    asked = ["method=[iaa,namr]", "iaa.start_epoch=0", "iaa.update_every=1", "evaluate_every=2", "checkpoint_every=5"]
+    asked = ["method=[iaa,namr]", "iaa.start=0", "iaa.update_every=1", "evaluate_every=2", "checkpoint_every=5"]
     outcome = train("workers=1", "precision=float64", "steps_per_epoch=8", "name=middle", *asked)
     whole, folder = step_losses(outcome), Path(outcome.checkpoint).parent
     history = read_history(folder / "epoch_00002")
