@@ -121,7 +121,7 @@ def test_compiled_networks_take_the_shapes_that_come_often() -> None:
 def learner_with_methods() -> Learner:
     torch.manual_seed(0)
     loss = base_losses.build("multi_similarity", CLASSES, DIM)
-    iaa = ClassAugmentation(CLASSES, DIM, 10, 0.3, 2, 1, 1, 0.2, "diag", 2, 0.1, 0.1, 40)
+    iaa = ClassAugmentation(CLASSES, DIM, 10, 0.3, 2, 0.1, 1, 0.2, "diag", 2, 0.1, 0.1, 40)
     iaa.estimate([(torch.randn(20, DIM), torch.arange(20) % CLASSES)])
     sgar = IntensityRanking(DIM, 0.3, 4, 0.11, 0.2, 32.0, 0.05, 32.0, 0.1, False)
     namr = ClusterRanking(heads.Structure(128, DIM), 3, 3.0, 10.0, "even")
