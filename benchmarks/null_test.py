@@ -7,6 +7,7 @@ python benchmarks/null_test.py --repetitions 100
 """
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,8 +38,9 @@ def main(repetitions: int) -> None:
     for repetition in range(repetitions):
         order = np.random.default_rng(repetition).permutation(len(images.class_names))
         tested = torch.from_numpy(np.isin(images.labels, order[:TESTED]))
+        known = [torch.nonzero((labels == c) & ~tested)[:, 0] for c in labels[~tested].unique()]
         scores = [
-            train_and_test(features, labels, tested, seed=2 * PAIRS * repetition + number)
+            train_and_test(features, labels, known, tested, seed=2 * PAIRS * repetition + number)
             for number in range(2 * PAIRS)
         ]
         classes = np.unique(images.labels[tested.numpy()], return_inverse=True)[1]
@@ -73,14 +75,15 @@ def embed_fixed(pictures: np.ndarray) -> Tensor:
     return torch.relu((pixels - pixels.mean(0)) @ projection / pixels.shape[1] ** 0.5)
 
 
-def train_and_test(features: Tensor, labels: Tensor, tested: Tensor, seed: int) -> dict[str, np.ndarray]:
-    """Train a head on the classes that are not tested, and return each test query's score by the metric's name."""
+def train_and_test(
+    features: Tensor, labels: Tensor, known: Sequence[Tensor], tested: Tensor, seed: int
+) -> dict[str, np.ndarray]:
+    """Train a head on the known classes' rows, and return each test query's score by the metric's name."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the head's weights
     head = heads.linear(FEATURES, DIM)
     loss = base_losses.build("multi_similarity", num_classes=int(labels.max()) + 1, dim=DIM)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    known = [torch.nonzero((labels == c) & ~tested)[:, 0] for c in labels[~tested].unique()]
     for _ in range(STEPS):
         chosen = torch.randperm(len(known), generator=generator)[:CLASSES].tolist()
         of_classes = [known[c][torch.randperm(len(known[c]), generator=generator)[:IMAGES]] for c in chosen]
