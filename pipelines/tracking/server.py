@@ -94,8 +94,10 @@ def prepare_run(uri: str, experiment: str, run_id: str | None = None, otherwise:
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
         try:
             client.set_experiment_tag(within, LAST_START, now)
-        except import_mlflow().MlflowException:
-            # Another start may have inserted the tag since MLflow looked for it. If not, this is refused as well.
+        except import_mlflow().MlflowException as error:
+            if error.error_code != "BAD_REQUEST":
+                raise
+            # Another start has inserted the tag since MLflow looked for it.
             client.set_experiment_tag(within, LAST_START, now)
     if files and (folder := local_folder(files)):
         _require_writable(folder)
