@@ -71,8 +71,10 @@ def test_a_population_goes_on(tracked_folder: Path) -> None:
     sweep = tracked_folder / "runs" / "turned"
 
     def has_exploited() -> bool:
-        """Whether a trial has gone on from another's checkpoint, and none has ended all."""
-        return any('"changes"' in path.read_text() for path in sweep.glob("t*/run.json"))
+        """Whether a trial has gone on from another's checkpoint, and Ray Tune has kept that it did."""
+        begun = [path.stat().st_mtime for path in sweep.glob("t*/run.json") if '"changes"' in path.read_text()]
+        kept = [path.stat().st_mtime for path in sweep.glob("tune_search/experiment_state-*.json")]
+        return bool(begun and kept) and max(kept) > min(begun)
 
     kill_sweep(["glyphs", *options, *keys], tracked_folder, has_exploited)
     done = change_times(sweep, "result.json")
