@@ -30,8 +30,7 @@ from tests.pipelines.conftest import answer, refused
 
 pytestmark = pytest.mark.usefixtures("tracked_folder", "without_ray", "tracked_here")
 BASE = ["data.limit_classes=20", "batch.classes=4", "batch.images=4", "workers=1", "embedding_dim=32"]
-BASE += ["optimizer.lr=3e-3"]
-BASE += ["loss.name=proxy_anchor", "method=[iaa,sgar,namr]", "iaa.start=0", "iaa.update_every=1"]
+BASE += ["optimizer.lr=3e-3", "loss.name=proxy_anchor", "method=[iaa,sgar,namr]", "iaa.start=0", "iaa.update_every=1"]
 TUNED = ["epochs=2", "steps_per_epoch=5", "seed=3", "optimizer.lr=1e-3"]
 TIMED = {"train/images_per_second", "train/data_wait", "train/startup_seconds"}
 
