@@ -9,14 +9,16 @@ searches `--samples` points: the methods their own spaces, the loss alone the ba
 together their spaces, from what each has found alone. The winner of a cell is trained over `--seeds` seeds that no
 search has used, and each run is tested once.
 
-Everything is kept in ./runs and in MLflow's experiment `methods-RECIPE`. The same command goes on where it was
-interrupted, by its `--budget` of minutes or otherwise; with more `--seeds` it adds them. Cells are taken in order of
-interest: loss by loss, each alone and then with its methods. The table is printed with what it still lacks, and with
---write it replaces the one of docs/benchmarks.md.
+What is found, the settings of each cell and the test metrics of each seed, is kept in `--results`, one small file. The
+same command goes on from it where it was interrupted, by its `--budget` of minutes or otherwise, on this machine or on
+another; with more `--seeds` it adds them. Runs are in ./runs and in MLflow's experiment `methods-RECIPE`, and sweeps
+that were cut off go on from there. Cells are taken in order of interest: loss by loss, each alone and then with its
+methods. The table is printed with what it still lacks, and with --write it replaces the one of docs/benchmarks.md.
 """
 
 import argparse
 import itertools
+import json
 import math
 import multiprocessing
 import statistics
@@ -31,27 +33,81 @@ from dml_core.cpus import usable_cpus
 from pipelines.cli.endings import run_script
 from pipelines.cluster.session import open_cluster
 from pipelines.cluster.threads import torch_threads
-from pipelines.compare.statistics import METRICS, compare_runs
+from pipelines.compare.statistics import METRICS, compare_values
 from pipelines.compare.wording import Line, format_line
 from pipelines.config import load
+from pipelines.config.identity import FREE_KEYS
 from pipelines.config.methods import METHODS
-from pipelines.config.recipe import parse_assignments, read_stored_config
+from pipelines.config.recipe import parse_assignments
 from pipelines.config.schema import flatten
 from pipelines.console import QUIET, RunFailed, messages
+from pipelines.files import write_atomically
 from pipelines.kept import keep_between_runs
 from pipelines.runs.train import run_training
-from pipelines.sweeps.records import SweepOptions, SweepOutcome
-from pipelines.sweeps.spaces import SPACES
+from pipelines.sweeps.records import SweepOptions
 from pipelines.sweeps.sweep import resume_sweep, start_sweep
-from pipelines.tracking.address import default_uri
-from pipelines.tracking.runs import LoggedRun, read_runs
-from tune_spaces import base
 
 ROOT = Path(__file__).parents[1]
 LOSSES = ("multi_similarity", "triplet", "proxy_anchor", "contrastive")
 CASES = ("alone", "iaa", "namr", "sgar", "all")
 SEARCH_SEED, SEARCH_AGAIN_SEED = 1000, 1001  # no tested run has them
 HEADS = ("base loss", "method", "seeds", "R@1", "gain", "95 % of it", "p", "MAP@R", "gain", "95 % of it", "p")
+
+
+EXACT = METRICS[1].replace("test/", "test_exact/")
+
+
+class Cell(NamedTuple):
+    """What is known of a cell, or of the first search of a loss.
+
+    Attributes:
+        settings: Config values that its search chose, on top of the study's.
+        runs: Of each seed that is tested, the metrics.
+    """
+
+    settings: dict[str, Any]
+    runs: dict[str, dict[str, float]]
+
+
+class Results:
+    """The cells of a study, kept in a file.
+
+    Attributes:
+        cells: By base loss and method, as "triplet iaa"; "triplet base" is the first search.
+    """
+
+    def __init__(self, path: Path, study: Mapping[str, Any]):
+        """Read the file, if there is one.
+
+        Args:
+            path: The file.
+            study: What the cells depend on.
+
+        Raises:
+            ValueError: The file is of another study, or holds something else.
+        """
+        self.path, self.study, self.cells = path, json.loads(json.dumps(study)), dict[str, Cell]()
+        if path.exists():
+            try:
+                kept = json.loads(path.read_text())
+                of, cells = kept["study"], {name: Cell(**cell) for name, cell in kept["cells"].items()}
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise ValueError(f"{path} does not hold results of this script: {error!r}") from error
+            if of != self.study:
+                raise ValueError(f"{path} is of the study {of}, not of {self.study}; give --results another file")
+            self.cells = cells
+
+    def keep(self, name: str, cell: Cell) -> None:
+        """Add or replace a cell."""
+        self.cells[name] = cell
+        cells = {name: cell._asdict() for name, cell in self.cells.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps({"study": self.study, "cells": cells}, indent=1) + "\n")
+
+    def runs(self, loss: str, method: str, seeds: int) -> dict[str, dict[str, float]]:
+        """Return the metrics of a cell's first seeds, as far as they are tested."""
+        cell = self.cells.get(f"{loss} {method}")
+        return {str(seed): cell.runs[str(seed)] for seed in range(seeds) if str(seed) in cell.runs} if cell else {}
 
 
 class Study(NamedTuple):
@@ -64,6 +120,7 @@ class Study(NamedTuple):
         seeds: Tested runs of a cell.
         processes: Tested runs at a time.
         deadline: When nothing new may begin, in seconds since 1970.
+        results: What is found.
     """
 
     recipe: str
@@ -72,6 +129,7 @@ class Study(NamedTuple):
     seeds: int
     processes: int
     deadline: float
+    results: Results
 
     @property
     def experiment(self) -> str:
@@ -82,46 +140,62 @@ class Study(NamedTuple):
         return f"{self.recipe}-{loss.replace('_', '')}-{what}"
 
 
-def search(study: Study, name: str, space: str, recipe: str, values: Mapping[str, Any], samples: int) -> SweepOutcome:
-    """Run a sweep, or what an interrupted one lacks, or return what a finished one found."""
+def search(study: Study, loss: str, what: str, space: str, start: Mapping[str, Any], samples: int) -> Cell:
+    """Run a sweep from settings, or what an interrupted one lacks; or return what is known of the cell."""
+    if cell := study.results.cells.get(f"{loss} {what}"):
+        return cell
+    name = study.name(loss, what)
     if Path("runs", name, "sweep.json").exists():
-        return resume_sweep(name)
-    values = {"seed": SEARCH_AGAIN_SEED, **study.values, **values, "name": name, "experiment": study.experiment}
-    return start_sweep(recipe, values, study.options._replace(space=space, samples=samples))
+        outcome = resume_sweep(name)
+    else:
+        seed = SEARCH_SEED if what == "base" else SEARCH_AGAIN_SEED
+        values = {**study.values, **start, "seed": seed, "name": name, "experiment": study.experiment}
+        outcome = start_sweep(study.recipe, values, study.options._replace(space=space, samples=samples))
+    cell = Cell({**start, **{k: v for k, v in outcome.winner.items() if v is not None}}, {})
+    study.results.keep(f"{loss} {what}", cell)
+    return cell
 
 
-def search_cell(study: Study, loss: str, method: str) -> SweepOutcome:
+def search_cell(study: Study, loss: str, method: str) -> Cell:
     """Search the settings of a cell, from the base loss's and, for all methods, from what each has found alone."""
     methods = [] if method == "alone" else [*METHODS] if method == "all" else [method]
-    start = {"loss.name": loss, "method": [], "seed": SEARCH_SEED}
     samples = study.options.samples
-    of_loss = search(study, study.name(loss, "base"), "base", study.recipe, start, 2 * samples)
-    found: dict[str, Any] = {}
+    start = search(study, loss, "base", "base", {"loss.name": loss, "method": []}, 2 * samples).settings
     if method == "all":
         for each in METHODS:
-            found |= {k: v for k, v in search_cell(study, loss, each).winner.items() if v is not None}
-    space = "+".join(methods) or "base"
-    return search(study, study.name(loss, method), space, of_loss.recipe, {"method": methods} | found, samples)
+            start = start | search_cell(study, loss, each).settings
+    return search(study, loss, method, "+".join(methods) or "base", start | {"method": methods}, samples)
 
 
-def train(recipe: str, values: Mapping[str, Any], threads: int) -> str | None:
-    """Train and test one run in this process; or return at once if it is done. Returns why it failed, if it did."""
+def train(recipe: str, values: Mapping[str, Any], threads: int) -> dict[str, float] | str:
+    """Train and test one run in this process, or look at it if it is done. Returns its metrics or why it failed."""
     keep_between_runs()
     with torch_threads(threads):
         try:
-            run_training(load(recipe, values), QUIET, here=True)
+            metrics = run_training(load(recipe, values), QUIET, here=True).metrics
         except RunFailed as error:
             return str(error)
-    return None
+    return {metric: metrics[metric] for metric in (*METRICS, EXACT) if metric in metrics}
 
 
-def test_cell(study: Study, pool: ProcessPoolExecutor, name: str, recipe: str) -> list[str]:
-    """Train and test the winner of a cell, a recipe, over the seeds. Returns why runs failed."""
+def test_cell(study: Study, pool: ProcessPoolExecutor, loss: str, method: str) -> list[str]:
+    """Train and test a cell over the seeds that it lacks. Returns why runs failed."""
+    name, cell, failures = study.name(loss, method), study.results.cells[f"{loss} {method}"], list[str]()
     place: dict[str, Any] = {"workers": 1, "experiment": study.experiment, "storage": f"runs/{name}"}
-    threads = max(1, usable_cpus() // study.processes)
-    values = [place | {"seed": seed, "name": f"{name}-s{seed}"} for seed in range(study.seeds)]
-    runs = [pool.submit(train, recipe, of_seed, threads) for of_seed in values]
-    return [f"{name}-s{seed}: {reason}" for seed, run in enumerate(runs) if (reason := run.result())]
+    values, threads = {**study.values, **cell.settings, **place}, max(1, usable_cpus() // study.processes)
+    runs = {
+        seed: pool.submit(train, study.recipe, values | {"seed": seed, "name": f"{name}-s{seed}"}, threads)
+        for seed in range(study.seeds)
+        if str(seed) not in cell.runs
+    }
+    for seed, run in runs.items():
+        result = run.result()
+        if isinstance(result, str):
+            failures.append(f"{name}-s{seed}: {result}")
+        else:
+            cell.runs[str(seed)] = result
+            study.results.keep(f"{loss} {method}", cell)
+    return failures
 
 
 class Clock:
@@ -152,35 +226,23 @@ def run(study: Study, cells: Sequence[tuple[str, str]]) -> list[str]:
                 break
             messages.print(f"{loss}, {method}: search", style="bold")
             with clock.timed("search"):
-                recipe = search_cell(study, loss, method).recipe
+                search_cell(study, loss, method)
             if not clock.has_time_for("test"):
                 break
             messages.print(f"{loss}, {method}: test", style="bold")
             with clock.timed("test"):
-                failures += test_cell(study, pool, study.name(loss, method), recipe)
+                failures += test_cell(study, pool, loss, method)
     return failures
 
 
 def compare(study: Study, cells: Sequence[tuple[str, str]]) -> dict[tuple[str, str, str], Line]:
     """(loss, method, metric) -> its line, compared with the loss alone; p-values adjusted over a loss's methods."""
-    uri, by_cell = default_uri(Path.cwd()), dict[tuple[str, str], list[LoggedRun]]()
-    try:
-        runs = [run for run in read_runs(uri, [study.experiment]) if run.status == "FINISHED"]
-    except ValueError:  # nothing has begun
-        return {}
-    for loss, method in cells:
-        names = {f"{study.name(loss, method)}-s{seed}" for seed in range(study.seeds)}
-        by_cell[loss, method] = [run for run in runs if run.name in names and METRICS[0] in run.metrics]
     lines: dict[tuple[str, str, str], Line] = {}
     for loss in dict.fromkeys(loss for loss, _ in cells):
-        of_loss = {method: by_cell[loss, method] for of, method in cells if of == loss and by_cell[loss, method]}
-        if "alone" not in of_loss:
-            continue
-        labels = {run.group: method for method, several in of_loss.items() for run in several}
-        flat = [run for several in of_loss.values() for run in several]
-        exact = [metric.replace("test/", "test_exact/") for metric in METRICS]
-        comparison = compare_runs(flat, loss, "alone", [*METRICS, *exact], labels)
-        lines |= {(loss, line.group, line.metric): line for line in comparison.lines}
+        runs = {method: study.results.runs(loss, method, study.seeds) for of, method in cells if of == loss}
+        for metric in (*METRICS, EXACT):
+            values = {m: {seed: run[metric] for seed, run in of.items() if metric in run} for m, of in runs.items()}
+            lines |= {(loss, line.group, metric): line for line in compare_values(values, "alone", metric)}
     return lines
 
 
@@ -198,14 +260,12 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
                 _, _, _, mean, deviation, _, gain, interval, p = format_line(lines[loss, method, metric])
                 row += [f"{mean} ± {deviation}", gain, interval, p]
             rows.append(row)
-        winner = Path("runs", study.name(loss, method), "best.yaml")
-        if winner.exists():
-            found = read_stored_config(winner.read_text())
-            settings.append(f"- {loss}, {method}: `{searched(loss, found.flat(), start)}`")
+        if cell := study.results.cells.get(f"{loss} {method}"):
+            settings.append(f"- {loss}, {method}: `{format_settings(cell.settings, start)}`")
     exact = [
         f"| {loss} | {method} | {format_line(plain)[3]} | {format_line(line)[3]} |"
         for loss, method in cells
-        if (line := lines.get((loss, method, "test_exact/map_at_r"))) and (plain := lines[loss, method, METRICS[1]])
+        if (line := lines.get((loss, method, EXACT))) and (plain := lines[loss, method, METRICS[1]])
     ]
     done_cells = len(cells) - len(missing)
     least = 2 / 2**study.seeds * (len(CASES) - 1)
@@ -228,10 +288,10 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
     return "\n".join([*parts, "Settings that the searches chose, where they differ from the recipe:", "", *settings])
 
 
-def searched(loss: str, found: Mapping[str, Any], start: Mapping[str, Any]) -> str:
-    """Write the settings of all spaces in which a winner differs from the recipe, numbers in three digits."""
-    keys = {key for space in (*SPACES.values(), base.LOSSES[loss]) for key in space}
-    changed = {key: value for key, value in found.items() if key in keys and value != start.get(key)}
+def format_settings(found: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    """Write the settings that a search chose, where they differ from the recipe, numbers in three digits."""
+    named = ("loss.name", "method")  # which say what the cell is
+    changed = {key: value for key, value in found.items() if key not in named and value != start.get(key)}
     texts = (f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in changed.items())
     return " ".join(texts) or "as in the recipe"
 
@@ -261,12 +321,16 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     parser.add_argument("--methods", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--processes", type=int, default=usable_cpus(), help="tested runs at a time")
+    parser.add_argument("--results", type=Path, help="file of what is found (runs/methods-RECIPE.json)")
     parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
     options = parser.parse_args()
     sweep = SweepOptions("", options.samples, folds=options.folds, final_seeds=0)
     values = flatten(parse_assignments(options.assignments))
     deadline = time.time() + 60 * options.budget
-    study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline)
+    bound = {"recipe": options.recipe, "values": {k: v for k, v in values.items() if k not in FREE_KEYS}}
+    bound |= {"samples": options.samples, "folds": options.folds}
+    results = Results(options.results or Path("runs", f"methods-{options.recipe}.json"), bound)
+    study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline, results)
     methods = [m for m in CASES if m in options.methods or m == "alone"]
     cells = [*itertools.product(options.losses, methods)]
     failures = run(study, cells) if options.budget > 0 else []

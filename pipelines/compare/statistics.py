@@ -140,32 +140,44 @@ def _label_configs(params: dict[str, dict[str, str]]) -> dict[str, str]:
 
 def compare_groups(groups: Sequence[Group], baseline: Group, metrics: Sequence[str] = METRICS) -> list[Line]:
     """Compute a line for each metric and group; p-values are adjusted (Holm) over the comparisons of a metric."""
+    labels = {group.key: group.label for group in groups}
     lines = []
     for metric in metrics:
         values = {g.key: {s: r.metrics[metric] for s, r in g.runs.items() if metric in r.metrics} for g in groups}
-        base, lines_of_metric = values[baseline.key], []
-        for group in groups:
-            by_seed = values[group.key]
-            if not by_seed:
-                continue
-            numbers = np.array([*by_seed.values()])
-            line = Line(
-                group.label,
-                metric,
-                by_seed,
-                float(numbers.mean()),
-                float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
-                mean_interval(numbers),
-            )
-            shared = [seed for seed in by_seed if seed in base]
-            if group.key != baseline.key and shared:
-                gains = np.array([by_seed[seed] - base[seed] for seed in shared])
-                line = line._replace(
-                    shared=len(shared), gain=float(gains.mean()), gain_interval=mean_interval(gains), p=p_value(gains)
-                )
-            lines_of_metric.append(line)
-        lines += adjust_p_values(lines_of_metric)
+        of_metric = compare_values(values, baseline.key, metric)
+        lines += [line._replace(group=labels[line.group]) for line in of_metric]
     return lines
+
+
+def compare_values(values: Mapping[str, Mapping[str, float]], baseline: str, metric: str) -> list[Line]:
+    """Compute a line for each config that has values; p-values are adjusted (Holm) over the configs.
+
+    Args:
+        values: Config to seed to its value of the metric.
+        baseline: One of the configs.
+        metric: Its name.
+    """
+    base, lines = values.get(baseline, {}), []
+    for config, by_seed in values.items():
+        if not by_seed:
+            continue
+        numbers = np.array([*by_seed.values()])
+        line = Line(
+            config,
+            metric,
+            dict(by_seed),
+            float(numbers.mean()),
+            float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
+            mean_interval(numbers),
+        )
+        shared = [seed for seed in by_seed if seed in base]
+        if config != baseline and shared:
+            gains = np.array([by_seed[seed] - base[seed] for seed in shared])
+            line = line._replace(
+                shared=len(shared), gain=float(gains.mean()), gain_interval=mean_interval(gains), p=p_value(gains)
+            )
+        lines.append(line)
+    return adjust_p_values(lines)
 
 
 def mean_interval(values: np.ndarray) -> Interval | None:
