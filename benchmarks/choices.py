@@ -15,8 +15,10 @@ from typing import Any
 from pipelines.cli.endings import run_script
 from pipelines.cluster.session import open_cluster
 from pipelines.config import Config, load
+from pipelines.config.identity import group_of
 from pipelines.config.recipe import parse_assignments
 from pipelines.config.schema import flatten
+from pipelines.data.sets import identify
 from pipelines.sweeps.records import SweepOptions, SweepOutcome
 from pipelines.sweeps.sweep import resume_sweep, start_sweep
 
@@ -53,9 +55,11 @@ def main() -> None:
     options = parser.parse_args()
     values = flatten(parse_assignments(options.assignments))
     config, rows = load(options.recipe, values), []
+    group = group_of(config.flat(), identify(config.data).digest)  # another config or other pictures begin anew
+    sweeps = f"choices-{options.recipe}-{group}-{options.folds}"
     with open_cluster(config, None):
         for name, grid in grids(config).items():
-            outcome = search(options.recipe, values, f"choices-{options.recipe}-{name}", grid, options.folds)
+            outcome = search(options.recipe, values, f"{sweeps}-{name}", grid, options.folds)
             for trial in outcome.trials:
                 setting = " ".join(f"{key}={value:g}" for key, value in trial.point.items())
                 rows.append(f"| `{setting}` | {100 * (trial.score or 0):.1f} |")

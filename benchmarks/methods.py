@@ -3,20 +3,22 @@
     python benchmarks/methods.py glyphs --budget 480
     python benchmarks/methods.py grocery-whole data.root=GroceryStoreDataset --budget 480
 
-A cell of the table is a base loss with some methods. All cells have the same budget: the loss is searched alone first
-(tune_spaces.base, twice `--samples` points over `--folds` folds of the training classes), and from the winner each cell
-searches `--samples` points: the methods their own spaces, the loss alone the base space once more, and all methods
-together their spaces, from what each has found alone. The winner of a cell is trained over `--seeds` seeds that no
-search has used, and each run is tested once.
+A cell of the table is a base loss with some methods. The loss is searched alone first (tune_spaces.base, twice
+`--samples` points over `--folds` folds of the training classes), and from the winner each cell searches `--samples`
+points: a method its own space, and the loss alone the base space once more, so that all of them have the same budget.
+All methods together begin with what each has found alone, so that the points of these searches are theirs, too. The
+winner of a cell is trained over `--seeds` seeds that no search has used, and each run is tested once.
 
 What is found, the settings of each cell and the test metrics of each seed, is kept in `--results`, one small file. The
 same command goes on from it where it was interrupted, by its `--budget` of minutes or otherwise, on this machine or on
 another; with more `--seeds` it adds them. Runs are in ./runs and in MLflow's experiment `methods-RECIPE`, and sweeps
 that were cut off go on from there. Cells are taken in order of interest: loss by loss, each alone and then with its
-methods. The table is printed with what it still lacks, and with --write it replaces the one of docs/benchmarks.md.
+methods. The table is printed with what it still lacks, and with --write it replaces the one of docs/benchmarks.md;
+`--budget 0` prints that of any file of results.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -24,23 +26,25 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dml_core.cpus import usable_cpus
-from pipelines.cli.endings import run_script
+from pipelines.cli.endings import fail, run_script
+from pipelines.cluster.devices import resolve_devices
 from pipelines.cluster.session import open_cluster
 from pipelines.cluster.threads import torch_threads
-from pipelines.compare.statistics import METRICS, compare_values
+from pipelines.compare.statistics import METRICS, compare_values, least_p_value
 from pipelines.compare.wording import Line, format_line
-from pipelines.config import load
+from pipelines.config import Config, load
 from pipelines.config.identity import FREE_KEYS
 from pipelines.config.methods import METHODS
 from pipelines.config.recipe import parse_assignments
 from pipelines.config.schema import flatten
 from pipelines.console import QUIET, RunFailed, messages
+from pipelines.data.sets import identify
 from pipelines.files import write_atomically
 from pipelines.kept import keep_between_runs
 from pipelines.runs.train import run_training
@@ -73,35 +77,41 @@ class Results:
     """The cells of a study, kept in a file.
 
     Attributes:
+        path: The file.
+        study: What all cells depend on: the config that they start from, how much is searched, and on which pictures.
         cells: By base loss and method, as "triplet iaa"; "triplet base" is the first search.
     """
 
-    def __init__(self, path: Path, study: Mapping[str, Any]):
-        """Read the file, if there is one.
+    def __init__(self, path: Path, study: Mapping[str, Any] | None = None):
+        """Read the file, if there is one; end the script if it is of another study.
 
         Args:
             path: The file.
-            study: What the cells depend on.
-
-        Raises:
-            ValueError: The file is of another study, or holds something else.
+            study: That is to begin or to go on; None: what the file holds.
         """
-        self.path, self.study, self.cells = path, json.loads(json.dumps(study)), dict[str, Cell]()
+        self.path, self.study, self.cells = path, json.loads(json.dumps(study or {})), dict[str, Cell]()
         if path.exists():
-            try:
-                kept = json.loads(path.read_text())
-                of, cells = kept["study"], {name: Cell(**cell) for name, cell in kept["cells"].items()}
-            except (ValueError, TypeError, LookupError, AttributeError) as error:
-                raise ValueError(f"{path} does not hold results of this script: {error!r}") from error
-            if of != self.study:
-                raise ValueError(f"{path} is of the study {of}, not of {self.study}; give --results another file")
-            self.cells = cells
+            begun, self.cells = self.read()
+            keys = [key for key in {**begun, **self.study} if begun.get(key) != self.study.get(key)]
+            if study is not None and keys:
+                changes = ", ".join(f"{key}={self.study.get(key)} (was {begun.get(key)})" for key in keys[:4])
+                fail(2, f"bad input: {path} is of another study: {changes}; --results names another file")
+            self.study = begun
+        elif study is None:
+            fail(2, f"bad input: --results {path}: there is no such file")
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Cell]]:
+        """Return the study and the cells that the file holds."""
+        try:
+            kept = json.loads(self.path.read_text())
+            return kept["study"], {name: Cell(**cell) for name, cell in kept["cells"].items()}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            fail(2, f"bad input: --results {self.path}: not a file of results, {error!r}")
 
     def keep(self, name: str, cell: Cell) -> None:
-        """Add or replace a cell."""
-        self.cells[name] = cell
+        """Add or replace a cell, beside those that other processes have added."""
+        self.cells = (self.read()[1] if self.path.exists() else {}) | {name: cell}
         cells = {name: cell._asdict() for name, cell in self.cells.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps({"study": self.study, "cells": cells}, indent=1) + "\n")
 
     def runs(self, loss: str, method: str, seeds: int) -> dict[str, dict[str, float]]:
@@ -136,8 +146,9 @@ class Study(NamedTuple):
         return f"methods-{self.recipe}"
 
     def name(self, loss: str, what: str) -> str:
-        """Name a sweep or the runs of a cell."""
-        return f"{self.recipe}-{loss.replace('_', '')}-{what}"
+        """Name a sweep or the runs of a cell; those of another study have other names."""
+        digest = hashlib.sha256(json.dumps(self.results.study, sort_keys=True).encode()).hexdigest()[:6]
+        return f"{self.recipe}-{digest}-{loss.replace('_', '')}-{what}"
 
 
 def search(study: Study, loss: str, what: str, space: str, start: Mapping[str, Any], samples: int) -> Cell:
@@ -151,7 +162,7 @@ def search(study: Study, loss: str, what: str, space: str, start: Mapping[str, A
         seed = SEARCH_SEED if what == "base" else SEARCH_AGAIN_SEED
         values = {**study.values, **start, "seed": seed, "name": name, "experiment": study.experiment}
         outcome = start_sweep(study.recipe, values, study.options._replace(space=space, samples=samples))
-    cell = Cell({**start, **{k: v for k, v in outcome.winner.items() if v is not None}}, {})
+    cell = Cell({**start, **outcome.winner}, {})
     study.results.keep(f"{loss} {what}", cell)
     return cell
 
@@ -184,12 +195,12 @@ def test_cell(study: Study, pool: ProcessPoolExecutor, loss: str, method: str) -
     place: dict[str, Any] = {"workers": 1, "experiment": study.experiment, "storage": f"runs/{name}"}
     values, threads = {**study.values, **cell.settings, **place}, max(1, usable_cpus() // study.processes)
     runs = {
-        seed: pool.submit(train, study.recipe, values | {"seed": seed, "name": f"{name}-s{seed}"}, threads)
+        pool.submit(train, study.recipe, values | {"seed": seed, "name": f"{name}-s{seed}"}, threads): seed
         for seed in range(study.seeds)
         if str(seed) not in cell.runs
     }
-    for seed, run in runs.items():
-        result = run.result()
+    for run in as_completed(runs):
+        seed, result = runs[run], run.result()
         if isinstance(result, str):
             failures.append(f"{name}-s{seed}: {result}")
         else:
@@ -236,19 +247,25 @@ def run(study: Study, cells: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def compare(study: Study, cells: Sequence[tuple[str, str]]) -> dict[tuple[str, str, str], Line]:
-    """(loss, method, metric) -> its line, compared with the loss alone; p-values adjusted over a loss's methods."""
+    """(loss, method, metric) -> its line, compared with the loss alone.
+
+    p-values are adjusted over a loss's methods; there are none before all of them are tested.
+    """
     lines: dict[tuple[str, str, str], Line] = {}
     for loss in dict.fromkeys(loss for loss, _ in cells):
         runs = {method: study.results.runs(loss, method, study.seeds) for of, method in cells if of == loss}
         for metric in (*METRICS, EXACT):
             values = {m: {seed: run[metric] for seed, run in of.items() if metric in run} for m, of in runs.items()}
-            lines |= {(loss, line.group, metric): line for line in compare_values(values, "alone", metric)}
+            compared = compare_values(values, "alone", metric)
+            if any(len(of) < study.seeds for of in runs.values()):
+                compared = [line._replace(p=None) for line in compared]
+            lines |= {(loss, line.group, metric): line for line in compared}
     return lines
 
 
 def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str]) -> str:
     """Return the study's tables in Markdown, and what they still lack."""
-    lines, start = compare(study, cells), load(study.recipe, study.values).flat()
+    lines, start = compare(study, cells), study.results.study
     rows, missing, settings = [], [], []
     for loss, method in cells:
         done = lines.get((loss, method, METRICS[0]))
@@ -263,17 +280,17 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
         if cell := study.results.cells.get(f"{loss} {method}"):
             settings.append(f"- {loss}, {method}: `{format_settings(cell.settings, start)}`")
     exact = [
-        f"| {loss} | {method} | {format_line(plain)[3]} | {format_line(line)[3]} |"
+        [loss, method, format_line(plain)[3], format_line(line)[3]]
         for loss, method in cells
         if (line := lines.get((loss, method, EXACT))) and (plain := lines[loss, method, METRICS[1]])
     ]
-    done_cells = len(cells) - len(missing)
-    least = 2 / 2**study.seeds * (len(CASES) - 1)
+    points, methods = start["--samples"], len({method for _, method in cells}) - 1
     parts = [
-        f"{study.recipe}: {done_cells} of {len(cells)} cells are done. {3 * study.options.samples} points searched "
-        f"for each, {study.options.folds} folds, {study.seeds} paired seeds; in percent. Gains are over the base loss "
-        f"alone, *p* is of no gain (signs flipped, adjusted by Holm over the methods of a loss; with {study.seeds} "
-        f"seeds the least possible is {least:.2g}).",
+        f"{study.recipe}: {len(cells) - len(missing)} of {len(cells)} cells are done. {3 * points} points searched for "
+        f"each, and {6 * points} for all methods together; {start['--folds']} folds, {study.seeds} paired seeds; in "
+        "percent. Gains are over the base loss alone; their intervals are Student's; *p* is of no gain (signs flipped, "
+        f"adjusted by Holm over the methods of a loss once all are done; with {study.seeds} seeds the least possible "
+        f"is {least_p_value(study.seeds, methods):.2g}).",
         "",
         *markdown(HEADS, rows),
         "",
@@ -284,7 +301,7 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
         parts += [f"**Failed:** {'; '.join(failures)}.", ""]
     if exact:
         parts += ["The whole gallery by the adaptive distance of NAMR:", ""]
-        parts += ["| base loss | method | MAP@R by cosine | MAP@R exact |", "|---|---|---|---|", *exact, ""]
+        parts += [*markdown(("base loss", "method", "MAP@R by cosine", "MAP@R exact"), exact), ""]
     return "\n".join([*parts, "Settings that the searches chose, where they differ from the recipe:", "", *settings])
 
 
@@ -303,9 +320,20 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def write(name: str, text: str) -> None:
     """Replace the part of docs/benchmarks.md between this study's two marks."""
     page, begin, end = ROOT / "docs" / "benchmarks.md", f"<!-- methods {name} -->", f"<!-- end of methods {name} -->"
-    before, mark, rest = page.read_text().partition(begin)
-    if mark:
-        page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+    before, _, rest = page.read_text().partition(begin)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        fail(2, f"bad input: --write: {page} has no lines {begin} and {end} for the table to stand between")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def facts_of_study(config: Config, samples: int, folds: int) -> dict[str, Any]:
+    """Return what the cells of a study depend on, see Results; `config` is what they start from."""
+    here = resolve_devices(config, here=True)
+    left_out = {*FREE_KEYS, "seed", "method", "loss.name"}
+    facts = {key: value for key, value in config.flat().items() if key not in left_out}
+    facts |= {"precision": here.precision, "pictures": identify(config.data).digest}
+    return facts | {"--samples": samples, "--folds": folds}
 
 
 def main() -> None:
@@ -326,16 +354,17 @@ def main() -> None:
     options = parser.parse_args()
     sweep = SweepOptions("", options.samples, folds=options.folds, final_seeds=0)
     values = flatten(parse_assignments(options.assignments))
+    path = options.results or Path("runs", f"methods-{options.recipe}.json")
+    facts = None
+    if options.budget > 0:
+        config = load(options.recipe, {**values, "method": [], "workers": 1})
+        facts = facts_of_study(config, options.samples, options.folds)
     deadline = time.time() + 60 * options.budget
-    bound = {"recipe": options.recipe, "values": {k: v for k, v in values.items() if k not in FREE_KEYS}}
-    bound |= {"samples": options.samples, "folds": options.folds}
-    results = Results(options.results or Path("runs", f"methods-{options.recipe}.json"), bound)
-    study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline, results)
     methods = [m for m in CASES if m in options.methods or m == "alone"]
     cells = [*itertools.product(options.losses, methods)]
-    failures = run(study, cells) if options.budget > 0 else []
-    text = table(study, cells, failures)
-    print(text)
+    study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline, Results(path, facts))
+    failures = run(study, cells) if facts else []
+    print(text := table(study, cells, failures))
     if options.write:
         write(study.recipe, text)
 

@@ -11,6 +11,7 @@ table of what is there is paired at any time.
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -20,8 +21,11 @@ from typing import NamedTuple
 from pipelines.cli.endings import run_script
 from pipelines.cluster.devices import resolve_devices
 from pipelines.cluster.in_process import run_in_process
+from pipelines.config import Config
+from pipelines.config.identity import group_of
 from pipelines.config.recipe import load_recipe
 from pipelines.console import QUIET
+from pipelines.data.sets import identify
 from pipelines.kept import keep_between_runs
 from pipelines.training.job import TrainingJob
 
@@ -29,33 +33,27 @@ KEPT = Path("runs", "settings.jsonl")
 
 
 class Run(NamedTuple):
-    """A training that validates on one fold of the training classes.
+    """A training that validates on one fold of the training classes, by which its score is kept.
 
     Attributes:
-        recipe: Its name.
-        common: The assignments of all settings.
-        setting: Its own.
+        setting: Its assignments, for people.
         seed: Its seed.
         fold: The fold that it validates on.
-        folds: How many there are.
+        group: Digest of the rest of its config, and of the pictures.
     """
 
-    recipe: str
-    common: str
     setting: str
     seed: int
     fold: int
-    folds: int
+    group: str
 
-    def score(self) -> float:
-        """Train it in this process, and return MAP@R of its best epoch on the validation classes."""
-        with tempfile.TemporaryDirectory() as storage:
-            own = [f"seed={self.seed}", f"data.folds={self.folds}", f"data.fold={self.fold}", "workers=1", "name=run"]
-            own += [f"storage={storage}"]
-            config = load_recipe(self.recipe, [*self.common.split(), *self.setting.split(), *own])
-            Path(storage, "run").mkdir()
-            result = run_in_process(TrainingJob(resolve_devices(config, here=True), test=False), QUIET)
-        return float(result.metrics["val/best_map_at_r"])
+
+def score(config: Config) -> float:
+    """Train in this process, and return MAP@R of the best epoch on the validation classes."""
+    with tempfile.TemporaryDirectory() as storage:
+        Path(storage, "run").mkdir()
+        job = TrainingJob(config.model_copy(update={"storage": storage, "name": "run"}), test=False)
+        return float(run_in_process(job, QUIET).metrics["val/best_map_at_r"])
 
 
 def read_scores() -> dict[Run, float]:
@@ -97,14 +95,19 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=2)
     options = parser.parse_args()
     keep_between_runs()
-    scores, common, pairs = read_scores(), " ".join(options.assignments), list[list[float]]()
+    scores, pairs, pictures = read_scores(), list[list[float]](), ""
     for seed, fold in itertools.product(range(options.seeds), range(options.folds)):
-        runs = [Run(options.recipe, common, setting, seed, fold, options.folds) for setting in options.settings]
-        for run in runs:
+        own = [f"seed={seed}", f"data.folds={options.folds}", f"data.fold={fold}", "workers=1"]
+        pairs.append([])
+        for setting in options.settings:
+            config = load_recipe(options.recipe, [*options.assignments, *shlex.split(setting), *own])
+            config = resolve_devices(config, here=True)
+            pictures = pictures or identify(config.data).digest
+            run = Run(setting, seed, fold, group_of(config.flat(), pictures))
             if run not in scores:
-                scores[run] = run.score()
+                scores[run] = score(config)
                 keep_score(run, scores[run])
-        pairs.append([scores[run] for run in runs])
+            pairs[-1].append(scores[run])
         print(table(options.settings, pairs), flush=True)
 
 

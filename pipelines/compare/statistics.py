@@ -1,6 +1,5 @@
 """Whether a gain is real: runs grouped by config, seeds paired, intervals and p-values instead of one number each."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -119,12 +118,16 @@ def group_runs(runs: Sequence[LoggedRun], labels: Mapping[str, str] | None = Non
 def _label_configs(params: dict[str, dict[str, str]]) -> dict[str, str]:
     """Label each config by the settings that not all of them share, in few digits where these tell them apart."""
     keys = sorted({key for flat in params.values() for key in flat} - {*FREE_KEYS, "seed"})
-    # Settings of a method tell nothing beside `method` where all that use it have the same.
+
+    def is_left_open(key: str, flat: Mapping[str, str]) -> bool:
+        section = key.partition(".")[0]  # of a method, tells nothing beside `method` where that is not used
+        return key not in flat and (section not in METHODS or section in flat.get("method", ""))
+
     different = [
         key
         for key in keys
         if len({flat[key] for flat in params.values() if key in flat}) > 1
-        or (key.partition(".")[0] not in METHODS and any(key not in flat for flat in params.values()))
+        or any(is_left_open(key, flat) for flat in params.values())
     ]
     texts: dict[str, dict[str, str]] = {}
     for key in different:
@@ -181,7 +184,9 @@ def compare_values(values: Mapping[str, Mapping[str, float]], baseline: str, met
 
 
 def mean_interval(values: np.ndarray) -> Interval | None:
-    """Compute the 95 % interval of the mean by the bootstrap (bias-corrected and accelerated).
+    """Compute the 95 % interval of the mean by Student's t.
+
+    Over a handful of seeds a bootstrap of the mean is too narrow: over 5 normal values it holds in 85 % of cases.
 
     Args:
         values: (n,)
@@ -189,18 +194,12 @@ def mean_interval(values: np.ndarray) -> Interval | None:
     Returns:
         Its ends; None for fewer than two values.
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import t
 
     if len(values) < 2:
         return None
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    rng = np.random.default_rng(0)
-    interval = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng).confidence_interval
-    if math.isnan(interval.low):  # two values: the acceleration is not defined
-        rng = np.random.default_rng(0)
-        interval = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="basic", rng=rng).confidence_interval
-    return float(interval.low), float(interval.high)
+    mean, half = values.mean(), values.std(ddof=1) / len(values) ** 0.5 * t.ppf(0.975, len(values) - 1)
+    return float(mean - half), float(mean + half)
 
 
 def p_value(gains: np.ndarray) -> float | None:
@@ -269,10 +268,15 @@ def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
         if different := [key for key in BUDGET_KEYS if group.params.get(key) != baseline.params.get(key)]:
             settings = ", ".join(f"{k}={group.params.get(k)} against {baseline.params.get(k)}" for k in different)
             warnings.append(f"{group.label}: another budget than the baseline: {settings}")
-    least = 2 / 2 ** min((len(g.runs.keys() & baseline.runs.keys()) for g in groups), default=0)
-    if len(groups) > 1 and least * (len(groups) - 1) > 0.05:
-        warnings.append(f"with so few seeds no difference can reach p = 0.05: the least possible is {least:.2g} each")
+    shared = [len(g.runs.keys() & baseline.runs.keys()) for g in groups if g.key != baseline.key]
+    if shared and (least := least_p_value(max(shared), sum(count > 1 for count in shared))) > 0.05:
+        warnings.append(f"with so few seeds no difference can reach p = 0.05: the least possible is {least:.2g}")
     return warnings
+
+
+def least_p_value(seeds: int, configs: int) -> float:
+    """Return the least adjusted p-value that a config can have, of several that share seeds with the baseline."""
+    return min(1.0, configs * 2 / 2**seeds) if seeds > 1 else 1.0
 
 
 def choose_baseline(groups: Sequence[Group], name: str | None) -> Group:

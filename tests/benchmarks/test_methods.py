@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.limit_classes=16", "epochs=1", "steps_per_epoch=1", "batch.classes=4", "embedding_dim=8"]
 ONE = ["--samples", "1", "--folds", "1"]
-STUDY = {"recipe": "glyphs", "values": {"embedding_dim": 8}, "samples": 1, "folds": 1}
+STUDY = {"embedding_dim": 8, "--samples": 1, "--folds": 2}
 
 
 def study(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,39 +33,39 @@ def kept(tmp_path: Path) -> Path:
     return path
 
 
+def table_of(folder: Path, kept: Path, *arguments: str) -> str:
+    done = study(folder, "--budget", "0", "--losses", "triplet", "--results", str(kept), *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_table_of_kept_results_pairs_the_first_seeds_and_says_what_is_missing(tmp_path: Path, kept: Path) -> None:
-    options = ["embedding_dim=8", "--budget", "0", "--losses", "triplet", "--results", str(kept)]
-    text = study(tmp_path, *options, *ONE, "--seeds", "2").stdout
+    text = table_of(tmp_path, kept, "--seeds", "2")
     rows = [[c.strip() for c in line.split("|")] for line in text.splitlines() if line.startswith("| triplet")]
     assert [row[1:6] for row in rows] == [
         ["triplet", "alone", "2", "55.0 ± 7.1", ""],
         ["triplet", "iaa", "2", "57.0 ± 8.5", "+2.0"],
     ]
+    assert rows[1][7] == "" == rows[1][11]  # no p before all methods are there to be adjusted for
+    assert "3 points searched for each, and 6 for all methods together; 2 folds, 2 paired seeds" in text
     assert "**Missing:** triplet namr, triplet sgar, triplet all." in text
     assert "- triplet, sgar: `sgar.weight=0.123`" in text
-    assert (
-        "triplet alone (3 of 4 seeds), triplet iaa (3 of 4 seeds)"
-        in study(tmp_path, *options, *ONE, "--seeds", "4").stdout
-    )
+    whole = table_of(tmp_path, kept, "--seeds", "3", "--methods", "iaa")
+    assert next(line for line in whole.splitlines() if "| iaa" in line).endswith("| 0.250 |")
+    assert "the least possible is 0.25)" in whole
+    assert "triplet alone (3 of 4 seeds), triplet iaa (3 of 4 seeds)" in table_of(tmp_path, kept, "--seeds", "4")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["embedding_dim=16", *ONE], "is of the study"),
-        (["embedding_dim=8", "--samples", "2", "--folds", "1"], "is of the study"),
-    ],
-)
-def test_results_of_another_study_are_refused(tmp_path: Path, kept: Path, arguments: list[str], said: str) -> None:
-    done = study(tmp_path, *arguments, "--results", str(kept), "--budget", "0")
-    assert done.returncode != 0 and len(done.stderr.strip().splitlines()) == 1
-    assert said in done.stderr and str(kept) in done.stderr
-
-
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_of_the_study_are_refused_in_a_line(tmp_path: Path, kept: Path) -> None:
     (other := tmp_path / "other.json").write_text('{"cells": 1}')
-    done = study(tmp_path, "--results", str(other), "--budget", "0")
-    assert done.returncode != 0 and len(done.stderr.strip().splitlines()) == 1 and str(other) in done.stderr
+    for said, *arguments in (
+        ("is of another study: ", "--results", str(kept)),
+        ("not a file of results", "--results", str(other)),
+        ("there is no such file", "--results", "nowhere.json", "--budget", "0"),
+    ):
+        done = study(tmp_path, *arguments)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("bad input: ") and said in done.stderr
 
 
 @pytest.mark.slow
@@ -73,8 +73,7 @@ def test_a_study_goes_on_from_its_results_without_its_runs(tmp_path: Path) -> No
     options = [*SMALL, *ONE, "--losses", "triplet", "--methods", "iaa", "--results", "results.json"]
     first = study(tmp_path, *options, "--seeds", "1")
     assert "2 of 2 cells are done" in first.stdout, first.stderr
-    results = (tmp_path / "results.json").read_text()
-    cells = json.loads(results)["cells"]
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert [*cells] == ["triplet base", "triplet alone", "triplet iaa"]
     assert cells["triplet iaa"]["settings"]["method"] == ["iaa"]
     for key, value in cells["triplet base"]["settings"].items():  # from which the cells went on
@@ -85,10 +84,10 @@ def test_a_study_goes_on_from_its_results_without_its_runs(tmp_path: Path) -> No
     shutil.copy(tmp_path / "results.json", elsewhere)
     more = study(elsewhere, *options, "--seeds", "2")
     assert "2 of 2 cells are done" in more.stdout, more.stderr
-    names = {folder.parent.name for folder in elsewhere.glob("runs/*/*/run.json")}
-    assert names == {"glyphs-triplet-alone-s1", "glyphs-triplet-iaa-s1"}  # nothing is searched or trained again
+    names = {folder.parent.name.split("-", 2)[2] for folder in elsewhere.glob("runs/*/*/run.json")}
+    assert names == {"triplet-alone-s1", "triplet-iaa-s1"}  # nothing is searched or trained again
     assert json.loads((elsewhere / "results.json").read_text())["cells"]["triplet iaa"]["runs"].keys() == {"0", "1"}
-    assert (
-        study(elsewhere, *options, "--seeds", "1", "--budget", "0").stdout
-        == first.stdout.partition("glyphs: ")[1] + first.stdout.partition("glyphs: ")[2]
-    )
+    table = study(elsewhere, *options, "--seeds", "1", "--budget", "0").stdout
+    assert table in first.stdout
+    longer = study(elsewhere, *(option.replace("epochs=1", "epochs=2") for option in options))
+    assert longer.returncode == 2 and "is of another study: epochs=2 (was 1)" in longer.stderr

@@ -44,12 +44,27 @@ def test_single_and_equal_values() -> None:
     assert p_value(np.zeros(6)) == 1 and statistics.mean_interval(np.full(4, 0.25)) == (0.25, 0.25)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(200):
-        low, high = statistics.mean_interval(rng.normal(0.5, 0.1, 12))
-        held += low <= 0.5 <= high
-    assert 0.87 <= held / 200 <= 0.99
+@pytest.mark.parametrize("size", [2, 5, 8])
+def test_intervals_hold_the_truth_as_often_as_they_say(size: int) -> None:
+    rng = np.random.default_rng(0)
+    intervals = [statistics.mean_interval(values) for values in rng.normal(0.5, 0.1, (2000, size))]
+    assert 0.935 <= np.mean([low <= 0.5 <= high for low, high in intervals]) <= 0.965
+
+
+def test_a_setting_of_a_method_that_one_config_leaves_open_is_told() -> None:
+    runs = [run("open", 0, 0.1, params={"method": "['sgar']"})]
+    runs += [run("held", 0, 0.2, params={"method": "['sgar']", "sgar.max_gap": "0.1"}), run("plain", 0, 0.3)]
+    labels = [group.label for group in statistics.group_runs(runs)[0]]
+    assert labels == ["method=['sgar']", "method=['sgar'] sgar.max_gap=0.1", "method=[]"]
+
+
+def test_the_least_p_is_that_of_the_config_with_most_seeds() -> None:
+    seeds = {"a": 8, "b": 8, "c": 3}
+    runs = [run(name, s, s, params={"embedding_dim": name}) for name, count in seeds.items() for s in range(count)]
+    groups, _ = statistics.group_runs(runs)
+    assert not any("can reach" in warning for warning in check_groups(groups, groups[0]))
+    assert any("least possible is 0.25" in warning for warning in check_groups(groups[1:], groups[2]))
+    assert statistics.least_p_value(1, 3) == 1 and statistics.least_p_value(5, 4) == pytest.approx(0.25)
 
 
 def test_holm() -> None:
