@@ -14,7 +14,7 @@ METRICS = ("test/recall_at_1", "test/map_at_r")
 
 RESAMPLES = 10_000
 
-MIN_SEEDS = 5  # with fewer an interval says little
+MIN_SEEDS = 5  # with fewer an interval is wide and leans on the normal distribution
 
 DIGEST_KEY = "data_digest"  # a tag of MLflow's runs, beside the params in labels
 
@@ -251,7 +251,7 @@ def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
     warnings = []
     for group in groups:
         if len(group.runs) < MIN_SEEDS:
-            warnings.append(f"{group.label}: {len(group.runs)} seeds; an interval needs at least {MIN_SEEDS} to hold")
+            warnings.append(f"{group.label}: {len(group.runs)} seeds; an interval needs at least {MIN_SEEDS} to say much")
         if seen := next((run.tags["start_saw"] for run in group.runs.values() if "start_saw" in run.tags), ""):
             warnings.append(f"{group.label}: it began with a model that was trained on {seen} of its test classes")
         if group.key == baseline.key:
