@@ -124,8 +124,10 @@ def train(recipe: str, assignments: Sequence[str], method: str) -> Run:
     """
     own = [a for a in assignments if method_of(a) in (None, method)]
     place = [f"method=[{'' if method == ALONE else method}]", f"storage={Path('runs').absolute()}", "workers=1"]
+    place.append("checkpoint_every=null")  # only what an epoch ends with is looked at
     config = resolve_devices(load_recipe(recipe, [*own, *place]), here=True)
-    digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:8]
+    pictures = identify(config.data)
+    digest = hashlib.sha256(f"{to_yaml(config)} {pictures.digest}".encode()).hexdigest()[:8]
     config = config.model_copy(update={"name": f"diagnose-{method}-{digest}"})
     splits, run = load_splits(config), RunFolder(config)
     if splits.validation is None:
@@ -143,7 +145,7 @@ def train(recipe: str, assignments: Sequence[str], method: str) -> Run:
     history = {record["step"]: record["metrics"] for record in read_history(folder / checkpoint_name(epochs[-1]))}
     device = device_of_worker(config)
     learner = build_learner(config, len(splits.train.class_names)).to(device)
-    sources = Sources(config, learner, device, torch.get_num_threads(), Reporter(None), identify(config.data))
+    sources = Sources(config, learner, device, torch.get_num_threads(), Reporter(None), pictures)
     labels, batch = splits.train.labels, config.batch
     rows = BatchPlan(labels, batch.classes, batch.images, config.seed, BATCHES).rows(config.epochs)
     images = sources.batches(splits.train, list(rows))
@@ -346,10 +348,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def table_of_epochs(runs: dict[str, Run], pulls: dict[str, dict[int, dict[str, Pull]]]) -> list[str]:
+def table_of_epochs(runs: dict[str, Run]) -> list[str]:
     """Return a row for each epoch, or for some where there are many: pulls, the gate, validation."""
     epochs = sorted(runs[ALONE].scores)
     shown = sorted({epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, min(MOST_ROWS, len(epochs)))})
+    pulls = {
+        method: {epoch: measure_pulls(run, run.learner_after(epoch), epoch) for epoch in shown}
+        for method, run in runs.items()
+        if method != ALONE
+    }
     terms = [(method, term) for method, of_run in pulls.items() for term in of_run[epochs[-1]]]
     heads = ["gate open" if term == "gate" else term for _, term in terms]
     rows = [["after epoch", *heads, *(f"MAP@R {method}" for method in runs)]]
@@ -387,11 +394,7 @@ def diagnose(recipe: str, assignments: Sequence[str], methods: Sequence[str]) ->
     )
     best = {method: run.learner_after(run.best) for method, run in runs.items()}
     yield from ("", *table_of_embeddings({m: measure_embedding(run, best[m]) for m, run in runs.items()}), "")
-    pulls = {
-        method: {epoch: measure_pulls(run, run.learner_after(epoch), epoch) for epoch in run.scores}
-        for method, run in runs.items()
-    }
-    yield from (*table_of_epochs(runs, pulls), LEGEND, "")
+    yield from (*table_of_epochs(runs), LEGEND, "")
     for method in methods:
         yield from DESCRIBE[method](runs[method], best[method], alone)
 
