@@ -268,8 +268,8 @@ def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
         if different := [key for key in BUDGET_KEYS if group.params.get(key) != baseline.params.get(key)]:
             settings = ", ".join(f"{k}={group.params.get(k)} against {baseline.params.get(k)}" for k in different)
             warnings.append(f"{group.label}: another budget than the baseline: {settings}")
-    shared = [len(g.runs.keys() & baseline.runs.keys()) for g in groups if g.key != baseline.key]
-    if shared and (least := least_p_value(max(shared), sum(count > 1 for count in shared))) > 0.05:
+    pairs = [len(g.runs.keys() & baseline.runs.keys()) for g in groups if g.key != baseline.key]
+    if pairs and (least := least_p_value(max(pairs), sum(count > 1 for count in pairs))) > 0.05:
         warnings.append(f"with so few seeds no difference can reach p = 0.05: the least possible is {least:.2g}")
     return warnings
 
