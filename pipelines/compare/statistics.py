@@ -251,7 +251,7 @@ def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
     warnings = []
     for group in groups:
         if len(group.runs) < MIN_SEEDS:
-            warnings.append(f"{group.label}: {len(group.runs)} seeds; an interval needs at least {MIN_SEEDS} to say much")
+            warnings.append(f"{group.label}: {len(group.runs)} seeds; an interval needs {MIN_SEEDS} to say much")
         if seen := next((run.tags["start_saw"] for run in group.runs.values() if "start_saw" in run.tags), ""):
             warnings.append(f"{group.label}: it began with a model that was trained on {seen} of its test classes")
         if group.key == baseline.key:
