@@ -11,7 +11,6 @@ method are compared with the same training without it.
 """
 
 import argparse
-import hashlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +35,9 @@ from pipelines.cluster.devices import resolve_devices
 from pipelines.cluster.in_process import run_in_process
 from pipelines.cluster.progress import Reporter
 from pipelines.cluster.worker import device_of_worker
+from pipelines.config.identity import group_of
 from pipelines.config.methods import METHODS, Sizes
-from pipelines.config.recipe import load_recipe, to_yaml
+from pipelines.config.recipe import load_recipe
 from pipelines.config.schema import Config
 from pipelines.data.sets import identify, load_splits
 from pipelines.data.sources import Sources
@@ -127,8 +127,8 @@ def train(recipe: str, assignments: Sequence[str], method: str) -> Run:
     place.append("checkpoint_every=null")  # only what an epoch ends with is looked at
     config = resolve_devices(load_recipe(recipe, [*own, *place]), here=True)
     pictures = identify(config.data)
-    digest = hashlib.sha256(f"{to_yaml(config)} {pictures.digest}".encode()).hexdigest()[:8]
-    config = config.model_copy(update={"name": f"diagnose-{method}-{digest}"})
+    group = group_of(config.flat(), pictures.digest)
+    config = config.model_copy(update={"name": f"diagnose-{method}-{group}-s{config.seed}"})
     splits, run = load_splits(config), RunFolder(config)
     if splits.validation is None:
         fail(2, "bad input: data.validation_fraction=0: nothing is held out; this looks at validation classes")
@@ -348,16 +348,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def table_of_epochs(runs: dict[str, Run]) -> list[str]:
-    """Return a row for each epoch, or for some where there are many: pulls, the gate, validation."""
-    epochs = sorted(runs[ALONE].scores)
-    shown = sorted({epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, min(MOST_ROWS, len(epochs)))})
-    pulls = {
-        method: {epoch: measure_pulls(run, run.learner_after(epoch), epoch) for epoch in shown}
-        for method, run in runs.items()
-        if method != ALONE
-    }
-    terms = [(method, term) for method, of_run in pulls.items() for term in of_run[epochs[-1]]]
+def shown_epochs(run: Run) -> list[int]:
+    """Return the epochs that the table has a row for: all, or some evenly spread where there are many."""
+    epochs = sorted(run.scores)
+    return sorted({epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, min(MOST_ROWS, len(epochs)))})
+
+
+def table_of_epochs(runs: dict[str, Run], pulls: dict[str, dict[int, dict[str, Pull]]], shown: list[int]) -> list[str]:
+    """Return a row for each of some epochs: pulls, the gate, validation."""
+    terms = [(method, term) for method, of_run in pulls.items() for term in of_run[shown[-1]]]
     heads = ["gate open" if term == "gate" else term for _, term in terms]
     rows = [["after epoch", *heads, *(f"MAP@R {method}" for method in runs)]]
     for epoch in shown:
@@ -394,7 +393,12 @@ def diagnose(recipe: str, assignments: Sequence[str], methods: Sequence[str]) ->
     )
     best = {method: run.learner_after(run.best) for method, run in runs.items()}
     yield from ("", *table_of_embeddings({m: measure_embedding(run, best[m]) for m, run in runs.items()}), "")
-    yield from (*table_of_epochs(runs), LEGEND, "")
+    shown = shown_epochs(alone)
+    pulls = {
+        method: {epoch: measure_pulls(runs[method], runs[method].learner_after(epoch), epoch) for epoch in shown}
+        for method in methods
+    }
+    yield from (*table_of_epochs(runs, pulls, shown), LEGEND, "")
     for method in methods:
         yield from DESCRIBE[method](runs[method], best[method], alone)
 

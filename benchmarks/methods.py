@@ -18,7 +18,6 @@ methods. The table is printed with what it still lacks, and with --write it repl
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -39,7 +38,7 @@ from pipelines.cluster.threads import torch_threads
 from pipelines.compare.statistics import METRICS, compare_values, least_p_value
 from pipelines.compare.wording import Line, format_line
 from pipelines.config import Config, load
-from pipelines.config.identity import FREE_KEYS
+from pipelines.config.identity import FREE_KEYS, group_of
 from pipelines.config.methods import METHODS
 from pipelines.config.recipe import parse_assignments
 from pipelines.config.schema import flatten
@@ -54,11 +53,9 @@ from pipelines.sweeps.sweep import resume_sweep, start_sweep
 ROOT = Path(__file__).parents[1]
 LOSSES = ("multi_similarity", "triplet", "proxy_anchor", "contrastive")
 CASES = ("alone", "iaa", "namr", "sgar", "all")
+EXACT = METRICS[1].replace("test/", "test_exact/")
 SEARCH_SEED, SEARCH_AGAIN_SEED = 1000, 1001  # no tested run has them
 HEADS = ("base loss", "method", "seeds", "R@1", "gain", "95 % of it", "p", "MAP@R", "gain", "95 % of it", "p")
-
-
-EXACT = METRICS[1].replace("test/", "test_exact/")
 
 
 class Cell(NamedTuple):
@@ -89,16 +86,14 @@ class Results:
             path: The file.
             study: That is to begin or to go on; None: what the file holds.
         """
-        self.path, self.study, self.cells = path, json.loads(json.dumps(study or {})), dict[str, Cell]()
-        if path.exists():
-            begun, self.cells = self.read()
-            keys = [key for key in {**begun, **self.study} if begun.get(key) != self.study.get(key)]
-            if study is not None and keys:
-                changes = ", ".join(f"{key}={self.study.get(key)} (was {begun.get(key)})" for key in keys[:4])
-                fail(2, f"bad input: {path} is of another study: {changes}; --results names another file")
-            self.study = begun
-        elif study is None:
+        if study is None and not path.exists():
             fail(2, f"bad input: --results {path}: there is no such file")
+        asked, self.path = json.loads(json.dumps(study)), path  # as a file has it
+        self.study, self.cells = self.read() if path.exists() else (asked, dict[str, Cell]())
+        if asked and asked != self.study:
+            keys = [key for key in {**self.study, **asked} if asked.get(key) != self.study.get(key)]
+            changes = ", ".join(f"{key}={asked.get(key)} (was {self.study.get(key)})" for key in keys[:4])
+            fail(2, f"bad input: {path} is of another study: {changes}; --results names another file")
 
     def read(self) -> tuple[dict[str, Any], dict[str, Cell]]:
         """Return the study and the cells that the file holds."""
@@ -147,8 +142,8 @@ class Study(NamedTuple):
 
     def name(self, loss: str, what: str) -> str:
         """Name a sweep or the runs of a cell; those of another study have other names."""
-        digest = hashlib.sha256(json.dumps(self.results.study, sort_keys=True).encode()).hexdigest()[:6]
-        return f"{self.recipe}-{digest}-{loss.replace('_', '')}-{what}"
+        group = group_of(self.results.study, self.results.study["pictures"])
+        return f"{self.recipe}-{group}-{loss.replace('_', '')}-{what}"
 
 
 def search(study: Study, loss: str, what: str, space: str, start: Mapping[str, Any], samples: int) -> Cell:

@@ -95,15 +95,14 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=2)
     options = parser.parse_args()
     keep_between_runs()
-    scores, pairs, pictures = read_scores(), list[list[float]](), ""
+    scores, pairs = read_scores(), list[list[float]]()
     for seed, fold in itertools.product(range(options.seeds), range(options.folds)):
         own = [f"seed={seed}", f"data.folds={options.folds}", f"data.fold={fold}", "workers=1"]
         pairs.append([])
         for setting in options.settings:
             config = load_recipe(options.recipe, [*options.assignments, *shlex.split(setting), *own])
             config = resolve_devices(config, here=True)
-            pictures = pictures or identify(config.data).digest
-            run = Run(setting, seed, fold, group_of(config.flat(), pictures))
+            run = Run(setting, seed, fold, group_of(config.flat(), identify(config.data).digest))
             if run not in scores:
                 scores[run] = score(config)
                 keep_score(run, scores[run])

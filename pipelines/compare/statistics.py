@@ -275,7 +275,12 @@ def check_groups(groups: Sequence[Group], baseline: Group) -> list[str]:
 
 
 def least_p_value(seeds: int, configs: int) -> float:
-    """Return the least adjusted p-value that a config can have, of several that share seeds with the baseline."""
+    """Return the least adjusted p-value (Holm) that a config can have.
+
+    Args:
+        seeds: That the config shares with the baseline.
+        configs: How many are compared with the baseline.
+    """
     return min(1.0, configs * 2 / 2**seeds) if seeds > 1 else 1.0
 
 
