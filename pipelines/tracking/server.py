@@ -12,10 +12,13 @@ import os
 import re
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from filelock import FileLock
 
 from pipelines.tracking.address import database_file, without_password
 from pipelines.tracking.moved_files import ARTIFACTS, follow_moved_files, local_folder
@@ -51,7 +54,7 @@ def bad_request(message: str) -> Exception:
 def prepare_store(uri: str) -> None:
     """Make the database, or reach the server.
 
-    Done once, before any worker: several writers that meet on a fresh sqlite file break it.
+    Done once, before any worker; of several commands that meet on a database that is not made yet, one makes it.
 
     Raises:
         ValueError: It does not answer within seconds, or it is no store that this MLflow can use.
@@ -64,10 +67,19 @@ def prepare_store(uri: str) -> None:
     if database and database.is_dir():  # MLflow would try it for minutes
         raise ValueError(f"MLflow's database {database} is a folder; remove it, or set MLFLOW_TRACKING_URI")
     import_mlflow()
-    with refused_in_one_line(uri):
+    with refused_in_one_line(uri), _alone_with(database):
         connect(uri).search_experiments(max_results=1)
         if database:
             follow_moved_files(database)
+
+
+def _alone_with(database: Path | None) -> AbstractContextManager[object]:
+    """Return a lock on an SQLite database, whose tables MLflow makes without one; of a server, nothing."""
+    if not database:
+        return nullcontext()
+    # Not beside the database, whose folder may be one that can only be read.
+    digest = hashlib.sha256(str(database).encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir(), f"dml-mlflow-{os.geteuid()}-{digest}.lock"))
 
 
 def prepare_run(uri: str, experiment: str, run_id: str | None = None, otherwise: str = "") -> None:

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,23 @@ def test_first_starts_in_an_experiment_may_come_together(mlflow_server: Server) 
         for number in range(10):
             names = [f"together-{number}"] * starts
             assert [*pool.map(prepare_run, [mlflow_server.uri] * starts, names)] == [None] * starts
+
+
+def prepare_together(meeting: Barrier, uri: str) -> None:
+    meeting.wait()
+    prepare_run(uri, "set")
+
+
+def test_first_starts_beside_a_project_may_come_together(tmp_path: Path) -> None:
+    processes, uri = get_context("fork"), sqlite_uri(tmp_path / "mlflow.db")
+    meeting = processes.Barrier(3)
+    starts = [processes.Process(target=prepare_together, args=(meeting, uri)) for _ in range(3)]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    assert [start.exitcode for start in starts] == [0, 0, 0]
+    assert [experiment.name for experiment in connect(uri).search_experiments()] == ["set", "Default"]
 
 
 def test_files_that_are_no_database(project: Path) -> None:
