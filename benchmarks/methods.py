@@ -7,7 +7,9 @@ A cell of the table is a base loss with some methods. The loss is searched alone
 `--samples` points over `--folds` folds of the training classes), and from the winner each cell searches `--samples`
 points: a method its own space, and the loss alone the base space once more, so that all of them have the same budget.
 All methods together begin with what each has found alone, so that the points of these searches are theirs, too. The
-winner of a cell is trained over `--seeds` seeds that no search has used, and each run is tested once.
+winner of a cell is trained over `--seeds` seeds that no search has used, and each run is tested once. Where the loss
+alone has found other settings than those that its methods began from, these are tested without a method, too: what a
+method adds is then told from what its base settings cost.
 
 What is found, the settings of each cell and the test metrics of each seed, is kept in `--results`, one small file. The
 same command goes on from it where it was interrupted, by its `--budget` of minutes or otherwise, on this machine or on
@@ -145,6 +147,11 @@ class Study(NamedTuple):
         group = group_of(self.results.study, self.results.study["pictures"])
         return f"{self.recipe}-{group}-{loss.replace('_', '')}-{what}"
 
+    def has_two_bases(self, loss: str) -> bool:
+        """Whether the loss alone has other settings than those of the first search, which its methods began from."""
+        base, alone = (self.results.cells.get(f"{loss} {what}") for what in ("base", "alone"))
+        return bool(base and alone and base.settings != alone.settings)
+
 
 def search(study: Study, loss: str, what: str, space: str, start: Mapping[str, Any], samples: int) -> Cell:
     """Run a sweep from settings, or what an interrupted one lacks; or return what is known of the cell."""
@@ -238,21 +245,23 @@ def run(study: Study, cells: Sequence[tuple[str, str]]) -> list[str]:
             messages.print(f"{loss}, {method}: test", style="bold")
             with clock.timed("test"):
                 failures += test_cell(study, pool, loss, method)
+                if method == "alone" and study.has_two_bases(loss):
+                    failures += test_cell(study, pool, loss, "base")
     return failures
 
 
 def compare(study: Study, cells: Sequence[tuple[str, str]]) -> dict[tuple[str, str, str], Line]:
-    """(loss, method, metric) -> its line, compared with the loss alone.
+    """(loss, method, metric) -> its line, compared with the loss's first cell.
 
-    p-values are adjusted over a loss's methods; there are none before all of them are tested.
+    p-values are adjusted over a loss's methods; there are none before all of them are tested over as many seeds.
     """
     lines: dict[tuple[str, str, str], Line] = {}
     for loss in dict.fromkeys(loss for loss, _ in cells):
         runs = {method: study.results.runs(loss, method, study.seeds) for of, method in cells if of == loss}
         for metric in (*METRICS, EXACT):
             values = {m: {seed: run[metric] for seed, run in of.items() if metric in run} for m, of in runs.items()}
-            compared = compare_values(values, "alone", metric)
-            if any(len(of) < study.seeds for of in runs.values()):
+            compared = compare_values(values, next(iter(runs)), metric)
+            if not all(runs.values()) or len({line.shared for line in compared[1:]}) > 1:
                 compared = [line._replace(p=None) for line in compared]
             lines |= {(loss, line.group, metric): line for line in compared}
     return lines
@@ -261,17 +270,11 @@ def compare(study: Study, cells: Sequence[tuple[str, str]]) -> dict[tuple[str, s
 def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str]) -> str:
     """Return the study's tables in Markdown, and what they still lack."""
     lines, start = compare(study, cells), study.results.study
-    rows, missing, settings = [], [], []
-    for loss, method in cells:
-        done = lines.get((loss, method, METRICS[0]))
-        if (count := len(done.values) if done else 0) < study.seeds:
+    missing, settings = [], []
+    bases = [(loss, "base" if method == "alone" else method) for loss, method in cells if study.has_two_bases(loss)]
+    for loss, method in [*cells, *(cell for cell in bases if cell not in cells)]:
+        if (count := len(study.results.runs(loss, method, study.seeds))) < study.seeds:
             missing.append(f"{loss} {method}" + (f" ({count} of {study.seeds} seeds)" if count else ""))
-        if done:
-            row = [loss, method, str(count)]
-            for metric in METRICS:
-                _, _, _, mean, deviation, _, gain, interval, p = format_line(lines[loss, method, metric])
-                row += [f"{mean} ± {deviation}", gain, interval, p]
-            rows.append(row)
         if cell := study.results.cells.get(f"{loss} {method}"):
             settings.append(f"- {loss}, {method}: `{format_settings(cell.settings, start)}`")
     exact = [
@@ -279,17 +282,26 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
         for loss, method in cells
         if (line := lines.get((loss, method, EXACT))) and (plain := lines[loss, method, METRICS[1]])
     ]
+    total = len({*cells, *bases})
     points, methods = start["--samples"], len({method for _, method in cells}) - 1
     parts = [
-        f"{study.recipe}: {len(cells) - len(missing)} of {len(cells)} cells are done. {3 * points} points searched for "
+        f"{study.recipe}: {total - len(missing)} of {total} cells are done. {3 * points} points searched for "
         f"each, and {6 * points} for all methods together; {start['--folds']} folds, {study.seeds} paired seeds; in "
         "percent. Gains are over the base loss alone; their intervals are Student's; *p* is of no gain (signs flipped, "
-        f"adjusted by Holm over the methods of a loss once all are done; with {study.seeds} seeds the least possible "
-        f"is {least_p_value(study.seeds, methods):.2g}).",
+        f"adjusted by Holm over the methods of a loss once all are tested over as many seeds; with {study.seeds} the "
+        f"least possible is {least_p_value(study.seeds, methods):.2g}).",
         "",
-        *markdown(HEADS, rows),
+        *markdown(HEADS, rows_of(lines, cells)),
         "",
     ]
+    if tested := [(loss, method) for loss, method in bases if study.results.runs(loss, "base", study.seeds)]:
+        parts += [
+            "A method keeps the base settings of the loss's first search. Over the loss alone with them (*base*), if "
+            "its second search has found others:",
+            "",
+            *markdown(HEADS, rows_of(compare(study, tested), tested)),
+            "",
+        ]
     if missing:
         parts += [f"**Missing:** {', '.join(missing)}.", ""]
     if failures:
@@ -298,6 +310,19 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
         parts += ["The whole gallery by the adaptive distance of NAMR:", ""]
         parts += [*markdown(("base loss", "method", "MAP@R by cosine", "MAP@R exact"), exact), ""]
     return "\n".join([*parts, "Settings that the searches chose, where they differ from the recipe:", "", *settings])
+
+
+def rows_of(lines: Mapping[tuple[str, str, str], Line], cells: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Return the rows under HEADS of those cells that are tested."""
+    rows = []
+    for loss, method in cells:
+        if done := lines.get((loss, method, METRICS[0])):
+            row = [loss, method, str(len(done.values))]
+            for metric in METRICS:
+                _, _, _, mean, deviation, _, gain, interval, p = format_line(lines[loss, method, metric])
+                row += [f"{mean} ± {deviation}", gain, interval, p]
+            rows.append(row)
+    return rows
 
 
 def format_settings(found: Mapping[str, Any], start: Mapping[str, Any]) -> str:

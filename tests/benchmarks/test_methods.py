@@ -56,6 +56,20 @@ def test_table_of_kept_results_pairs_the_first_seeds_and_says_what_is_missing(tm
     assert "triplet alone (3 of 4 seeds), triplet iaa (3 of 4 seeds)" in table_of(tmp_path, kept, "--seeds", "4")
 
 
+def test_methods_are_told_from_their_base_settings_where_the_loss_alone_has_others(tmp_path: Path, kept: Path) -> None:
+    results = json.loads(kept.read_text())
+    results["cells"]["triplet base"] = cell(0.4, 0.3, **{"loss.margin": 0.2})
+    kept.write_text(json.dumps(results))
+    text = table_of(tmp_path, kept, "--seeds", "2", "--methods", "iaa")
+    over_alone, over_base = text.split("(*base*)")
+    assert "3 of 3 cells are done" in over_alone and "Missing" not in text
+    assert "| triplet | iaa | 2 | 57.0 ± 8.5 | +2.0 |" in over_alone and "triplet | base" not in over_alone
+    assert "| triplet | base | 2 | 35.0 ± 7.1 |  |" in over_base and "triplet | alone" not in over_base
+    assert "| triplet | iaa | 2 | 57.0 ± 8.5 | +22.0 |" in over_base
+    assert "- triplet, base: `loss.margin=0.2`" in over_base
+    assert "**Missing:** triplet base (2 of 3 seeds)." in table_of(tmp_path, kept, "--seeds", "3", "--methods", "iaa")
+
+
 def test_files_that_are_not_of_the_study_are_refused_in_a_line(tmp_path: Path, kept: Path) -> None:
     (other := tmp_path / "other.json").write_text('{"cells": 1}')
     for said, *arguments in (
