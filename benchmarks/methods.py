@@ -272,7 +272,8 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
     lines, start = compare(study, cells), study.results.study
     missing, settings = [], []
     bases = [(loss, "base" if method == "alone" else method) for loss, method in cells if study.has_two_bases(loss)]
-    for loss, method in [*cells, *(cell for cell in bases if cell not in cells)]:
+    every = [*dict.fromkeys([*cells, *bases])]
+    for loss, method in every:
         if (count := len(study.results.runs(loss, method, study.seeds))) < study.seeds:
             missing.append(f"{loss} {method}" + (f" ({count} of {study.seeds} seeds)" if count else ""))
         if cell := study.results.cells.get(f"{loss} {method}"):
@@ -282,10 +283,9 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
         for loss, method in cells
         if (line := lines.get((loss, method, EXACT))) and (plain := lines[loss, method, METRICS[1]])
     ]
-    total = len({*cells, *bases})
     points, methods = start["--samples"], len({method for _, method in cells}) - 1
     parts = [
-        f"{study.recipe}: {total - len(missing)} of {total} cells are done. {3 * points} points searched for "
+        f"{study.recipe}: {len(every) - len(missing)} of {len(every)} cells are done. {3 * points} points searched for "
         f"each, and {6 * points} for all methods together; {start['--folds']} folds, {study.seeds} paired seeds; in "
         "percent. Gains are over the base loss alone; their intervals are Student's; *p* is of no gain (signs flipped, "
         f"adjusted by Holm over the methods of a loss once all are tested over as many seeds; with {study.seeds} the "

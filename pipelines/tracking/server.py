@@ -18,8 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from pipelines.tracking.address import database_file, without_password
 from pipelines.tracking.moved_files import ARTIFACTS, follow_moved_files, local_folder
 from pipelines.tracking.refusals import refused_in_one_line
@@ -67,16 +65,18 @@ def prepare_store(uri: str) -> None:
     if database and database.is_dir():  # MLflow would try it for minutes
         raise ValueError(f"MLflow's database {database} is a folder; remove it, or set MLFLOW_TRACKING_URI")
     import_mlflow()
-    with refused_in_one_line(uri), _alone_with(database):
+    with refused_in_one_line(uri), _lock_on(database):
         connect(uri).search_experiments(max_results=1)
         if database:
             follow_moved_files(database)
 
 
-def _alone_with(database: Path | None) -> AbstractContextManager[object]:
-    """Return a lock on an SQLite database, whose tables MLflow makes without one; of a server, nothing."""
+def _lock_on(database: Path | None) -> AbstractContextManager[object]:
+    """Return a lock on an SQLite database, as MLflow makes its tables without one; None: a server, which needs none."""
     if not database:
         return nullcontext()
+    from filelock import FileLock  # with asyncio, which is not for every command that reads this module
+
     # Not beside the database, whose folder may be one that can only be read.
     digest = hashlib.sha256(str(database).encode()).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir(), f"dml-mlflow-{os.geteuid()}-{digest}.lock"))
