@@ -15,8 +15,8 @@ What is found, the settings of each cell and the test metrics of each seed, is k
 same command goes on from it where it was interrupted, by its `--budget` of minutes or otherwise, on this machine or on
 another; with more `--seeds` it adds them. Runs are in ./runs and in MLflow's experiment `methods-RECIPE`, and sweeps
 that were cut off go on from there. Cells are taken in order of interest: loss by loss, each alone and then with its
-methods. The table is printed with what it still lacks, and with --write it replaces the one of docs/benchmarks.md;
-`--budget 0` prints that of any file of results.
+methods. The table of the chosen cells is printed with what it still lacks; with --write that of all cells replaces the
+one of docs/benchmarks.md. `--budget 0` takes any file of results and trains nothing.
 """
 
 import argparse
@@ -337,14 +337,14 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
 
 
-def write(name: str, text: str) -> None:
-    """Replace the part of docs/benchmarks.md between this study's two marks."""
-    page, begin, end = ROOT / "docs" / "benchmarks.md", f"<!-- methods {name} -->", f"<!-- end of methods {name} -->"
+def split_page(page: Path, name: str) -> tuple[str, str]:
+    """Return what stands before and after the table of study `name` on `page`, with the two marks around it."""
+    begin, end = f"<!-- methods {name} -->", f"<!-- end of methods {name} -->"
     before, _, rest = page.read_text().partition(begin)
     _, mark, after = rest.partition(end)
     if not mark:
         fail(2, f"bad input: --write: {page} has no lines {begin} and {end} for the table to stand between")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    return before + begin, end + after
 
 
 def facts_of_study(config: Config, samples: int, folds: int) -> dict[str, Any]:
@@ -370,8 +370,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--processes", type=int, default=usable_cpus(), help="tested runs at a time")
     parser.add_argument("--results", type=Path, help="file of what is found (runs/methods-RECIPE.json)")
-    parser.add_argument("--write", action="store_true", help="the table into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="the table of all cells into docs/benchmarks.md")
     options = parser.parse_args()
+    page = ROOT / "docs" / "benchmarks.md"
+    if options.write:
+        split_page(page, options.recipe)  # refused now, not after a night
     sweep = SweepOptions("", options.samples, folds=options.folds, final_seeds=0)
     values = flatten(parse_assignments(options.assignments))
     path = options.results or Path("runs", f"methods-{options.recipe}.json")
@@ -384,9 +387,10 @@ def main() -> None:
     cells = [*itertools.product(options.losses, methods)]
     study = Study(options.recipe, values, sweep, options.seeds, options.processes, deadline, Results(path, facts))
     failures = run(study, cells) if facts else []
-    print(text := table(study, cells, failures))
+    print(table(study, cells, failures))
     if options.write:
-        write(study.recipe, text)
+        before, after = split_page(page, study.recipe)
+        page.write_text(f"{before}\n{table(study, [*itertools.product(LOSSES, CASES)], failures)}\n{after}")
 
 
 if __name__ == "__main__":

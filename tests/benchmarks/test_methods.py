@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "methods.py"
 SMALL = ["data.limit_classes=16", "epochs=1", "steps_per_epoch=1", "batch.classes=4", "embedding_dim=8"]
 ONE = ["--samples", "1", "--folds", "1"]
 STUDY = {"embedding_dim": 8, "--samples": 1, "--folds": 2}
 
 
-def study(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "methods.py"), "glyphs", *arguments]
+def study(folder: Path, *arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), "glyphs", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -68,6 +69,25 @@ def test_methods_are_told_from_their_base_settings_where_the_loss_alone_has_othe
     assert "| triplet | iaa | 2 | 57.0 ± 8.5 | +22.0 |" in over_base
     assert "- triplet, base: `loss.margin=0.2`" in over_base
     assert "**Missing:** triplet base (2 of 3 seeds)." in table_of(tmp_path, kept, "--seeds", "3", "--methods", "iaa")
+
+
+def test_written_table_has_every_cell_whatever_was_chosen_to_run(tmp_path: Path, kept: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "docs").mkdir()
+    script = Path(shutil.copy(SCRIPT, tmp_path / "benchmarks"))
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.write_text("before\n<!-- methods glyphs -->\nno more\n<!-- end of methods glyphs -->\nafter\n")
+    options = ["--budget", "0", "--seeds", "2", "--results", str(kept), "--write"]
+    done = study(tmp_path, *options, "--losses", "proxy_anchor", script=script)
+    assert "0 of 5 cells are done" in done.stdout and "triplet" not in done.stdout, done.stderr
+    text = page.read_text()
+    assert text.startswith("before\n<!-- ") and text.endswith("\n<!-- end of methods glyphs -->\nafter\n")
+    assert "2 of 20 cells are done" in text and "| triplet | iaa | 2 | 57.0" in text and "no more" not in text
+
+    page.write_text("no marks")
+    refused = study(tmp_path, *options, script=script)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "has no lines <!-- me" in refused.stderr
+    assert not refused.stdout
 
 
 def test_files_that_are_not_of_the_study_are_refused_in_a_line(tmp_path: Path, kept: Path) -> None:
