@@ -72,7 +72,8 @@ def test_a_population_goes_on(tracked_folder: Path) -> None:
 
     def has_exploited() -> bool:
         """Whether a trial has gone on from another's checkpoint, and Ray Tune has kept that it did."""
-        begun = [path.stat().st_mtime for path in sweep.glob("t*/run.json") if '"changes"' in path.read_text()]
+        runs = {path: json.loads(path.read_text()) for path in sweep.glob("t*/run.json")}
+        begun = [path.stat().st_mtime for path, run in runs.items() if run["config"]["changes"]]
         kept = [path.stat().st_mtime for path in sweep.glob("tune_search/experiment_state-*.json")]
         return bool(begun and kept) and max(kept) > min(begun)
 
