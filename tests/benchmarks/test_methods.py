@@ -3,19 +3,24 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import typer
+
+from benchmarks import methods
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "methods.py"
 SMALL = ["data.limit_classes=16", "epochs=1", "steps_per_epoch=1", "batch.classes=4", "embedding_dim=8"]
 ONE = ["--samples", "1", "--folds", "1"]
+TRIPLET = ["--losses", "triplet"]
 STUDY = {"embedding_dim": 8, "--samples": 1, "--folds": 2}
 
 
-def study(folder: Path, *arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(script), "glyphs", *arguments]
+def study(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "methods.py"), "glyphs", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -34,14 +39,25 @@ def kept(tmp_path: Path) -> Path:
     return path
 
 
-def table_of(folder: Path, kept: Path, *arguments: str) -> str:
-    done = study(folder, "--budget", "0", "--losses", "triplet", "--results", str(kept), *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def print_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs the script in this process, which has imported what it needs."""
+
+    def print_table(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["methods.py", "glyphs", *arguments])
+        methods.main()
+        return capsys.readouterr().out
+
+    return print_table
 
 
-def test_table_of_kept_results_pairs_the_first_seeds_and_says_what_is_missing(tmp_path: Path, kept: Path) -> None:
-    text = table_of(tmp_path, kept, "--seeds", "2")
+@pytest.fixture
+def table_of(kept: Path, print_table: Callable[..., str]) -> Callable[..., str]:
+    return partial(print_table, "--budget", "0", "--results", str(kept))
+
+
+def test_table_of_kept_results_pairs_the_first_seeds_and_says_what_is_missing(table_of: Callable[..., str]) -> None:
+    text = table_of(*TRIPLET, "--seeds", "2")
     rows = [[c.strip() for c in line.split("|")] for line in text.splitlines() if line.startswith("| triplet")]
     assert [row[1:6] for row in rows] == [
         ["triplet", "alone", "2", "55.0 ± 7.1", ""],
@@ -51,55 +67,63 @@ def test_table_of_kept_results_pairs_the_first_seeds_and_says_what_is_missing(tm
     assert "3 points searched for each, and 6 for all methods together; 2 folds, 2 paired seeds" in text
     assert "**Missing:** triplet namr, triplet sgar, triplet all." in text
     assert "- triplet, sgar: `sgar.weight=0.123`" in text
-    whole = table_of(tmp_path, kept, "--seeds", "3", "--methods", "iaa")
+    whole = table_of(*TRIPLET, "--seeds", "3", "--methods", "iaa")
     assert next(line for line in whole.splitlines() if "| iaa" in line).endswith("| 0.250 |")
     assert "the least possible is 0.25)" in whole
-    assert "triplet alone (3 of 4 seeds), triplet iaa (3 of 4 seeds)" in table_of(tmp_path, kept, "--seeds", "4")
+    assert "triplet alone (3 of 4 seeds), triplet iaa (3 of 4 seeds)" in table_of(*TRIPLET, "--seeds", "4")
 
 
-def test_methods_are_told_from_their_base_settings_where_the_loss_alone_has_others(tmp_path: Path, kept: Path) -> None:
+def test_methods_are_told_from_their_base_settings_where_the_loss_alone_has_others(
+    kept: Path, table_of: Callable[..., str]
+) -> None:
     results = json.loads(kept.read_text())
     results["cells"]["triplet base"] = cell(0.4, 0.3, **{"loss.margin": 0.2})
     kept.write_text(json.dumps(results))
-    text = table_of(tmp_path, kept, "--seeds", "2", "--methods", "iaa")
+    text = table_of(*TRIPLET, "--seeds", "2", "--methods", "iaa")
     over_alone, over_base = text.split("(*base*)")
     assert "3 of 3 cells are done" in over_alone and "Missing" not in text
     assert "| triplet | iaa | 2 | 57.0 ± 8.5 | +2.0 |" in over_alone and "triplet | base" not in over_alone
     assert "| triplet | base | 2 | 35.0 ± 7.1 |  |" in over_base and "triplet | alone" not in over_base
     assert "| triplet | iaa | 2 | 57.0 ± 8.5 | +22.0 |" in over_base
     assert "- triplet, base: `loss.margin=0.2`" in over_base
-    assert "**Missing:** triplet base (2 of 3 seeds)." in table_of(tmp_path, kept, "--seeds", "3", "--methods", "iaa")
+    assert "**Missing:** triplet base (2 of 3 seeds)." in table_of(*TRIPLET, "--seeds", "3", "--methods", "iaa")
 
 
-def test_written_table_has_every_cell_whatever_was_chosen_to_run(tmp_path: Path, kept: Path) -> None:
-    (tmp_path / "benchmarks").mkdir()
+def test_written_table_has_every_cell_whatever_was_chosen_to_run(
+    tmp_path: Path, table_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
-    script = Path(shutil.copy(SCRIPT, tmp_path / "benchmarks"))
     page = tmp_path / "docs" / "benchmarks.md"
     page.write_text("before\n<!-- methods glyphs -->\nno more\n<!-- end of methods glyphs -->\nafter\n")
-    options = ["--budget", "0", "--seeds", "2", "--results", str(kept), "--write"]
-    done = study(tmp_path, *options, "--losses", "proxy_anchor", script=script)
-    assert "0 of 5 cells are done" in done.stdout and "triplet" not in done.stdout, done.stderr
+    printed = table_of("--seeds", "2", "--losses", "proxy_anchor", "--write")
+    assert "0 of 5 cells are done" in printed and "triplet" not in printed
     text = page.read_text()
-    assert text.startswith("before\n<!-- ") and text.endswith("\n<!-- end of methods glyphs -->\nafter\n")
-    assert "2 of 20 cells are done" in text and "| triplet | iaa | 2 | 57.0" in text and "no more" not in text
+    assert text.startswith("before\n<!-- methods glyphs -->\n") and "no more" not in text
+    assert text.endswith("\n<!-- end of methods glyphs -->\nafter\n")
+    assert "2 of 20 cells are done" in text and "| triplet | iaa | 2 | 57.0" in text
 
     page.write_text("no marks")
-    refused = study(tmp_path, *options, script=script)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "has no lines <!-- me" in refused.stderr
-    assert not refused.stdout
+    with pytest.raises(typer.Exit):
+        table_of("--write")
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and "has no lines <!-- methods glyphs -->" in err
 
 
-def test_files_that_are_not_of_the_study_are_refused_in_a_line(tmp_path: Path, kept: Path) -> None:
+def test_files_that_are_not_of_the_study_are_refused_in_a_line(
+    tmp_path: Path, kept: Path, print_table: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     (other := tmp_path / "other.json").write_text('{"cells": 1}')
     for said, *arguments in (
         ("is of another study: ", "--results", str(kept)),
         ("not a file of results", "--results", str(other)),
         ("there is no such file", "--results", "nowhere.json", "--budget", "0"),
     ):
-        done = study(tmp_path, *arguments)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("bad input: ") and said in done.stderr
+        with pytest.raises(typer.Exit) as ended:
+            print_table(*arguments)
+        out, err = capsys.readouterr()
+        assert ended.value.exit_code == 2 and not out
+        assert err.startswith("bad input: ") and said in err and err.count("\n") == 1
 
 
 @pytest.mark.slow
