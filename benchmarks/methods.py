@@ -285,11 +285,13 @@ def table(study: Study, cells: Sequence[tuple[str, str]], failures: Sequence[str
     ]
     points, methods = start["--samples"], len({method for _, method in cells}) - 1
     parts = [
-        f"{study.recipe}: {len(every) - len(missing)} of {len(every)} cells are done. {3 * points} points searched for "
-        f"each, and {6 * points} for all methods together; {start['--folds']} folds, {study.seeds} paired seeds; in "
-        "percent. Gains are over the base loss alone; their intervals are Student's; *p* is of no gain (signs flipped, "
-        f"adjusted by Holm over the methods of a loss once all are tested over as many seeds; with {study.seeds} the "
-        f"least possible is {least_p_value(study.seeds, methods):.2g}).",
+        f"{study.recipe}: {len(every) - len(missing)} of {len(every)} cells are done. {2 * points} points are searched "
+        f"for a base loss, then {points} for each cell from there, and for all methods together after those of each; "
+        f"{start['--folds']} folds, {study.seeds} paired seeds. Percent, ± the standard deviation over seeds. Gains "
+        "are over the base loss alone; their intervals are Student's; *p* is two-sided, of a gain as large by chance "
+        "(signs flipped, adjusted by Holm over the methods of a loss once all are tested over as many seeds; with "
+        f"{study.seeds} seeds the least possible is {least_p_value(study.seeds, methods):.2g}). They tell of the luck "
+        "of seeds, not of the search's or of the choice of classes.",
         "",
         *markdown(HEADS, rows_of(lines, cells)),
         "",

@@ -64,7 +64,7 @@ def test_table_of_kept_results_pairs_the_first_seeds_and_says_what_is_missing(ta
         ["triplet", "iaa", "2", "57.0 ± 8.5", "+2.0"],
     ]
     assert rows[1][7] == "" == rows[1][11]  # no p before all methods are there to be adjusted for
-    assert "3 points searched for each, and 6 for all methods together; 2 folds, 2 paired seeds" in text
+    assert "2 points are searched for a base loss, then 1 for each cell" in text and "2 folds, 2 paired seeds" in text
     assert "**Missing:** triplet namr, triplet sgar, triplet all." in text
     assert "- triplet, sgar: `sgar.weight=0.123`" in text
     whole = table_of(*TRIPLET, "--seeds", "3", "--methods", "iaa")
