@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from benchmarks import methods
 ROOT = Path(__file__).parents[2]
 SMALL = ["data.limit_classes=16", "epochs=1", "steps_per_epoch=1", "batch.classes=4", "embedding_dim=8"]
 ONE = ["--samples", "1", "--folds", "1"]
-TRIPLET = ["--losses", "triplet"]
 STUDY = {"embedding_dim": 8, "--samples": 1, "--folds": 2}
 
 
@@ -40,24 +38,20 @@ def kept(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def print_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that runs the script in this process, which has imported what it needs."""
+def table_of(kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that prints the table of kept results in this process, which has imported what that needs."""
 
-    def print_table(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["methods.py", "glyphs", *arguments])
+    def table_of(*arguments: str) -> str:
+        command = ["methods.py", "glyphs", "--budget", "0", "--results", str(kept), "--losses", "triplet", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
         methods.main()
         return capsys.readouterr().out
 
-    return print_table
-
-
-@pytest.fixture
-def table_of(kept: Path, print_table: Callable[..., str]) -> Callable[..., str]:
-    return partial(print_table, "--budget", "0", "--results", str(kept))
+    return table_of
 
 
 def test_table_of_kept_results_pairs_the_first_seeds_and_says_what_is_missing(table_of: Callable[..., str]) -> None:
-    text = table_of(*TRIPLET, "--seeds", "2")
+    text = table_of("--seeds", "2")
     rows = [[c.strip() for c in line.split("|")] for line in text.splitlines() if line.startswith("| triplet")]
     assert [row[1:6] for row in rows] == [
         ["triplet", "alone", "2", "55.0 ± 7.1", ""],
@@ -67,10 +61,10 @@ def test_table_of_kept_results_pairs_the_first_seeds_and_says_what_is_missing(ta
     assert "2 points are searched for a base loss, then 1 for each cell" in text and "2 folds, 2 paired seeds" in text
     assert "**Missing:** triplet namr, triplet sgar, triplet all." in text
     assert "- triplet, sgar: `sgar.weight=0.123`" in text
-    whole = table_of(*TRIPLET, "--seeds", "3", "--methods", "iaa")
+    whole = table_of("--seeds", "3", "--methods", "iaa")
     assert next(line for line in whole.splitlines() if "| iaa" in line).endswith("| 0.250 |")
     assert "the least possible is 0.25)" in whole
-    assert "triplet alone (3 of 4 seeds), triplet iaa (3 of 4 seeds)" in table_of(*TRIPLET, "--seeds", "4")
+    assert "triplet alone (3 of 4 seeds), triplet iaa (3 of 4 seeds)" in table_of("--seeds", "4")
 
 
 def test_methods_are_told_from_their_base_settings_where_the_loss_alone_has_others(
@@ -79,14 +73,14 @@ def test_methods_are_told_from_their_base_settings_where_the_loss_alone_has_othe
     results = json.loads(kept.read_text())
     results["cells"]["triplet base"] = cell(0.4, 0.3, **{"loss.margin": 0.2})
     kept.write_text(json.dumps(results))
-    text = table_of(*TRIPLET, "--seeds", "2", "--methods", "iaa")
+    text = table_of("--seeds", "2", "--methods", "iaa")
     over_alone, over_base = text.split("(*base*)")
     assert "3 of 3 cells are done" in over_alone and "Missing" not in text
     assert "| triplet | iaa | 2 | 57.0 ± 8.5 | +2.0 |" in over_alone and "triplet | base" not in over_alone
     assert "| triplet | base | 2 | 35.0 ± 7.1 |  |" in over_base and "triplet | alone" not in over_base
     assert "| triplet | iaa | 2 | 57.0 ± 8.5 | +22.0 |" in over_base
     assert "- triplet, base: `loss.margin=0.2`" in over_base
-    assert "**Missing:** triplet base (2 of 3 seeds)." in table_of(*TRIPLET, "--seeds", "3", "--methods", "iaa")
+    assert "**Missing:** triplet base (2 of 3 seeds)." in table_of("--seeds", "3", "--methods", "iaa")
 
 
 def test_written_table_has_every_cell_whatever_was_chosen_to_run(
@@ -104,26 +98,23 @@ def test_written_table_has_every_cell_whatever_was_chosen_to_run(
     assert "2 of 20 cells are done" in text and "| triplet | iaa | 2 | 57.0" in text
 
     page.write_text("no marks")
-    with pytest.raises(typer.Exit):
+    with pytest.raises(typer.Exit) as ended:
         table_of("--write")
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and "has no lines <!-- methods glyphs -->" in err
+    assert ended.value.exit_code == 2 and not out
+    assert err.count("\n") == 1 and "has no lines <!-- methods glyphs -->" in err
 
 
-def test_files_that_are_not_of_the_study_are_refused_in_a_line(
-    tmp_path: Path, kept: Path, print_table: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_are_not_of_the_study_are_refused_in_a_line(tmp_path: Path, kept: Path) -> None:
     (other := tmp_path / "other.json").write_text('{"cells": 1}')
     for said, *arguments in (
         ("is of another study: ", "--results", str(kept)),
         ("not a file of results", "--results", str(other)),
         ("there is no such file", "--results", "nowhere.json", "--budget", "0"),
     ):
-        with pytest.raises(typer.Exit) as ended:
-            print_table(*arguments)
-        out, err = capsys.readouterr()
-        assert ended.value.exit_code == 2 and not out
-        assert err.startswith("bad input: ") and said in err and err.count("\n") == 1
+        done = study(tmp_path, *arguments)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("bad input: ") and said in done.stderr
 
 
 @pytest.mark.slow
